@@ -1,0 +1,1 @@
+"""The ops: one kernel each, with a pure-PyTorch twin beside it."""

@@ -1,0 +1,66 @@
+"""What was built and what is used: instruction set, threads, CUDA, optional libraries."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from sdw_fast import _C
+from sdw_fast.version import __version__
+
+
+def set_num_threads(threads: int) -> None:
+    """Sets the number of threads the compiled kernels use (default: as PyTorch). Raises ValueError below 1."""
+    _C.set_num_threads(threads)
+
+
+def get_num_threads() -> int:
+    """Returns the number of threads the compiled kernels use."""
+    return _C.num_threads()
+
+
+def config() -> dict[str, Any]:
+    """Describes the installation: versions, compiled backends, instruction set, threads, optional libraries, devices.
+
+    Returns:
+        A dict of plain values (JSON-serializable); `sdw-fast info` prints it.
+    """
+    return {
+        "sdw_fast": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "compiled_backends": ["cpu", "cuda"] if _C.has_cuda else ["cpu"],
+        "instruction_set": _C.active_isa(),
+        "instruction_sets_available": _C.supported_isas(),
+        "threads": _C.num_threads(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "cuda_device": _C.cuda_device_description() if _C.has_cuda else "not compiled (nvcc was not found)",
+        "faiss": _faiss_version(),
+        "torchrl": _version("torchrl"),
+        "zuko": _version("zuko"),
+        "mujoco": _version("mujoco"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _faiss_version() -> str | None:
+    if importlib.util.find_spec("faiss") is None:
+        return None
+    import faiss
+
+    return f"{faiss.__version__}{' with GPU' if hasattr(faiss, 'StandardGpuResources') else ''}"
+
+
+# PyTorch's thread count is the user's choice already made; the kernels follow it until told otherwise.
+_C.set_num_threads(torch.get_num_threads())

@@ -1,7 +1,27 @@
 """sdw_fast: offline behavior distillation with state-density weights, on compiled kernels."""
 
 from sdw_fast import ops
+from sdw_fast.density import (
+    DensityWeights,
+    density_weights,
+    effective_sample_size,
+    estimate_dimension,
+    knn_log_density,
+    log_density,
+)
 from sdw_fast.runtime import config, get_num_threads, set_num_threads
 from sdw_fast.version import __version__
 
-__all__ = ["__version__", "config", "get_num_threads", "ops", "set_num_threads"]
+__all__ = [
+    "DensityWeights",
+    "__version__",
+    "config",
+    "density_weights",
+    "effective_sample_size",
+    "estimate_dimension",
+    "get_num_threads",
+    "knn_log_density",
+    "log_density",
+    "ops",
+    "set_num_threads",
+]

@@ -1,0 +1,458 @@
+"""State densities and what is made of them: log-densities, density weights, effective sample size, diversity.
+
+Everything here works on whatever coordinates it is given, and distances mean something only where the coordinates have
+one scale: pass normalized states. The functions that take a `TransitionDataset` normalize by themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from sdw_fast import ops
+
+if TYPE_CHECKING:
+    from sdw_fast.data import TransitionDataset
+
+States = np.ndarray | torch.Tensor
+
+
+def knn_log_density(
+    observations: States,
+    k: int = 10,
+    *,
+    dimension: str | float = "ambient",
+    references: int | States | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+    progress: bool = False,
+) -> np.ndarray:
+    """k-nearest-neighbor log-density of every state, leave-one-out.
+
+        log d(s) = log k − log n − log V_m − m · log r_k(s)        (Loftsgaarden & Quesenberry, 1965)
+
+    with r_k(s) the distance to the k-th neighbor, n the number of states searched (M − 1: the state itself is left
+    out by its index, a duplicate of it is not), m the dimension and V_m the volume of the unit ball in m dimensions.
+    A distance of zero (a state with k or more duplicates) counts as half the smallest positive r_k, so that such
+    states are the densest, by a finite amount.
+
+    Args:
+        observations: (M, D) array or tensor, normalized.
+        k: neighbors; more is smoother. 1 ≤ k < M.
+        dimension: m. "ambient": the number of columns that vary. "intrinsic": estimated from the same neighbors by
+            `estimate_dimension` (k ≥ 2). Or a positive number. It scales the spread of the log-densities and leaves
+            their order alone; weights chosen by effective sample size do not depend on it.
+        references: the states among which neighbors are searched. None: the observations. A number R: a random subset
+            of the observations, without replacement, each member of it still left out of its own neighborhood.
+            An (R, D) array: other states; nothing is left out.
+        seed: of the random subset.
+        backend: of `sdw_fast.ops.knn`.
+        progress: show a bar.
+
+    Returns:
+        (M,) float64 array of natural logarithms.
+
+    Raises:
+        ValueError: wrong shape, NaN or infinite values, k out of range, or every state has k duplicates.
+        TypeError: the observations are not real numbers.
+    """
+    states = _as_states(observations, "observations")
+    distances, searched = _neighbor_distances(states, k, references, seed, backend, progress)
+    return _log_density_of_distances(distances, searched, _varying_columns(states), dimension)
+
+
+def log_density(data: TransitionDataset, method: str = "knn", **options: Any) -> np.ndarray:
+    """Log-density of every state of a dataset, on normalized states, with the costly part cached beside the dataset.
+
+    The cache is a folder `.sdw_cache` in the folder of `data.path`, with one file for each content hash and choice of
+    options. A file that does not fit is computed again; a folder that cannot be written is no error; a dataset
+    without a path is not cached.
+
+    Args:
+        data: the dataset, of M transitions.
+        method: "knn".
+        **options: those of `knn_log_density`, `references` as a number only.
+
+    Returns:
+        (M,) float64 array of natural logarithms.
+
+    Raises:
+        ValueError: unknown method, or as the method's own function.
+    """
+    if method != "knn":
+        raise ValueError(f"method must be 'knn', got {method!r}")
+    options = {"k": 10, "dimension": "ambient", **options}
+    dimension = options.pop("dimension")
+    distances, searched = _cached_neighbor_distances(data, **options)
+    columns = _varying_columns(data.normalized_observations)
+    return _log_density_of_distances(distances, searched, columns, dimension)
+
+
+def estimate_dimension(observations: States, k: int = 20, *, backend: str = "auto", progress: bool = False) -> float:
+    """Intrinsic dimension of a cloud of states: maximum likelihood of Levina & Bickel (2004), averaged over the states
+    as MacKay & Ghahramani (2005) correct it (the mean of the inverses, inverted):
+
+        1/m = 1/(M (k − 1)) · Σ_i Σ_{j<k} log( r_k(s_i) / r_j(s_i) )
+
+    States with a duplicate among their neighbors are left out of the mean. With many dimensions and few states the
+    estimate is low (neighborhoods are not small any more): about 9 of 10 at 10,000 Gaussian states.
+
+    Args:
+        observations: (M, D) array or tensor, normalized.
+        k: neighbors, at least 2 and below M. Fewer see finer structure, and noise.
+        backend: of `sdw_fast.ops.knn`.
+        progress: show a bar.
+
+    Raises:
+        ValueError: as `knn_log_density`, k below 2, or no state without duplicates.
+    """
+    states = _as_states(observations, "observations")
+    distances, _ = _neighbor_distances(states, k, None, 0, backend, progress)
+    return _dimension_of_distances(distances)
+
+
+@dataclass(frozen=True)
+class DensityWeights:
+    """Density weights with what one should know before using them.
+
+    Attributes:
+        weights: (M,) float32, positive, mean 1.
+        tau: the exponent τ, given or found.
+        effective_sample_size: Kish's, as a fraction of M.
+        largest: the largest weight; the mean is 1.
+        rarest_share: share of the total weight that the rarest 1% of the states carry.
+        clipped: number of states whose weight was lowered to the quantile.
+    """
+
+    weights: np.ndarray
+    tau: float
+    effective_sample_size: float
+    largest: float
+    rarest_share: float
+    clipped: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The report without the weights; plain numbers, JSON-serializable."""
+        report = asdict(self)
+        del report["weights"]
+        return report
+
+
+def density_weights(
+    logd: States, *, tau: float | None = None, ess: float | None = None, clip: float = 0.99
+) -> DensityWeights:
+    """Weights that fall with the density, w(s) ∝ d(s)^(−τ), tamed and reported.
+
+        w = exp(−τ · (log d − median)), clipped from above at its quantile `clip`, scaled to mean 1.
+
+    As w falls with log d, the clip equals a floor under log d at its quantile 1 − clip, whatever τ. On the floored
+    values the effective sample size is exp(2K(τ) − K(2τ)) with K the cumulant function of −log d, which is convex:
+    it never rises with τ, and `ess` determines τ by bisection.
+
+    Args:
+        logd: (M,) log-densities.
+        tau: exponent τ ≥ 0; 0 gives equal weights. Exactly one of tau and ess is given.
+        ess: the effective sample size wanted, a fraction of M in (0, 1].
+        clip: quantile in (0, 1]; 1 clips nothing.
+
+    Raises:
+        ValueError: both or none of tau and ess, one out of range, an ess that no τ reaches, NaN or infinite values.
+    """
+    values = _to_numpy(logd).astype(np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"logd must have shape (M,) with M >= 1, got {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"logd has {np.count_nonzero(~np.isfinite(values))} NaN or infinite values")
+    if (tau is None) == (ess is None):
+        raise ValueError(f"give exactly one of tau and ess, got tau={tau} and ess={ess}")
+    if not 0 < clip <= 1:
+        raise ValueError(f"clip is a quantile and must lie in (0, 1], got {clip}")
+
+    floor = np.quantile(values, 1 - clip)
+    rarity = floor - np.maximum(values, floor)  # (M,) ≤ 0, highest where rarest: no exponential of it overflows
+    if tau is None:
+        assert ess is not None
+        tau = _tau_for(ess, rarity, clip)
+    elif not (tau >= 0 and math.isfinite(tau)):
+        raise ValueError(f"tau must be a finite number >= 0, got {tau}")
+
+    weights = np.exp(tau * rarity)
+    weights /= weights.mean()
+    rarest = np.argsort(values, kind="stable")[: math.ceil(values.size / 100)]
+    return DensityWeights(
+        weights=weights.astype(np.float32),
+        tau=float(tau),
+        effective_sample_size=effective_sample_size(weights),
+        largest=float(weights.max()),
+        rarest_share=float(weights[rarest].sum() / weights.sum()),
+        clipped=int(np.count_nonzero(values < floor)),
+    )
+
+
+def effective_sample_size(weights: States) -> float:
+    """Kish's effective sample size as a fraction of the number of weights: (Σw)² / (M Σw²), in [1/M, 1].
+
+    Args:
+        weights: (M,) nonnegative weights of any scale.
+
+    Raises:
+        ValueError: no weights, all zero, negative, NaN or infinite ones.
+    """
+    w = _to_numpy(weights).astype(np.float64)
+    if w.ndim != 1 or w.size == 0:
+        raise ValueError(f"weights must have shape (M,) with M >= 1, got {w.shape}")
+    if not (np.isfinite(w).all() and (w >= 0).all() and w.any()):
+        raise ValueError("weights must be finite, nonnegative and not all zero")
+    w /= w.max()
+    return float(w.sum() ** 2 / (w.size * np.square(w).sum()))
+
+
+def _tau_for(ess: float, rarity: np.ndarray, clip: float) -> float:
+    """The τ whose weights exp(τ · rarity) have this effective sample size, to a relative 1e-9 of τ."""
+    if not 0 < ess <= 1:
+        raise ValueError(f"ess is a fraction of the states and must lie in (0, 1], got {ess}")
+    if ess == 1:
+        return 0.0
+    smallest = np.count_nonzero(rarity == 0) / rarity.size  # τ → ∞ leaves the states at the floor, equally weighted
+    if ess <= smallest:
+        raise ValueError(
+            f"no tau reaches ess={ess}: with clip={clip} the effective sample size stays above {smallest:.4g}; "
+            "ask for more, or raise clip"
+        )
+
+    def reached(tau: float) -> float:
+        return effective_sample_size(np.exp(tau * rarity))
+
+    low, high = 0.0, 1.0
+    while reached(high) > ess:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) > ess else (low, middle)
+    return high
+
+
+def _log_density_of_distances(
+    distances: np.ndarray, searched: np.ndarray | int, columns: int, dimension: str | float
+) -> np.ndarray:
+    """Log-densities from (M, k) neighbor distances found among `searched` states in `columns` varying columns."""
+    k = distances.shape[1]
+    radius = _floored(distances[:, -1].astype(np.float64))
+    if dimension == "ambient":
+        m = float(columns)
+    elif dimension == "intrinsic":
+        m = _dimension_of_distances(distances)
+    elif not isinstance(dimension, str) and dimension > 0 and math.isfinite(dimension):
+        m = float(dimension)
+    else:
+        raise ValueError(f"dimension must be 'ambient', 'intrinsic' or a positive number, got {dimension!r}")
+    return math.log(k) - np.log(searched) - _log_unit_ball(m) - m * np.log(radius)
+
+
+def _floored(radius: np.ndarray) -> np.ndarray:
+    """Distances with half the smallest positive one in place of zeros."""
+    positive = radius[radius > 0]
+    if positive.size == 0:
+        raise ValueError(
+            "every state has k or more exact duplicates, so every neighbor distance is zero: "
+            "remove duplicates (numpy.unique(observations, axis=0)) or raise k"
+        )
+    return np.maximum(radius, positive.min() / 2)
+
+
+def _dimension_of_distances(distances: np.ndarray) -> float:
+    """The Levina-Bickel estimate with MacKay-Ghahramani averaging, from (M, k) ascending distances."""
+    if distances.shape[1] < 2:
+        raise ValueError("the intrinsic dimension needs k >= 2 neighbors, got k = 1")
+    distinct = distances[distances[:, 0] > 0].astype(np.float64)
+    if len(distinct) == 0:
+        raise ValueError("no state without a duplicate: the intrinsic dimension cannot be estimated")
+    log_ratio = np.log(distinct[:, -1:]) - np.log(distinct[:, :-1])
+    mean = float(log_ratio.mean())
+    if mean == 0:
+        raise ValueError("all neighbor distances are equal: the intrinsic dimension cannot be estimated")
+    return 1 / mean
+
+
+def _log_unit_ball(m: float) -> float:
+    """log V_m, the volume of the unit ball in m dimensions (m need not be whole)."""
+    return m / 2 * math.log(math.pi) - math.lgamma(m / 2 + 1)
+
+
+def _neighbor_distances(
+    states: States, k: int, references: int | States | None, seed: int, backend: str, progress: bool
+) -> tuple[np.ndarray, np.ndarray | int]:
+    """Ascending distances (M, k) float32 to the neighbors, own row left out, and how many states were searched:
+    one number, or one for each state where only some of them are references themselves."""
+    count = len(states)
+    searched: np.ndarray | int
+    if references is None:
+        _check_k(k, count - 1, "the other observations")
+        distances, _ = _knn(states, None, k, backend, progress)
+        searched = count - 1
+    elif isinstance(references, int | np.integer):
+        rows = _reference_rows(count, int(references), seed)
+        _check_k(k, len(rows) - 1, "references besides the state itself")
+        distances, indices = _knn(states, states[rows], k + 1, backend, progress)
+        distances, searched = _without_self(distances, indices, rows)
+    else:
+        others = _as_states(references, "references")
+        if others.shape[1] != states.shape[1]:
+            raise ValueError(f"observations have {states.shape[1]} columns, references {others.shape[1]}")
+        _check_k(k, len(others), "references")
+        distances, _ = _knn(states, others, k, backend, progress)
+        searched = len(others)
+    if not np.isfinite(distances).all():
+        raise ValueError(f"backend {backend!r} is approximate and found fewer than k = {k} neighbors of some states")
+    return distances, searched
+
+
+def _knn(
+    queries: States, references: States | None, k: int, backend: str, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """`ops.knn` with a progress bar, as NumPy arrays."""
+    with tqdm(total=len(queries), desc="neighbors", unit="state", unit_scale=True, disable=not progress) as bar:
+        found: Any = ops.knn(
+            queries, references, k=k, backend=backend, progress=lambda done, _: bar.update(done - bar.n)
+        )
+    return _to_numpy(found[0]), _to_numpy(found[1])
+
+
+def _reference_rows(count: int, references: int, seed: int) -> np.ndarray:
+    """Sorted rows of a random subset, drawn without replacement."""
+    if not 2 <= references <= count:
+        raise ValueError(f"references must lie between 2 and the number of observations, {count}, got {references}")
+    return np.sort(np.random.default_rng(seed).choice(count, references, replace=False))
+
+
+def _without_self(distances: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drops one of k + 1 neighbors of every state: itself where it is a reference, the farthest elsewhere.
+
+    A state with k duplicates of lower index may not be among its own neighbors; the farthest is dropped there too,
+    as all of the k + 1 distances are zero.
+    """
+    own = np.full(len(distances), -1)
+    own[rows] = np.arange(len(rows))
+    drop = indices == own[:, None]  # (M, k + 1)
+    drop[~drop.any(axis=1), -1] = True
+    searched = len(rows) - (own >= 0)
+    return distances[~drop].reshape(len(distances), -1), searched
+
+
+def _check_k(k: int, available: int, what: str) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer):
+        raise TypeError(f"k must be an integer, got {k!r}")
+    if not 1 <= k <= available:
+        raise ValueError(f"k must lie between 1 and {available} (the number of {what}), got {k}")
+
+
+def _cached_neighbor_distances(
+    data: TransitionDataset,
+    k: int,
+    references: int | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray | int]:
+    """`_neighbor_distances` of a dataset's normalized states, from the cache where it holds them."""
+    if references is not None and not isinstance(references, int | np.integer):
+        raise TypeError(f"references of a dataset's log-density must be a number, got {type(references).__name__}")
+
+    def compute() -> dict[str, np.ndarray]:
+        states = _as_states(data.normalized_observations, "observations")
+        distances, searched = _neighbor_distances(states, k, references, seed, backend, progress)
+        return {"distances": distances, "searched": np.asarray(searched)}
+
+    key = f"knn k={k} references={references} seed={seed if references else None} backend={backend}"
+    found = _cached(data, key, compute, {"distances": (len(data), k)})
+    return found["distances"], found["searched"]
+
+
+def _cached(
+    data: TransitionDataset,
+    key: str,
+    compute: Callable[[], dict[str, np.ndarray]],
+    shapes: dict[str, tuple[int, ...]],
+) -> dict[str, np.ndarray]:
+    """The arrays that `compute` returns, read from the cache beside the dataset if they were computed before.
+
+    Args:
+        data: the dataset; without a path nothing is cached.
+        key: what is computed and with which options. The dataset's content and normalization are added to it.
+        compute: makes the arrays.
+        shapes: those that a valid file has.
+    """
+    if data.path is None:
+        return compute()
+    path = Path(data.path)
+    normalizer = data.normalizer.mean.tobytes() + data.normalizer.scale.tobytes()
+    digest = hashlib.sha256(f"{data.content_hash} {key} ".encode() + normalizer).hexdigest()[:24]
+    file = (path if path.is_dir() else path.parent) / ".sdw_cache" / f"{key.split()[0]}-{digest}.npz"
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        if all(arrays[name].shape == shape and np.isfinite(arrays[name]).all() for name, shape in shapes.items()):
+            return arrays
+    except Exception:  # absent, truncated, not a zip file, not numbers, ...: computing again is right in every case
+        pass
+    arrays = compute()
+    _save_quietly(file, arrays)
+    return arrays
+
+
+def _save_quietly(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a whole .npz or nothing; a place that cannot be written to only costs the next run its time."""
+    temporary = None
+    try:
+        file.parent.mkdir(exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        with os.fdopen(handle, "wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, file)
+        temporary = None
+    except OSError:
+        pass
+    finally:
+        if temporary is not None:
+            os.unlink(temporary)
+
+
+def _varying_columns(states: States) -> int:
+    """Columns that are not constant: a constant one has no part in any distance, so it is no dimension either."""
+    values = _to_numpy(states)
+    return max(1, int(np.count_nonzero(values.max(axis=0) != values.min(axis=0))))
+
+
+def _to_numpy(values: States) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _as_states(observations: States, name: str) -> States:
+    """(M, D) floating point, on the device it came on (integers become float32); or the error in them."""
+    states: Any = observations.detach() if isinstance(observations, torch.Tensor) else np.asarray(observations)
+    if states.ndim != 2 or 0 in states.shape:
+        raise ValueError(f"{name} must have shape (M, D) with M, D >= 1, got {tuple(states.shape)}")
+    if isinstance(states, torch.Tensor):
+        kind = "c" if states.is_complex() else "f" if states.is_floating_point() else "i"
+        finite = torch.isfinite(states).all(dim=1).cpu().numpy()
+    else:
+        kind = states.dtype.kind
+        finite = np.isfinite(states).all(axis=1) if kind in "fiub" else np.ones(1, bool)
+    if kind not in "fiub":
+        raise TypeError(f"{name} must hold real numbers, got {states.dtype}")
+    if not finite.all():
+        rows = np.flatnonzero(~finite)
+        raise ValueError(f"{name}: {rows.size} rows have NaN or infinite values, the first is row {rows[0]}")
+    if kind == "f":
+        return states
+    return states.float() if isinstance(states, torch.Tensor) else states.astype(np.float32)

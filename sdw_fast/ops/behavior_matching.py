@@ -1,0 +1,62 @@
+"""The outer loss of offline behavior distillation: weighted squared error between a policy and target actions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdw_fast.ops.backend import resolve_backend
+from sdw_fast.ops.mlp import check_floating, check_mlp, check_rows, mlp_activations, mlp_deltas, mlp_gradients
+from sdw_fast.ops.weighted_bc_loss import check_weights, weighted_error
+
+
+def behavior_matching(
+    params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Returns Σ_i w_i ‖tanh(MLP(s_i)) − y_i‖² / (M·A), differentiable in `params` alone.
+
+    The gradient for the parameters is computed in the same pass as the loss, so that `.backward()` costs nothing.
+
+    Args:
+        params: [W1, b1, W2, b2, …] of the ReLU policy, in `torch.nn.Linear` layout, W (out, in).
+        states: (M, D), normalized as the policy shall see them.
+        targets: (M, A) target actions y.
+        weights: (M,); a row of weight zero counts for nothing, whatever its target (NaN included).
+        backend: "auto", "cpu", "cuda" or "torch"; "torch" also takes float64.
+
+    Returns:
+        The loss, a scalar tensor.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or backend are not as said, or states, targets or weights
+            require a gradient.
+    """
+    check_floating("behavior_matching", states=states, targets=targets, weights=weights)
+    check_rows("behavior_matching", states=states, targets=targets)
+    check_mlp("behavior_matching", params, states, targets)
+    check_weights("behavior_matching", weights, states.shape[0], constants={"states": states, "targets": targets})
+    resolve_backend("behavior_matching", backend, [states, targets, weights, *params])
+    return _BehaviorMatching.apply(states, targets, weights, *params)
+
+
+class _BehaviorMatching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, weights: Tensor, *params: Tensor) -> Tensor:
+        activations = mlp_activations(params, states)
+        output = activations[-1]  # (M, A)
+        loss, grad_output = weighted_error(output, targets, weights)
+        if any(ctx.needs_input_grad):
+            deltas = mlp_deltas(params, activations, grad_output * (1 - output * output))
+            ctx.gradients = mlp_gradients(activations, deltas)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[3:]
+        gradients = (g * grad_loss if n else None for g, n in zip(ctx.gradients, needed, strict=True))
+        return (None, None, None, *gradients)

@@ -1,0 +1,77 @@
+"""The network of the ops: a ReLU multilayer perceptron with tanh on its output, and checks of what comes in.
+
+params = [W1, b1, W2, b2, …] as `torch.nn.Linear` has them, W_l (out, in), b_l (out,):
+h_l = relu(h_{l-1} W_lᵀ + b_l), a = tanh(h_{L-1} W_Lᵀ + b_L).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Raises TypeError unless all are tensors of one floating dtype, float32 or float64."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{op}: {name} must be float32 or float64, got {tensor.dtype}")
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"{op}: all tensors must have one dtype, got {dtypes}")
+
+
+def check_mlp(op: str, params: Sequence[Tensor], inputs: Tensor, outputs: Tensor) -> None:
+    """Raises TypeError or ValueError unless `params` is an MLP from the columns of `inputs` to those of `outputs`."""
+    if len(params) == 0 or len(params) % 2 != 0:
+        raise ValueError(f"{op}: params must be [W1, b1, W2, b2, …] with one bias a weight, got {len(params)} tensors")
+    check_floating(op, inputs=inputs, **{f"params[{i}]": param for i, param in enumerate(params)})
+    width = inputs.shape[1]
+    for layer, (weight, bias) in enumerate(zip(params[::2], params[1::2], strict=True), start=1):
+        if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] < 1:
+            raise ValueError(
+                f"{op}: W{layer} must have shape (out, {width}) as torch.nn.Linear has it, got {tuple(weight.shape)}"
+            )
+        width = weight.shape[0]
+        if bias.shape != (width,):
+            raise ValueError(f"{op}: b{layer} must have shape ({width},), got {tuple(bias.shape)}")
+    if width != outputs.shape[1]:
+        raise ValueError(f"{op}: the last layer must have {outputs.shape[1]} outputs, one an action, got {width}")
+
+
+def check_rows(op: str, **matrices: Tensor) -> None:
+    """Raises ValueError unless all are matrices (rows, columns) with one number of rows, none of them empty."""
+    shapes = {name: tuple(matrix.shape) for name, matrix in matrices.items()}
+    if any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
+        raise ValueError(f"{op}: expected non-empty matrices (rows, columns), got {shapes}")
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(f"{op}: expected the same number of rows, got {shapes}")
+
+
+def mlp_activations(params: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
+    """Returns [h_0 = inputs, h_1, …, h_{L-1}, a], each (rows, width)."""
+    activations = [inputs]
+    last = len(params) // 2 - 1
+    for layer in range(last + 1):
+        z = torch.addmm(params[2 * layer + 1], activations[-1], params[2 * layer].t())
+        activations.append(torch.tanh(z) if layer == last else torch.relu(z))
+    return activations
+
+
+def mlp_deltas(params: Sequence[Tensor], activations: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:
+    """Backpropagates δ_L = `output_delta` (rows, A) to [δ_1, …, δ_L], the gradients for the pre-activations."""
+    deltas = [output_delta]
+    for layer in range(len(params) // 2 - 1, 0, -1):
+        deltas.insert(0, deltas[0] @ params[2 * layer] * (activations[layer] > 0))
+    return deltas
+
+
+def mlp_gradients(activations: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the gradients for the parameters in their layout: δ_lᵀ h_{l-1} and the column sums of δ_l."""
+    gradients = []
+    for delta, h in zip(deltas, activations, strict=False):
+        gradients += [delta.t() @ h, delta.sum(0)]
+    return gradients

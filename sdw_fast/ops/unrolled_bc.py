@@ -1,0 +1,215 @@
+"""Behavior cloning unrolled and differentiated: θ_T(S) of T full-batch SGD steps, and the hypergradient through them.
+
+    θ_{t+1} = θ_t − α g_t ,   g_t = ∇_θ L(θ_t) ,   L(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖²
+
+No autograd graph is built. With λ_T = ∂H/∂θ_T and v = λ_{t+1}, for t running down,
+
+    λ_t = v − α ∇²L(θ_t) v ,   ∂H/∂(s, a) −= α ∇_{s,a} ⟨g_t, v⟩ ,   ∂H/∂α −= ⟨g_t, v⟩
+
+and one tangent pass (R-operator, Pearlmutter 1994) along v gives all of them: Rx is the derivative of x along v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdw_fast.ops.backend import resolve_backend
+from sdw_fast.ops.mlp import check_floating, check_mlp, check_rows, mlp_activations, mlp_deltas, mlp_gradients
+
+
+def unrolled_bc(
+    observations: Tensor,
+    actions: Tensor,
+    params: Sequence[Tensor],
+    *,
+    steps: int,
+    lr: float | Tensor,
+    window: int | None = None,
+    tape: str = "full",
+    backend: str = "auto",
+) -> list[Tensor]:
+    """Trains a ReLU policy with tanh output by full-batch behavior cloning and returns its parameters, differentiably.
+
+    Each of `steps` SGD steps descends 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖². Any outer loss of the result can call
+    `.backward()`: the gradient (the hypergradient) is exact, computed in closed form, for the tensors that require it.
+    It cannot be differentiated a second time. At many steps the training itself is chaotic, so that hypergradients of
+    different backends, each right along its own trajectory, may differ.
+
+    Args:
+        observations: (N, D) states, normalized as the policy shall see them.
+        actions: (N, A) targets in [-1, 1].
+        params: [W1, b1, W2, b2, …] at the start, in `torch.nn.Linear` layout, W (out, in); depth ≥ 1.
+        steps: T ≥ 1, inner SGD steps.
+        lr: α, the inner learning rate: a float, or a scalar tensor if its gradient is wanted.
+        window: K: go back through the last K steps only (truncated backpropagation through time), with θ_{T−K}
+            taken as a constant. `params` then receive λ_{T−K}, the gradient for θ_{T−K}, as first-order
+            meta-learning takes it. None: all steps, the exact hypergradient.
+        tape: "full" keeps every step's parameters and activations for the backward pass; "recompute" keeps
+            parameters every ~√K steps and runs each stretch again: the same bits, about √K times less memory, a
+            third more time.
+        backend: "auto", "cpu", "cuda" or "torch"; "torch" also takes float64.
+
+    Returns:
+        The parameters after T steps, in the layout of `params`.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or options are not as said.
+        MemoryError: a compiled backend's tape would not fit the memory available.
+    """
+    check_floating("unrolled_bc", observations=observations, actions=actions)
+    check_rows("unrolled_bc", observations=observations, actions=actions)
+    check_mlp("unrolled_bc", params, observations, actions)
+    if steps < 1:
+        raise ValueError(f"unrolled_bc: steps must be at least 1, got {steps}")
+    if window is not None and not 1 <= window <= steps:
+        raise ValueError(f"unrolled_bc: window must be between 1 and steps = {steps}, or None, got {window}")
+    if tape not in ("full", "recompute"):
+        raise ValueError(f"unrolled_bc: tape must be 'full' or 'recompute', got {tape!r}")
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"unrolled_bc: lr must be a float or a scalar tensor, got shape {tuple(lr.shape)}")
+        lr = lr.reshape(()).to(observations)
+    resolve_backend("unrolled_bc", backend, [observations, actions, *params])
+    schedule = _Schedule(steps, window or steps, tape == "recompute")
+    return list(_UnrolledBC.apply(schedule, lr, observations, actions, *params))
+
+
+class _Schedule(NamedTuple):
+    steps: int
+    window: int
+    recompute: bool
+
+    def segments(self) -> list[int]:
+        """Lengths of the stretches of the window whose tape is held at one time, first to last."""
+        length = math.isqrt(self.window - 1) + 1 if self.recompute else self.window
+        full, rest = divmod(self.window, length)
+        return [length] * full + [rest] * (rest > 0)
+
+
+class _Step(NamedTuple):
+    """What one inner step leaves for its adjoint."""
+
+    params: list[Tensor]  # θ_t
+    activations: list[Tensor]  # h_0 … h_{L-1}, a
+    deltas: list[Tensor]  # δ_1 … δ_L
+
+
+class _UnrolledBC(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, schedule: _Schedule, lr: float | Tensor, observations: Tensor, actions: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        alpha = lr.detach() if isinstance(lr, Tensor) else lr
+        theta = list(params)
+        for _ in range(schedule.steps - schedule.window):
+            theta = _descend(_inner_step(theta, observations, actions), alpha)
+        ctx.segments = []  # (θ at the start, its steps or None to run them again, their number)
+        keep = any(ctx.needs_input_grad)
+        for length in schedule.segments():
+            start = theta
+            recorded = []
+            for _ in range(length):
+                step = _inner_step(theta, observations, actions)
+                theta = _descend(step, alpha)
+                if keep and not schedule.recompute:
+                    recorded.append(step)
+            if keep:
+                ctx.segments.append((start, recorded, length))
+        ctx.alpha = alpha
+        ctx.save_for_backward(observations, actions, *params)  # params: to refuse their change in place
+        return tuple(theta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_params: Tensor) -> tuple[Any, ...]:
+        observations, actions, *_ = ctx.saved_tensors
+        _, needs_lr, needs_observations, needs_actions, *needs_params = ctx.needs_input_grad
+        adjoint = list(grad_params)
+        grad_observations = torch.zeros_like(observations)
+        grad_actions = torch.zeros_like(actions)
+        grad_lr = observations.new_zeros(())
+        for start, recorded, length in reversed(ctx.segments):
+            tape = recorded or _record(start, length, observations, actions, ctx.alpha)
+            for step in reversed(tape):
+                adjoint, d_observations, d_actions, d_lr = _adjoint_step(step, actions, adjoint, ctx.alpha)
+                grad_observations -= d_observations
+                grad_actions -= d_actions
+                grad_lr -= d_lr
+        return (
+            None,
+            grad_lr if needs_lr else None,
+            grad_observations if needs_observations else None,
+            grad_actions if needs_actions else None,
+            *(grad if needed else None for grad, needed in zip(adjoint, needs_params, strict=True)),
+        )
+
+
+def _inner_step(theta: list[Tensor], observations: Tensor, actions: Tensor) -> _Step:
+    activations = mlp_activations(theta, observations)
+    output = activations[-1]  # (N, A)
+    output_delta = 2 / actions.numel() * (output - actions) * (1 - output * output)
+    return _Step(theta, activations, mlp_deltas(theta, activations, output_delta))
+
+
+def _descend(step: _Step, alpha: float | Tensor) -> list[Tensor]:
+    gradients = mlp_gradients(step.activations, step.deltas)
+    return [param - alpha * gradient for param, gradient in zip(step.params, gradients, strict=True)]
+
+
+def _record(
+    theta: list[Tensor], length: int, observations: Tensor, actions: Tensor, alpha: float | Tensor
+) -> list[_Step]:
+    steps = []
+    for _ in range(length):
+        steps.append(_inner_step(theta, observations, actions))
+        theta = _descend(steps[-1], alpha)
+    return steps
+
+
+def _adjoint_step(
+    step: _Step, actions: Tensor, adjoint: list[Tensor], alpha: float | Tensor
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """From v = λ_{t+1} to λ_t, α ∇_s⟨g, v⟩ (N, D), α ∇_a⟨g, v⟩ (N, A) and ⟨g, v⟩."""
+    theta, activations, deltas = step
+    layers = len(deltas)
+    # Forward: Rz_l = Rh_{l-1} W_lᵀ + h_{l-1} V_lᵀ + v_l, masked where the ReLU is off; the observations do not move.
+    tangents: list[Tensor] = [torch.zeros_like(activations[0])]  # Rh_l, (N, width)
+    for layer in range(layers):
+        weight, direction, bias_direction = theta[2 * layer], adjoint[2 * layer], adjoint[2 * layer + 1]
+        tangent = torch.addmm(bias_direction, activations[layer], direction.t())
+        if layer > 0:
+            tangent.addmm_(tangents[layer], weight.t())
+        if layer < layers - 1:
+            tangent *= activations[layer + 1] > 0
+        tangents.append(tangent)
+    # Output: a = tanh(z), δ_L = c (a − y)(1 − a²), so Rδ_L = c ((1 − a²) Ra − 2 (a − y) a Ra).
+    output = activations[-1]
+    slope = 1 - output * output
+    residual = output - actions
+    scale = 2 / actions.numel()
+    tangent_output = slope * tangents[-1]
+    tangent_delta = scale * (slope - 2 * residual * output) * tangent_output
+    lr_gradient = scale * (residual * tangent_output).sum()
+    # Backward: Rδ_{l-1} = m_{l-1} ∘ (Rδ_l W_l + δ_l V_l); (Hv)_l = δ_lᵀ Rh_{l-1} + Rδ_lᵀ h_{l-1}.
+    result: list[Tensor] = []
+    for layer in range(layers - 1, -1, -1):
+        curvature = tangent_delta.t() @ activations[layer]
+        if layer > 0:
+            curvature.addmm_(deltas[layer].t(), tangents[layer])
+        bias_curvature = tangent_delta.sum(0)
+        result = [
+            adjoint[2 * layer] - alpha * curvature,
+            adjoint[2 * layer + 1] - alpha * bias_curvature,
+            *result,
+        ]
+        tangent_delta = tangent_delta @ theta[2 * layer]
+        tangent_delta.addmm_(deltas[layer], adjoint[2 * layer])
+        if layer > 0:
+            tangent_delta *= activations[layer] > 0
+    return result, alpha * tangent_delta, -alpha * scale * tangent_output, lr_gradient

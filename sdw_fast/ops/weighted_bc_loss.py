@@ -1,0 +1,72 @@
+"""The weighted behavior-cloning loss for those who bring their own network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdw_fast.ops.backend import resolve_backend
+from sdw_fast.ops.mlp import check_floating, check_rows
+
+
+def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
+    """Returns Σ_i w_i ‖pred_i − target_i‖² / (M·A), differentiable in `pred` alone.
+
+    The gradient is computed in the same pass over memory as the loss.
+
+    Args:
+        pred: (M, A), what the network says.
+        target: (M, A).
+        weights: (M,); a row of weight zero counts for nothing, whatever its target (NaN included).
+        backend: "auto", "cpu", "cuda" or "torch"; "torch" also takes float64.
+
+    Returns:
+        The loss, a scalar tensor.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or backend are not as said, or target or weights require a
+            gradient.
+    """
+    check_floating("weighted_bc_loss", pred=pred, target=target, weights=weights)
+    check_rows("weighted_bc_loss", pred=pred, target=target)
+    if pred.shape != target.shape:
+        raise ValueError(
+            f"weighted_bc_loss: pred and target must have one shape, got {tuple(pred.shape)} and {tuple(target.shape)}"
+        )
+    check_weights("weighted_bc_loss", weights, pred.shape[0], constants={"target": target})
+    resolve_backend("weighted_bc_loss", backend, [pred, target, weights])
+    return _WeightedBCLoss.apply(pred, target, weights)
+
+
+def check_weights(op: str, weights: Tensor, rows: int, constants: dict[str, Tensor]) -> None:
+    """Raises ValueError unless `weights` is (rows,) and neither it nor any of `constants` requires a gradient."""
+    if weights.shape != (rows,):
+        raise ValueError(f"{op}: weights must have shape ({rows},), got {tuple(weights.shape)}")
+    asking = [name for name, tensor in {**constants, "weights": weights}.items() if tensor.requires_grad]
+    if asking and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op} is not differentiable in {', '.join(asking)}; pass {asking[0]}.detach(), or write the loss in plain "
+            "PyTorch if you need that gradient"
+        )
+
+
+def weighted_error(pred: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the loss and its gradient for `pred` (M, A)."""
+    error = torch.where(weights[:, None] == 0, 0, pred - target)
+    weighted = weights[:, None] * error / pred.numel()
+    return (weighted * error).sum(), 2 * weighted
+
+
+class _WeightedBCLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        loss, ctx.gradient = weighted_error(pred, target, weights)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.gradient * grad_loss, None, None

@@ -1,0 +1,76 @@
+"""Random problems, and plain autograd through the unrolled training: what the ops are compared with."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+
+def random_problem(widths, rows, seed, dtype=torch.float64, gain=1.4):
+    """observations, actions and params of an MLP with these widths, [D, hidden…, A]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    observations = normal(rows, widths[0])
+    actions = torch.tanh(normal(rows, widths[-1]))
+    params = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        params += [normal(fan_out, fan_in) * gain / math.sqrt(fan_in), 0.1 * normal(fan_out)]
+    return observations, actions, params
+
+
+def policy(params, observations: Tensor) -> Tensor:
+    h = observations
+    for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
+        h = torch.relu(torch.nn.functional.linear(h, weight, bias))
+    return torch.tanh(torch.nn.functional.linear(h, params[-2], params[-1]))
+
+
+def autograd_unroll(observations, actions, params, steps, lr, window):
+    """The oracle: plain differentiation through the unrolled training. Returns θ_T and θ_{T-K}."""
+    theta = start = list(params)
+    for step in range(steps):
+        if step == steps - window and step > 0:
+            theta = start = [p.detach().requires_grad_() for p in theta]
+        loss = torch.nn.functional.mse_loss(policy(theta, observations), actions)
+        gradients = torch.autograd.grad(loss, theta, create_graph=True)
+        theta = [p - lr * g for p, g in zip(theta, gradients, strict=True)]
+    return theta, start
+
+
+def leaves(observations, actions, params, lr):
+    return (
+        observations.clone().requires_grad_(),
+        actions.clone().requires_grad_(),
+        [p.clone().requires_grad_() for p in params],
+        torch.tensor(lr, dtype=observations.dtype, requires_grad=True),
+    )
+
+
+def hypergradient(unroll, observations, actions, params, lr, seed=1):
+    """θ_T and the gradients (observations, actions, lr, params…) of a random linear outer loss of θ_T."""
+    s, a, theta, alpha = leaves(observations, actions, params, lr)
+    out, start = unroll(s, a, theta, alpha)
+    generator = torch.Generator().manual_seed(seed)
+    covectors = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in out]
+    outer = sum((p * v).sum() for p, v in zip(out, covectors, strict=True))
+    return [p.detach() for p in out], torch.autograd.grad(outer, [s, a, alpha, *(start or theta)])
+
+
+def relative_error(actual, expected) -> float:
+    difference = math.sqrt(
+        sum(((x.double() - y.double()) ** 2).sum().item() for x, y in zip(actual, expected, strict=True))
+    )
+    return difference / math.sqrt(sum((y.double() ** 2).sum().item() for y in expected))
+
+
+def assert_agree(actual, expected, tolerance):
+    """Compares (θ_T, gradients): every group to its own norm."""
+    (theta, gradients), (theta_expected, gradients_expected) = actual, expected
+    assert relative_error(theta, theta_expected) < tolerance
+    for i in range(3):
+        assert relative_error(gradients[i : i + 1], gradients_expected[i : i + 1]) < tolerance, i
+    assert relative_error(gradients[3:], gradients_expected[3:]) < tolerance

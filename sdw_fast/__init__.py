@@ -1,7 +1,22 @@
 """sdw_fast: offline behavior distillation with state-density weights, on compiled kernels."""
 
 from sdw_fast import ops
+from sdw_fast.data import Normalizer, TransitionDataset, concatenate, load_dataset, normalized_return
+from sdw_fast.evaluate import Evaluation, evaluate
 from sdw_fast.runtime import config, get_num_threads, set_num_threads
 from sdw_fast.version import __version__
 
-__all__ = ["__version__", "config", "get_num_threads", "ops", "set_num_threads"]
+__all__ = [
+    "Evaluation",
+    "Normalizer",
+    "TransitionDataset",
+    "__version__",
+    "concatenate",
+    "config",
+    "evaluate",
+    "get_num_threads",
+    "load_dataset",
+    "normalized_return",
+    "ops",
+    "set_num_threads",
+]

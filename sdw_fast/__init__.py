@@ -1,6 +1,7 @@
 """sdw_fast: offline behavior distillation with state-density weights, on compiled kernels."""
 
 from sdw_fast import ops
+from sdw_fast.data import Normalizer, TransitionDataset, concatenate, load_dataset, normalized_return
 from sdw_fast.density import (
     DensityWeights,
     density_weights,
@@ -9,19 +10,27 @@ from sdw_fast.density import (
     knn_log_density,
     log_density,
 )
+from sdw_fast.evaluate import Evaluation, evaluate
 from sdw_fast.runtime import config, get_num_threads, set_num_threads
 from sdw_fast.version import __version__
 
 __all__ = [
     "DensityWeights",
+    "Evaluation",
+    "Normalizer",
+    "TransitionDataset",
     "__version__",
+    "concatenate",
     "config",
     "density_weights",
     "effective_sample_size",
     "estimate_dimension",
+    "evaluate",
     "get_num_threads",
     "knn_log_density",
+    "load_dataset",
     "log_density",
+    "normalized_return",
     "ops",
     "set_num_threads",
 ]

@@ -1,0 +1,1 @@
+"""Benchmarks: each op beside its peers, timed in one run. `python -m benchmarks.run` prints the table."""

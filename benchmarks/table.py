@@ -3,7 +3,7 @@
 contenders = [Contender("sdw_fast", lambda: ours(x)), Contender("peer", lambda: theirs(x))]
 table = measure("op, M = 1000", contenders)       # the first contender is ours: ratios are relative to it
 print(table)
-write_json([table], Path("benchmarks/results"), "op")
+write_json(table, Path("benchmarks/results/op-reference.json"))
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,8 @@ import sdw_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("torch", "numpy", "jax", "torchopt", "numba", "faiss-cpu", "scipy", "pykdtree", "scikit-learn")
+
+Builder = Callable[..., Callable[[], object]]
 
 
 class Unavailable(Exception):
@@ -51,14 +53,22 @@ class Contender:
     skipped: str = ""
 
 
-def contender(
-    name: str, build: Callable[..., Callable[[], object]], *args: Any, threads: int | None = None
-) -> Contender:
+def contender(name: str, build: Builder, *args: Any, threads: int | None = None) -> Contender:
     """Builds a contender by `build(*args)`; a missing package or an `Unavailable` peer becomes a skipped row."""
     try:
         return Contender(name, build(*args), threads)
     except (ImportError, Unavailable) as error:
         return Contender(name, None, threads, str(error) or type(error).__name__)
+
+
+def contenders(
+    builders: Mapping[str, Callable[..., Callable[[], object]]],
+    names: Iterable[str],
+    *args: Any,
+    threads: int | None = None,
+) -> list[Contender]:
+    """Builds the named contenders, each by `builders[name](*args)`."""
+    return [contender(name, builders[name], *args, threads=threads) for name in names]
 
 
 @dataclass
@@ -165,6 +175,15 @@ def measure(
     return Table(title, rows)
 
 
+def bench(benchmark: Any, contender: Contender) -> None:
+    """Runs one contender under pytest-benchmark's fixture; a skipped row becomes a skipped test with its reason."""
+    if contender.run is None:
+        import pytest
+
+        pytest.skip(contender.skipped)
+    benchmark.pedantic(contender.run, rounds=5, warmup_rounds=1)
+
+
 def _sample(run: Callable[[], object], repeats: int) -> float:
     """Seconds of one call, the garbage collector held back."""
     enabled = gc.isenabled()
@@ -206,6 +225,14 @@ def peak_memory(build: str, **arguments: Any) -> int:
     if "unavailable" in answer:
         raise Unavailable(answer["unavailable"])
     return int(answer["bytes"])
+
+
+def with_memory(table: Table, names: Iterable[str], build: str) -> Table:
+    """Adds to the rows of these names, unless skipped, the peak memory of the call that `build(name=…)` returns."""
+    for row in table.rows:
+        if row.name in names and not row.skipped:
+            row.peak_bytes = peak_memory(build, name=row.name)
+    return table
 
 
 def _peak_memory_of_call(build: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -285,15 +312,12 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def write_json(tables: Sequence[Table], folder: Path, name: str) -> Path:
-    """Writes tables and machine as `folder/name.json` (by a temporary name, then renamed) and returns the path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+def write_json(table: Table, path: Path) -> None:
+    """Writes a table and the machine as JSON (by a temporary name, then renamed)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    document = {"machine": machine(), "tables": [asdict(table) for table in tables]}
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.write_text(json.dumps({"machine": machine(), **asdict(table)}, indent=1) + "\n")
     temporary.replace(path)
-    return path
 
 
 if __name__ == "__main__":

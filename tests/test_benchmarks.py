@@ -1,0 +1,146 @@
+"""Every contender of the benchmarks computes the same numbers, and the harness measures what it says."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sdw_fast
+from benchmarks import bench_behavior_matching, bench_unrolled_bc, bench_weighted_bc_loss, table
+from benchmarks.model import Problem, arrays
+
+SUITES = {
+    "unrolled_bc": bench_unrolled_bc,
+    "behavior_matching": bench_behavior_matching,
+    "weighted_bc_loss": bench_weighted_bc_loss,
+}
+TWINS = {
+    "unrolled_bc": bench_unrolled_bc.twin,
+    "behavior_matching": bench_behavior_matching.twin,
+    "weighted_bc_loss": bench_weighted_bc_loss.twin,
+}
+TINY = Problem(size=5, state=3, action=2, hidden=(7, 6), steps=4, batch=9, dtype=torch.float64)
+SINGLE = Problem(size=5, state=3, action=2, hidden=(7, 6), steps=4, batch=9)
+CASES = [
+    (op, name)
+    for op, suite in SUITES.items()
+    for name in suite.CONTENDERS
+    if "floor" not in name and "twin" not in name
+]
+
+
+@pytest.mark.parametrize(("op", "name"), CASES)
+def test_contenders_agree_with_the_twin(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The compiler proper takes half a minute a graph; tracing alone already shows whether the right thing is traced.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(bench_behavior_matching, "CHUNK", 4)
+    contender = table.contender(name, SUITES[op].CONTENDERS[name], TINY)
+    if contender.run is None:
+        pytest.skip(contender.skipped)
+    tolerance = 1e-5 if "JAX" in name else 1e-12  # JAX computes in single precision unless a global switch is thrown
+    expected = arrays(TWINS[op](TINY)())
+    for _ in range(2):  # a second call starts from the same state
+        actual = arrays(contender.run())
+        assert [a.shape for a in actual] == [e.shape for e in expected]
+        for a, e in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.abs(e).max())
+
+
+@pytest.mark.parametrize("op", SUITES)
+def test_compiled_op_agrees_in_single_precision(op: str) -> None:
+    expected = arrays(TWINS[op](TINY)())
+    for a, e in zip(arrays(SUITES[op].ours(SINGLE)()), expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
+
+
+def test_gemm_floor_counts_the_products_of_the_recipe() -> None:
+    # By hand, one hidden layer: N = 2, D = 3, width 5, A = 4, M = 6, T = 1; multiply-adds per product.
+    problem = Problem(size=2, state=3, action=4, hidden=(5,), steps=1, batch=6)
+    gradient = 15 + 20 + 20 + 15 + 20  # forward D·w, w·A; backward A·w; weights D·w, w·A: a row
+    adjoint = (15 + 2 * 20) + (2 * 15 + 2 * 20) + (15 + 2 * 20)
+    counted = 0
+
+    def count(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        nonlocal counted
+        counted += a.shape[0] * a.shape[1] * b.shape[1]
+
+    run = bench_unrolled_bc.gemm_floor(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "mm", count)
+        run()
+    assert counted == 2 * (gradient + adjoint) + 6 * gradient
+
+
+def test_every_suite_names_its_tables() -> None:
+    for suite in SUITES.values():
+        for mode in ("quick", "full", "sweep"):
+            names = [name for name, _ in suite.tables(mode)]
+            assert names
+            assert len(names) == len(set(names))
+
+
+def test_measure_interleaves_and_relates_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    order: list[str] = []
+
+    def work(name: str, seconds: float) -> Any:
+        def run() -> None:
+            order.append(name)
+            clock[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(table.time, "perf_counter", lambda: clock[0])
+
+    def missing() -> Any:
+        raise table.Unavailable("not here")
+
+    rows = [table.Contender("ours", work("ours", 1.0)), table.Contender("peer", work("peer", 3.0))]
+    rows.append(table.contender("absent", missing))
+    result = table.measure("work", rows, budget=0, rounds=(4, 9))
+    assert order[4:] == ["ours", "peer"] * 4  # after a warmup and a trial of each
+    assert result["ours"].ratio == 1
+    assert result["peer"].ratio == pytest.approx(3)
+    assert result["peer"].median == pytest.approx(3)
+    assert result["absent"].ratio is None
+    assert "skipped" in str(result)
+    assert "not here" in str(result)
+
+
+def test_measure_sets_and_restores_threads() -> None:
+    before = torch.get_num_threads()
+    seen: list[tuple[int, int]] = []
+    run = lambda: seen.append((torch.get_num_threads(), sdw_fast.get_num_threads()))  # noqa: E731
+    table.measure("threads", [table.Contender("one", run, threads=1)], budget=0, rounds=(1, 1), shortest=0)
+    assert set(seen) == {(1, 1)}
+    assert torch.get_num_threads() == sdw_fast.get_num_threads() == before
+
+
+def one_array(megabytes: int) -> Any:
+    """Builder for the test below: allocates and frees one array."""
+    return lambda: np.ones(megabytes * 2**17).sum()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured exactly only on Linux")
+def test_peak_memory_sees_a_temporary() -> None:
+    assert 60 < table.peak_memory("tests.test_benchmarks:one_array", megabytes=64) / 2**20 < 80
+
+
+def test_peak_memory_passes_on_what_is_unavailable_and_what_fails() -> None:
+    with pytest.raises(RuntimeError, match="no_such_builder"):
+        table.peak_memory("benchmarks.model:no_such_builder")
+
+
+def test_json_is_complete(tmp_path: Path) -> None:
+    result = table.measure("t", [table.Contender("ours", lambda: None)], budget=0, rounds=(2, 2), shortest=0)
+    table.write_json(result, tmp_path / "new" / "t.json")
+    document = json.loads((tmp_path / "new" / "t.json").read_text())
+    assert len(document["rows"][0]["samples"]) == 2
+    assert {"processor", "instruction_set", "threads", "versions", "date", "commit"} <= document["machine"].keys()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.json"]

@@ -105,6 +105,8 @@ class TransitionDataset:
         normalizer: the affine map that the package optimizes and measures in; fitted to the observations if not given.
         reference_scores: (random, expert) returns that the dataset itself carries, else None.
         path: the folder (Minari) or file that the data came from; caches are kept beside it.
+        action_low, action_high: the environment's action bounds, (A,) float32. Where the source does not say them they
+            are −1 and 1 if every action lies there, else None, and such a dataset cannot be distilled.
 
     Raises:
         ValueError: on an empty dataset, wrong shapes, discrete actions, or values that are not finite in float32.
@@ -121,6 +123,8 @@ class TransitionDataset:
     normalizer: Normalizer = field(default=cast("Normalizer", None), repr=False)
     reference_scores: tuple[float, float] | None = None
     path: Path | None = None
+    action_low: np.ndarray | None = field(default=None, repr=False)
+    action_high: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if np.asarray(self.actions).dtype.kind in "iub":
@@ -133,6 +137,7 @@ class TransitionDataset:
         if rows == 0:
             raise ValueError("the dataset is empty: observations has no rows")
         self.actions = _matrix("actions", self.actions, rows)
+        self._set_action_bounds()
         self.rewards = _column("rewards", self.rewards, rows, np.float32)
         self.terminations = _column("terminations", self.terminations, rows, np.bool_)
         self.truncations = _column("truncations", self.truncations, rows, np.bool_)
@@ -146,8 +151,35 @@ class TransitionDataset:
         elif self.normalizer.mean.shape != (width,):
             raise ValueError(f"the normalizer is for {len(self.normalizer.mean)} numbers, observations have {width}")
 
+    def _set_action_bounds(self) -> None:
+        width = self.actions.shape[1]
+        if self.action_low is None and self.action_high is None:
+            if max(-self.actions.min(), self.actions.max()) > 1:
+                return
+            self.action_low, self.action_high = np.full(width, -1.0), np.full(width, 1.0)
+        if self.action_low is None or self.action_high is None:
+            raise ValueError("action bounds need both action_low and action_high, got one of them")
+        self.action_low, self.action_high = (
+            np.ascontiguousarray(np.broadcast_to(bound, width), dtype=np.float32)
+            for bound in (self.action_low, self.action_high)
+        )
+        finite = np.isfinite(self.action_low).all() and np.isfinite(self.action_high).all()
+        if not finite or (self.action_low >= self.action_high).any():
+            raise ValueError(f"action bounds must be finite and low < high, got {self.action_low}, {self.action_high}")
+
     def __len__(self) -> int:
         return len(self.observations)
+
+    @property
+    def action_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """(action_low, action_high). Raises ValueError where they are not known."""
+        if self.action_low is None or self.action_high is None:
+            largest = np.abs(self.actions).max()
+            raise ValueError(
+                f"the actions reach {largest:.4g} and the dataset does not say the environment's action bounds: "
+                "set data.action_low and data.action_high, or hold them in the file under these names"
+            )
+        return self.action_low, self.action_high
 
     @cached_property
     def normalized_observations(self) -> np.ndarray:
@@ -203,6 +235,8 @@ class TransitionDataset:
             normalizer=self.normalizer,
             reference_scores=self.reference_scores,
             path=self.path,
+            action_low=self.action_low,
+            action_high=self.action_high,
         )
 
     def summary(self) -> dict[str, Any]:
@@ -246,6 +280,13 @@ def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
     if len(widths) > 1:
         raise ValueError(f"datasets differ in (observation, action) widths: {sorted(widths)}")
     first = datasets[0]
+    bounds = {
+        (d.action_low.tobytes(), d.action_high.tobytes())
+        for d in datasets
+        if d.action_low is not None and d.action_high is not None
+    }
+    if len(bounds) > 1:
+        raise ValueError("datasets differ in their action bounds")
     next_observations = [d.next_observations for d in datasets]
     return TransitionDataset(
         np.concatenate([d.observations for d in datasets]),
@@ -257,7 +298,19 @@ def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
         env_id=first.env_id if len({d.env_id for d in datasets}) == 1 else None,
         name=" + ".join(d.name or "unnamed" for d in datasets),
         reference_scores=first.reference_scores if len({d.reference_scores for d in datasets}) == 1 else None,
+        action_low=first.action_low,
+        action_high=first.action_high,
     )
+
+
+def normalize_actions(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Maps actions linearly so that [low, high] becomes [−1, 1]; shape kept, float32."""
+    return ((actions - (high + low) / 2) / ((high - low) / 2)).astype(np.float32, copy=False)
+
+
+def denormalize_actions(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Inverse of `normalize_actions`."""
+    return (actions * ((high - low) / 2) + (high + low) / 2).astype(np.float32, copy=False)
 
 
 def find_reference_scores(env_id: str | None) -> tuple[float, float] | None:
@@ -306,7 +359,7 @@ def load_dataset(
             marked truncated (D4RL's own rule). Without truncations they are found where a next observation is not the
             following row's observation.
         env_id: Gymnasium id of the environment, where the source does not say it (D4RL files) or another is wanted; an
-            .npz or a dict may also hold it under "env_id".
+            .npz or a dict may also hold it under "env_id", and action bounds under "action_low" and "action_high".
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
@@ -385,7 +438,7 @@ def _finite(name: str, array: np.ndarray) -> np.ndarray:
 def _from_arrays(arrays: Mapping[str, Any], where: str) -> TransitionDataset:
     """Builds a dataset from arrays under Gymnasium's or D4RL's names, and completes what can be derived."""
     found = {}
-    for name in (*_REQUIRED, "truncations", "next_observations", "env_id"):
+    for name in (*_REQUIRED, "truncations", "next_observations", "env_id", "action_low", "action_high"):
         key = name if name in arrays else _D4RL_NAMES.get(name, name)
         if key in arrays:
             found[name] = arrays[key]
@@ -429,12 +482,14 @@ def _with_next_observations(data: TransitionDataset) -> TransitionDataset:
         following[keep],
         env_id=data.env_id,
         name=data.name,
+        action_low=data.action_low,
+        action_high=data.action_high,
     )
 
 
 def _read_hdf5(path: Path) -> dict[str, Any]:
     """Reads the known arrays of a D4RL file; HDF5 converts to float32 on the way, without a second copy."""
-    wanted = (*_REQUIRED, "truncations", "next_observations", *_D4RL_NAMES.values())
+    wanted = (*_REQUIRED, "truncations", "next_observations", "action_low", "action_high", *_D4RL_NAMES.values())
     with _open_hdf5(path) as file:
         arrays: dict[str, Any] = {}
         for key, item in file.items():
@@ -542,7 +597,13 @@ def _from_minari(dataset: minari.MinariDataset) -> TransitionDataset:
         name=dataset.id,
         reference_scores=None if random is None or expert is None else (float(random), float(expert)),
         path=Path(dataset.storage.data_path).parent,
+        **_bounds(dataset.action_space),
     )
+
+
+def _bounds(space: Any) -> dict[str, np.ndarray]:
+    bounded = np.isfinite(space.low).all() and np.isfinite(space.high).all()
+    return {"action_low": space.low, "action_high": space.high} if bounded else {}
 
 
 def _minari_episodes(dataset: minari.MinariDataset) -> Iterator[tuple[np.ndarray, ...]]:

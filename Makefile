@@ -1,0 +1,59 @@
+# `make demo` runs the main job, `make test` the tests; both set up .venv first. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+CORE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help setup demo test lint format bench sanitize clean
+
+help:
+	@echo "make demo      collect, train, distill and evaluate on hopper-medium; writes demo/"
+	@echo "make test      run the tests"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make format    apply ruff's and clang-format's formatting"
+	@echo "make bench     time every op beside its peers"
+	@echo "make sanitize  run the kernel tests under address, undefined-behavior and thread sanitizers"
+	@echo "make clean     remove .venv and everything built"
+
+setup: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch is pinned and comes first, so that the ranges of the other packages find it already there.
+$(VENV)/.installed: $(VENV)/bin/python $(CORE)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[mujoco,teacher,faiss,flow,dev]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[mujoco,teacher,faiss,flow,bench,dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py --out demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py
+
+sanitize: setup
+	PYTHON=$(BIN)/python .ci/sanitize.sh
+
+clean:
+	rm -rf $(VENV) build dist demo sdw_fast/_C*.so *.egg-info

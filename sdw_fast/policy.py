@@ -1,0 +1,143 @@
+"""The policy that behavior cloning trains: a deterministic tanh MLP on raw observations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdw_fast import ops
+
+if TYPE_CHECKING:
+    from sdw_fast.synthetic import SyntheticDataset
+
+
+def orthogonal_parameters(sizes: Sequence[int], *, gain: float, generator: torch.Generator) -> list[Tensor]:
+    """Draws the parameters of an MLP: orthogonal weights times `gain`, zero biases (the papers' initialization).
+
+    Args:
+        sizes: Widths from input to output, e.g. (11, 256, 256, 256, 3); at least two.
+        gain: Factor on every weight matrix, √2 in the papers.
+        generator: Source of the draw; its device is the parameters' device.
+
+    Returns:
+        [W1, b1, W2, b2, …] in nn.Linear layout, W (out, in), float32.
+    """
+    parameters = []
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        tall, flat = max(fan_in, fan_out), min(fan_in, fan_out)
+        normal = torch.randn(tall, flat, generator=generator, device=generator.device)
+        reflectors, tau = torch.geqrf(normal)  # QR in LAPACK's two halves: torch.linalg.qr takes twice as long
+        q = torch.linalg.householder_product(reflectors, tau)
+        q = q * reflectors.diagonal().sign()  # makes the draw uniform over orthogonal matrices (Mezzadri 2007)
+        weight = q if fan_out >= fan_in else q.T
+        parameters += [(gain * weight).contiguous(), torch.zeros(fan_out, device=generator.device)]
+    return parameters
+
+
+class MLPPolicy(nn.Module):
+    """A deterministic policy: a = center + half · tanh(MLP((s − mean) / scale)), with ReLU between layers.
+
+    Takes raw observations (B, D) or (D,), float32, in the environment's units; returns actions (B, A) or (A,) in the
+    environment's units, inside the action bounds.
+
+    Args:
+        params: [W1, b1, W2, b2, …] in nn.Linear layout.
+        mean, scale: Normalization of the observations, (D,).
+        action_low, action_high: Action bounds, (A,).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    action_center: Tensor
+    action_half: Tensor
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        *,
+        mean: np.ndarray,
+        scale: np.ndarray,
+        action_low: np.ndarray,
+        action_high: np.ndarray,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for weight, bias in zip(params[0::2], params[1::2], strict=True):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+            linear.weight.data.copy_(weight.detach())
+            linear.bias.data.copy_(bias.detach())
+            layers += [linear, nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1], nn.Tanh())
+        device = params[0].device
+        low, high = (torch.as_tensor(bound, dtype=torch.float32, device=device) for bound in (action_low, action_high))
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32, device=device))
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32, device=device))
+        self.register_buffer("action_center", (high + low) / 2)
+        self.register_buffer("action_half", (high - low) / 2)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.action_center + self.action_half * self.net((observations - self.mean) / self.scale)
+
+
+def behavior_clone(
+    synthetic: SyntheticDataset,
+    *,
+    steps: int | None = None,
+    lr: float | None = None,
+    hidden: Sequence[int] | None = None,
+    gain: float | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> MLPPolicy:
+    """Trains a fresh policy on a synthetic set by full-batch gradient descent, as the distillation's inner loop did.
+
+    L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², `steps` steps of plain SGD. What is not given is taken from the
+    configuration the set was distilled with.
+
+    Args:
+        synthetic: The synthetic set (or real pairs in the same shape).
+        steps: Inner steps.
+        lr: Step size.
+        hidden: Hidden widths.
+        gain: Gain of the orthogonal initialization.
+        seed: Seed of the initialization.
+        device: Where to train.
+
+    Returns:
+        The policy, an nn.Module from raw observations to actions in the environment's units.
+
+    Raises:
+        FloatingPointError: training diverged (a parameter is not finite).
+    """
+    settings = synthetic.config
+    widths = tuple(settings.get("hidden", (256, 256, 256)) if hidden is None else hidden)
+    generator = torch.Generator(device).manual_seed(seed)
+    sizes = (synthetic.observations.shape[1], *widths, synthetic.actions.shape[1])
+    initial = orthogonal_parameters(
+        sizes, gain=settings.get("gain", math.sqrt(2)) if gain is None else gain, generator=generator
+    )
+    with torch.no_grad():
+        params = ops.unrolled_bc(
+            torch.as_tensor(synthetic.normalized_observations, device=device),
+            torch.as_tensor(synthetic.normalized_actions, device=device),
+            initial,
+            steps=settings.get("inner_steps", 100) if steps is None else steps,
+            lr=settings.get("inner_lr", 0.1) if lr is None else lr,
+        )
+    if not all(torch.isfinite(p).all() for p in params):
+        raise FloatingPointError(
+            "behavior cloning diverged: a parameter is not finite; lower lr (or inner_lr of the distillation)"
+        )
+    return MLPPolicy(
+        params,
+        mean=synthetic.normalizer.mean,
+        scale=synthetic.normalizer.scale,
+        action_low=synthetic.action_low,
+        action_high=synthetic.action_high,
+    )

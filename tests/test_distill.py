@@ -1,0 +1,223 @@
+"""The outer loop: what a step does, what a run leaves behind, and that interruption changes nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sdw_fast as sdw
+from sdw_fast.distill import DistillConfig, Distiller, load_checkpoint, read_metrics
+from sdw_fast.policy import orthogonal_parameters
+
+TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
+
+
+def same_set(first: sdw.SyntheticDataset, second: sdw.SyntheticDataset) -> bool:
+    return np.array_equal(first.observations, second.observations) and np.array_equal(first.actions, second.actions)
+
+
+def test_step_follows_the_hypergradient(small_data, small_teacher) -> None:
+    """One SGD step without clipping against autograd through the whole unroll in float64."""
+    config = DistillConfig(**TINY, objective="pbc", optimizer="sgd", lr=0.3, momentum=0.0, clip_norm=1e9, seed=4)
+    distiller = Distiller(small_data, small_teacher, config)
+    before = [t.detach().clone().double().requires_grad_() for t in (distiller.observations, distiller.actions)]
+    generator = torch.Generator().manual_seed(4)
+    params = orthogonal_parameters((11, 16, 16, 3), gain=config.gain, generator=generator)
+    rows = torch.randint(len(small_data), (64,), generator=generator)
+    metrics = distiller.step()
+
+    def forward(params: list[torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(states @ params[0].T + params[1])
+        hidden = torch.relu(hidden @ params[2].T + params[3])
+        return torch.tanh(hidden @ params[4].T + params[5])
+
+    params = [p.double().requires_grad_() for p in params]
+    for _ in range(5):
+        inner = (forward(params, before[0]) - before[1]).square().mean()
+        gradients = torch.autograd.grad(inner, params, create_graph=True)
+        params = [p - 0.1 * g for p, g in zip(params, gradients, strict=True)]
+    states = torch.as_tensor(small_data.normalized_observations).double()[rows]
+    targets = torch.as_tensor(small_teacher.actions(small_data.observations)).double()[rows]
+    loss = (forward(params, states) - targets).square().mean()
+    expected = torch.autograd.grad(loss, before)
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    for after, start, gradient in zip((distiller.observations, distiller.actions), before, expected, strict=True):
+        moved = (start.detach() - after.detach().double()) / 0.3
+        torch.testing.assert_close(moved, gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+
+
+def test_clipping_bounds_the_step(small_data, small_teacher) -> None:
+    config = DistillConfig(**TINY, objective="sdw", optimizer="sgd", lr=1.0, momentum=0.0, clip_norm=1e-3)
+    distiller = Distiller(small_data, small_teacher, config)
+    before = torch.cat([distiller.observations.detach().flatten(), distiller.actions.detach().flatten()])
+    assert distiller.step()["gradient_norm"] > 1e-3
+    after = torch.cat([distiller.observations.detach().flatten(), distiller.actions.detach().flatten()])
+    assert float((after - before).norm()) == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("objective", ["dbc", "pbc", "av-pbc", "sdw"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_distillation_lowers_the_outer_loss(small_data, small_teacher, objective: str, optimizer: str) -> None:
+    losses: list[float] = []
+    sdw.distill(
+        small_data,
+        None if objective == "dbc" else small_teacher,
+        objective=objective,
+        optimizer=optimizer,
+        lr=0.03 if optimizer == "adam" else 0.5,
+        **{"size": 40, "hidden": (32, 32), "gain": 1.0, "inner_steps": 30, "inner_lr": 0.3, "steps": 100},
+        callback=lambda distiller, metrics: losses.append(metrics["loss"]),
+        progress=False,
+    )
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_same_seed_same_bits(small_data, small_teacher) -> None:
+    runs = [sdw.distill(small_data, small_teacher, **TINY, seed=seed, progress=False) for seed in (1, 1, 2)]
+    assert same_set(runs[0], runs[1])
+    assert not same_set(runs[0], runs[2])
+
+
+def test_result_carries_where_it_came_from(small_data, small_teacher, tmp_path) -> None:
+    result = sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path / "run", progress=False)
+    assert result.config["objective"] == "sdw"
+    assert result.config["iteration"] == 30
+    assert result.dataset_hash == small_data.content_hash
+    assert same_set(sdw.SyntheticDataset.load(tmp_path / "run" / "best.npz"), result)
+    assert same_set(sdw.SyntheticDataset.load(tmp_path / "run" / "last.npz"), result)
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == list(range(1, 31))
+    assert {"config.json", "metrics.jsonl", "checkpoint", "best.npz", "last.npz"} <= set(os.listdir(tmp_path / "run"))
+
+
+def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_path) -> None:
+    whole = sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path / "whole", progress=False)
+    sdw.distill(small_data, small_teacher, **{**TINY, "steps": 17}, folder=tmp_path / "parts", progress=False)
+    assert load_checkpoint(tmp_path / "parts" / "checkpoint")["iteration"] == 17
+    parts = sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path / "parts", progress=False)
+    assert same_set(whole, parts)
+    losses = [[m["loss"] for m in read_metrics(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+RUN = """
+import numpy as np, sdw_fast as sdw, time
+rng = np.random.default_rng(0)
+observations = rng.normal(size=(400, 11)).astype(np.float32)
+data = sdw.load_dataset({{"observations": observations, "actions": np.tanh(observations[:, :3]),
+                         "rewards": np.zeros(400),
+                         "terminations": np.zeros(400, bool), "truncations": np.arange(400) % 20 == 19}})
+def callback(distiller, metrics):
+    time.sleep({pause})
+    if distiller.iteration == 9:  # past the first checkpoint, at step 7
+        print("started", flush=True)
+sdw.distill(data, objective="dbc", size=12, hidden=(16, 16), inner_steps=5, batch_size=64, steps=40, checkpoint_every=7,
+            folder={folder!r}, callback=callback)
+print("finished", flush=True)
+"""
+
+
+def run_script(folder: Path, pause: float) -> subprocess.Popen[str]:
+    code = RUN.format(folder=str(folder), pause=pause)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, signum: signal.Signals) -> None:
+    whole = run_script(tmp_path / "whole", pause=0.0)
+    cut = run_script(tmp_path / "cut", pause=0.1)
+    assert cut.stdout is not None
+    assert cut.stdout.readline() == "started\n"
+    cut.send_signal(signum)
+    output, errors = cut.communicate(timeout=60)
+    assert "finished" not in output
+    assert whole.wait(timeout=60) == 0, whole.communicate()
+    reached = load_checkpoint(tmp_path / "cut" / "checkpoint")["iteration"]
+    if signum == signal.SIGINT:
+        assert "--resume" in errors
+        assert reached == read_metrics(tmp_path / "cut")[-1]["step"]
+    else:
+        assert reached % 7 == 0
+    assert 7 <= reached < 40
+    resumed = run_script(tmp_path / "cut", pause=0.0)
+    assert resumed.wait(timeout=60) == 0, resumed.communicate()
+    for name in ("last.npz", "best.npz"):
+        first, second = (sdw.SyntheticDataset.load(tmp_path / folder / name) for folder in ("whole", "cut"))
+        assert same_set(first, second)
+    steps = [m["step"] for m in read_metrics(tmp_path / "cut")]
+    assert steps == list(range(1, 41))
+
+
+def test_checkpoint_of_another_dataset_or_setting_is_refused(small_data, small_teacher, tmp_path) -> None:
+    sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="another dataset"):
+        sdw.distill(small_data.subset(np.arange(300)), small_teacher, **TINY, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="inner_lr"):
+        sdw.distill(small_data, small_teacher, **TINY, inner_lr=0.05, folder=tmp_path, progress=False)
+
+
+def test_damaged_checkpoint_is_an_error(small_data, small_teacher, tmp_path) -> None:
+    sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path, progress=False)
+    (tmp_path / "checkpoint").write_bytes((tmp_path / "checkpoint").read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path, progress=False)
+
+
+def test_divergence_keeps_the_set(small_data, small_teacher) -> None:
+    distiller = Distiller(small_data, small_teacher, DistillConfig(**TINY, inner_lr=1e20))
+    before = distiller.observations.detach().clone()
+    with pytest.raises((FloatingPointError, ValueError)):
+        distiller.step()
+    assert torch.equal(distiller.observations.detach(), before)
+
+
+def test_works_outside_the_main_thread(small_data, small_teacher) -> None:
+    results: list[sdw.SyntheticDataset] = []
+    thread = threading.Thread(
+        target=lambda: results.append(sdw.distill(small_data, small_teacher, **TINY, progress=False))
+    )
+    thread.start()
+    thread.join()
+    assert len(results) == 1
+
+
+def test_evaluation_needs_an_environment(small_data, small_teacher) -> None:
+    with pytest.raises(ValueError, match="names no environment"):
+        sdw.distill(small_data, small_teacher, **TINY, eval_every=10, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"objective": "bc"}, "objective"),
+        ({"size": 0}, "size"),
+        ({"lr": float("nan")}, "lr"),
+        ({"window": 101}, "window"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"hidden": (0,)}, "hidden"),
+        ({"optimiser": "adam"}, "unknown settings"),
+    ],
+)
+def test_bad_settings_are_refused(setting: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillConfig.from_dict(setting)
+
+
+def test_paper_settings() -> None:
+    config = DistillConfig.paper(seed=3)
+    assert (config.optimizer, config.lr, config.momentum, config.clip_norm) == ("sgd", 0.1, 0.9, 2.0)
+    assert (config.steps, config.size, config.inner_steps, config.inner_lr) == (50_000, 256, 100, 0.1)
+    assert (config.batch_size, config.beta, config.seed) == (2_560, 0.02, 3)

@@ -438,8 +438,8 @@ def test_training_bootstraps_past_truncation_but_not_past_termination() -> None:
         teacher = train_teacher(data, algorithm, steps=120, seed=0, progress=False)
         values = teacher.values(data.observations, data.actions)
         ended, cut = values[data.terminations].mean(), values[data.truncations].mean()
-        assert abs(ended - 1) < 0.2
-        assert cut > 1.5
+        assert abs(ended - 1) < 0.1
+        assert cut > 1.15  # 1 without the bootstrap, on its way to 1 / (1 − 0.99) with it
 
 
 def test_training_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ from sdw_fast.density import (
 )
 from sdw_fast.evaluate import Evaluation, evaluate
 from sdw_fast.runtime import config, get_num_threads, set_num_threads
+from sdw_fast.teacher import Teacher, train_teacher
 from sdw_fast.version import __version__
 
 __all__ = [
     "DensityWeights",
     "Evaluation",
     "Normalizer",
+    "Teacher",
     "TransitionDataset",
     "__version__",
     "concatenate",
@@ -33,4 +35,5 @@ __all__ = [
     "normalized_return",
     "ops",
     "set_num_threads",
+    "train_teacher",
 ]

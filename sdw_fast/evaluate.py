@@ -124,7 +124,7 @@ def evaluate(
         with acting(policy), tqdm(total=episodes, desc="evaluate", disable=not progress) as bar:
             observations, _ = envs.reset()
             while (running := current < episodes).any():
-                actions = _act(policy, observations, envs.single_action_space)
+                actions = act(policy, observations, envs.single_action_space)
                 observations, rewards, terminations, truncations, _ = envs.step(actions)
                 returns[current[running]] += rewards[running]
                 lengths[current[running]] += 1
@@ -226,7 +226,7 @@ def acting(policy: Policy) -> Iterator[None]:
             module.training = training
 
 
-def _act(policy: Policy, observations: np.ndarray, space: Any) -> np.ndarray:
+def act(policy: Policy, observations: np.ndarray, space: Any) -> np.ndarray:
     """Asks the policy for the actions of observations (n, D), n ≤ BATCH, and checks them."""
     rows = len(observations)
     batch = torch.zeros(BATCH, observations.shape[1])

@@ -1,6 +1,7 @@
 """sdw_fast: offline behavior distillation with state-density weights, on compiled kernels."""
 
 from sdw_fast import ops
+from sdw_fast.collect import collect
 from sdw_fast.data import Normalizer, TransitionDataset, concatenate, load_dataset, normalized_return
 from sdw_fast.density import (
     DensityWeights,
@@ -22,6 +23,7 @@ __all__ = [
     "Teacher",
     "TransitionDataset",
     "__version__",
+    "collect",
     "concatenate",
     "config",
     "density_weights",

@@ -121,10 +121,10 @@ def evaluate(
     lengths = np.zeros(episodes, dtype=np.int64)
     current = np.arange(slots)  # the episode that each environment is in; past the last, it idles
     try:
-        with _evaluation_mode(policy), tqdm(total=episodes, desc="evaluate", disable=not progress) as bar:
+        with acting(policy), tqdm(total=episodes, desc="evaluate", disable=not progress) as bar:
             observations, _ = envs.reset()
             while (running := current < episodes).any():
-                actions = _act(policy, observations, envs.single_action_space)
+                actions = act(policy, observations, envs.single_action_space)
                 observations, rewards, terminations, truncations, _ = envs.step(actions)
                 returns[current[running]] += rewards[running]
                 lengths[current[running]] += 1
@@ -207,19 +207,26 @@ class _SeededEpisodes(gym.Wrapper):
 
 
 @contextmanager
-def _evaluation_mode(policy: Policy) -> Iterator[None]:
-    """Puts an nn.Module in evaluation mode, and each of its parts back as it was."""
+def acting(policy: Policy) -> Iterator[None]:
+    """Puts an nn.Module in evaluation mode and PyTorch on one thread, and each back as it was.
+
+    A product of 16 rows is too small to share: waiting for a second thread costs more than it computes, many times more
+    on a busy machine.
+    """
     modes = [(m, m.training) for m in policy.modules()] if isinstance(policy, nn.Module) else []
+    threads = torch.get_num_threads()
     for module, _ in modes:
         module.training = False
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         for module, training in modes:
             module.training = training
 
 
-def _act(policy: Policy, observations: np.ndarray, space: Any) -> np.ndarray:
+def act(policy: Policy, observations: np.ndarray, space: Any) -> np.ndarray:
     """Asks the policy for the actions of observations (n, D), n ≤ BATCH, and checks them."""
     rows = len(observations)
     batch = torch.zeros(BATCH, observations.shape[1])

@@ -4,9 +4,14 @@ from sdw_fast import ops
 from sdw_fast.data import Normalizer, TransitionDataset, concatenate, load_dataset, normalized_return
 from sdw_fast.density import (
     DensityWeights,
+    Diversity,
+    coverage,
     density_weights,
+    diversity,
     effective_sample_size,
     estimate_dimension,
+    flow_log_density,
+    kde_log_density,
     knn_log_density,
     log_density,
 )
@@ -16,17 +21,22 @@ from sdw_fast.version import __version__
 
 __all__ = [
     "DensityWeights",
+    "Diversity",
     "Evaluation",
     "Normalizer",
     "TransitionDataset",
     "__version__",
     "concatenate",
     "config",
+    "coverage",
     "density_weights",
+    "diversity",
     "effective_sample_size",
     "estimate_dimension",
     "evaluate",
+    "flow_log_density",
     "get_num_threads",
+    "kde_log_density",
     "knn_log_density",
     "load_dataset",
     "log_density",

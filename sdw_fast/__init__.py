@@ -5,9 +5,14 @@ from sdw_fast.collect import collect
 from sdw_fast.data import Normalizer, TransitionDataset, concatenate, load_dataset, normalized_return
 from sdw_fast.density import (
     DensityWeights,
+    Diversity,
+    coverage,
     density_weights,
+    diversity,
     effective_sample_size,
     estimate_dimension,
+    flow_log_density,
+    kde_log_density,
     knn_log_density,
     log_density,
 )
@@ -18,6 +23,7 @@ from sdw_fast.version import __version__
 
 __all__ = [
     "DensityWeights",
+    "Diversity",
     "Evaluation",
     "Normalizer",
     "Teacher",
@@ -26,11 +32,15 @@ __all__ = [
     "collect",
     "concatenate",
     "config",
+    "coverage",
     "density_weights",
+    "diversity",
     "effective_sample_size",
     "estimate_dimension",
     "evaluate",
+    "flow_log_density",
     "get_num_threads",
+    "kde_log_density",
     "knn_log_density",
     "load_dataset",
     "log_density",

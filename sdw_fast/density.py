@@ -6,6 +6,7 @@ one scale: pass normalized states. The functions that take a `TransitionDataset`
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -13,16 +14,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from sdw_fast import ops
-
-if TYPE_CHECKING:
-    from sdw_fast.data import TransitionDataset
+from sdw_fast.data import TransitionDataset
 
 States = np.ndarray | torch.Tensor
 
@@ -71,7 +70,106 @@ def knn_log_density(
     return _log_density_of_distances(distances, searched, _varying_columns(states), dimension)
 
 
-def log_density(data: TransitionDataset, method: str = "knn", **options: Any) -> np.ndarray:
+def flow_log_density(
+    observations: States,
+    *,
+    transforms: int = 5,
+    hidden: tuple[int, ...] = (128, 128),
+    batch_size: int = 1024,
+    learning_rate: float = 1e-3,
+    max_epochs: int = 100,
+    patience: int = 5,
+    seed: int = 0,
+    progress: bool = False,
+) -> np.ndarray:
+    """Log-density of every state under a masked autoregressive flow (Papamakarios et al., 2017) fitted to the states.
+
+    Adam with gradients clipped to norm 1, on minibatches of nine tenths of the states; the parameters of the epoch
+    with the highest mean log-density on the held-out tenth are kept, and training ends when it has not risen for
+    `patience` epochs. Columns are standardized (the log-densities are those of the given coordinates all the same);
+    constant ones are left out, as they are no dimension.
+
+    Args:
+        observations: (M, D) array or tensor, normalized; a tensor is worked on where it lies.
+        transforms: autoregressive layers, each in the reverse order of the one before.
+        hidden: widths of the network of each layer.
+        batch_size: states a step.
+        learning_rate: Adam's.
+        max_epochs: at most so many passes over the states.
+        patience: epochs without improvement to end after.
+        seed: of the initialization, the split and the order; same seed, same machine, same log-densities.
+        progress: show a bar.
+
+    Returns:
+        (M,) float64 array of natural logarithms.
+
+    Raises:
+        ImportError: zuko is not installed.
+        ValueError: wrong shape, fewer than 10 states, NaN or infinite values, no column varies, or training diverged.
+    """
+    try:
+        import zuko
+    except ImportError as error:
+        raise ImportError('flow_log_density needs zuko: pip install "sdw_fast[flow]"') from error
+    x, log_volume = _standardized(_as_states(observations, "observations"))
+    x = x.float()
+    if len(x) < 10:
+        raise ValueError(f"a flow needs at least 10 states (one in ten is held out), got {len(x)}")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # zuko initializes from PyTorch's global generator
+        torch.manual_seed(seed)
+        flow = zuko.flows.MAF(x.shape[1], transforms=transforms, hidden_features=hidden).to(x.device)
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    _fit_flow(
+        flow, x[order[len(x) // 10 :]], x[order[: len(x) // 10]], batch_size, learning_rate, max_epochs, patience,
+        generator, progress,
+    )  # fmt: skip
+    return _flow_log_prob(flow, x).double().cpu().numpy() - log_volume
+
+
+def kde_log_density(observations: States, *, bandwidth: str | float = "scott", progress: bool = False) -> np.ndarray:
+    """Log-density of every state under a Gaussian kernel density estimate, leave-one-out, for comparison at small M.
+
+        d(s_i) = 1/(M − 1) · Σ_{j≠i} Π_c N(s_ic; s_jc, (h σ_c)²)
+
+    with σ_c the standard deviation of column c. Work and time are M² D; memory is bounded by blocks.
+
+    Args:
+        observations: (M, D) array or tensor, normalized; a tensor is worked on where it lies. Constant columns are
+            left out.
+        bandwidth: h in standard deviations. "scott": M^(−1/(D+4)); "silverman": (M (D+2)/4)^(−1/(D+4)); or a number.
+        progress: show a bar.
+
+    Returns:
+        (M,) float64 array of natural logarithms.
+
+    Raises:
+        ValueError: wrong shape, one state, NaN or infinite values, no column varies, or a bandwidth not understood.
+    """
+    x, log_volume = _standardized(_as_states(observations, "observations"))
+    count, columns = x.shape
+    if bandwidth == "scott":
+        h = count ** (-1 / (columns + 4))
+    elif bandwidth == "silverman":
+        h = (count * (columns + 2) / 4) ** (-1 / (columns + 4))
+    elif not isinstance(bandwidth, str) and bandwidth > 0 and math.isfinite(bandwidth):
+        h = float(bandwidth)
+    else:
+        raise ValueError(f"bandwidth must be 'scott', 'silverman' or a positive number, got {bandwidth!r}")
+    x = x / h
+    log_kernels = torch.empty(count, dtype=torch.float64, device=x.device)
+    rows = max(1, (1 << 23) // count)  # a block of distances takes 64 MB
+    for start in tqdm(range(0, count, rows), desc="kernel density", disable=not progress):
+        block = x[start : start + rows]
+        exponent = torch.cdist(block, x).square_().mul_(-0.5)  # (B, M)
+        own = torch.arange(len(block), device=x.device)
+        exponent[own, start + own] = -torch.inf
+        log_kernels[start : start + rows] = torch.logsumexp(exponent, dim=1)
+    normalization = math.log(count - 1) + columns * (math.log(h) + math.log(2 * math.pi) / 2) + log_volume
+    return log_kernels.cpu().numpy() - normalization
+
+
+def log_density(data: TransitionDataset, method: str = "knn", *, progress: bool = False, **options: Any) -> np.ndarray:
     """Log-density of every state of a dataset, on normalized states, with the costly part cached beside the dataset.
 
     The cache is a folder `.sdw_cache` in the folder of `data.path`, with one file for each content hash and choice of
@@ -80,8 +178,9 @@ def log_density(data: TransitionDataset, method: str = "knn", **options: Any) ->
 
     Args:
         data: the dataset, of M transitions.
-        method: "knn".
-        **options: those of `knn_log_density`, `references` as a number only.
+        method: "knn", "flow" or "kde".
+        progress: show a bar.
+        **options: those of `knn_log_density` (`references` as a number only), `flow_log_density` or `kde_log_density`.
 
     Returns:
         (M,) float64 array of natural logarithms.
@@ -89,13 +188,18 @@ def log_density(data: TransitionDataset, method: str = "knn", **options: Any) ->
     Raises:
         ValueError: unknown method, or as the method's own function.
     """
-    if method != "knn":
-        raise ValueError(f"method must be 'knn', got {method!r}")
-    options = {"k": 10, "dimension": "ambient", **options}
-    dimension = options.pop("dimension")
-    distances, searched = _cached_neighbor_distances(data, **options)
-    columns = _varying_columns(data.normalized_observations)
-    return _log_density_of_distances(distances, searched, columns, dimension)
+    if method == "knn":
+        dimension = options.pop("dimension", "ambient")
+        distances, searched = _cached_neighbor_distances(data, progress=progress, **options)
+        return _log_density_of_distances(distances, searched, _varying_columns(data.normalized_observations), dimension)
+    estimators: dict[str, Callable[..., np.ndarray]] = {"flow": flow_log_density, "kde": kde_log_density}
+    if method not in estimators:
+        raise ValueError(f"method must be one of {['knn', *estimators]}, got {method!r}")
+
+    def compute() -> dict[str, np.ndarray]:
+        return {"logd": estimators[method](data.normalized_observations, progress=progress, **options)}
+
+    return _cached(data, f"{method} {sorted(options.items())}", compute, {"logd": (len(data),)})["logd"]
 
 
 def estimate_dimension(observations: States, k: int = 20, *, backend: str = "auto", progress: bool = False) -> float:
@@ -217,6 +321,102 @@ def effective_sample_size(weights: States) -> float:
     return float(w.sum() ** 2 / (w.size * np.square(w).sum()))
 
 
+@dataclass(frozen=True)
+class Diversity:
+    """How widely a dataset's states spread.
+
+    Attributes:
+        states: M.
+        dimension: number of columns that vary, D.
+        intrinsic_dimension: as `estimate_dimension` gives it, with the same k.
+        participation_ratio: (Σλ)² / Σλ² of the covariance's eigenvalues λ: how many principal axes share the variance,
+            between 1 and D.
+        neighbor_distance: mean distance of a state to its k nearest others.
+        entropy: differential entropy in nats, by Kozachenko & Leonenko (1987):
+            ψ(M) − ψ(k) + log V_D + D · mean log r_k.
+    """
+
+    states: int
+    dimension: int
+    intrinsic_dimension: float
+    participation_ratio: float
+    neighbor_distance: float
+    entropy: float
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Plain numbers, JSON-serializable."""
+        return asdict(self)
+
+
+def diversity(source: TransitionDataset | States, k: int = 10, *, progress: bool = False) -> Diversity:
+    """Measures how widely states spread.
+
+    Figures of two datasets compare only in the same coordinates: give both in one normalization, and for entropy and
+    neighbor distance the same number of states.
+
+    Args:
+        source: a dataset, whose normalized states are measured and whose neighbors are cached as in `log_density`; or
+            (M, D) normalized states.
+        k: neighbors, at least 2 and below M.
+        progress: show a bar.
+
+    Raises:
+        ValueError: as `knn_log_density`.
+    """
+    states: States
+    if isinstance(source, TransitionDataset):
+        states = source.normalized_observations
+        distances, _ = _cached_neighbor_distances(source, k, progress=progress)
+    else:
+        states = _as_states(source, "observations")
+        distances, _ = _neighbor_distances(states, k, None, 0, "auto", progress)
+    count, columns = len(states), _varying_columns(states)
+    radius = _floored(distances[:, -1].astype(np.float64))
+    digamma = torch.digamma(torch.tensor([count, k], dtype=torch.float64))
+    log_volume = _log_unit_ball(columns) + columns * float(np.log(radius).mean())
+    return Diversity(
+        states=count,
+        dimension=columns,
+        intrinsic_dimension=_dimension_of_distances(distances),
+        participation_ratio=_participation_ratio(_to_numpy(states)),
+        neighbor_distance=float(distances.mean(dtype=np.float64)),
+        entropy=float(digamma[0] - digamma[1]) + log_volume,
+    )
+
+
+def coverage(of: TransitionDataset | States, by: TransitionDataset | States, k: int = 10) -> float:
+    """Fraction of the states of one dataset that have a state of the other in their neighborhood.
+
+        1/M · #{ i : min_j ‖x_i − y_j‖ ≤ r_k(x_i) }     (Naeem et al., 2020, "coverage")
+
+    with x the M states `of`, r_k(x_i) the distance of x_i to its k-th neighbor among the other x, and y the N states
+    `by`. If both come from one distribution it is 1 − Π_{l<k} (M − 1 − l) / (M + N − 1 − l) on average: 1 − 2^(−k) for
+    datasets of one size.
+
+    Args:
+        of: the dataset to be covered, or (M, D) states.
+        by: the dataset that covers, or (N, D) states. Two datasets are both normalized by the normalizer of the first;
+            two arrays are taken as they are.
+        k: neighbors that make a neighborhood, 1 ≤ k < M.
+
+    Raises:
+        TypeError: one dataset and one array.
+        ValueError: as `knn_log_density`.
+    """
+    covered: States
+    covering: States
+    if isinstance(of, TransitionDataset) and isinstance(by, TransitionDataset):
+        covered, covering = of.normalized_observations, of.normalizer.normalize(by.observations)
+        distances, _ = _cached_neighbor_distances(of, k)
+    elif isinstance(of, TransitionDataset) or isinstance(by, TransitionDataset):
+        raise TypeError("coverage compares two datasets or two arrays, got one of each")
+    else:
+        covered, covering = _as_states(of, "of"), _as_states(by, "by")
+        distances, _ = _neighbor_distances(covered, k, None, 0, "auto", False)
+    nearest, _ = _neighbor_distances(covered, 1, covering, 0, "auto", False)
+    return float(np.mean(nearest[:, 0] <= distances[:, -1]))
+
+
 def _tau_for(ess: float, rarity: np.ndarray, clip: float) -> float:
     """The τ whose weights exp(τ · rarity) have this effective sample size, to a relative 1e-9 of τ."""
     if not 0 < ess <= 1:
@@ -240,6 +440,62 @@ def _tau_for(ess: float, rarity: np.ndarray, clip: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if reached(middle) > ess else (low, middle)
     return high
+
+
+def _standardized(states: States) -> tuple[torch.Tensor, float]:
+    """The varying columns with mean 0 and deviation 1, float64, and log |∂s/∂x| of that change of variables."""
+    x = torch.as_tensor(states).double()
+    if len(x) < 2:
+        raise ValueError("one state has no density: give at least 2")
+    x = x[:, (x != x[0]).any(dim=0)]
+    if x.shape[1] == 0:
+        raise ValueError("all states are equal, so they have no density")
+    deviation = x.std(dim=0)
+    return (x - x.mean(dim=0)) / deviation, float(deviation.log().sum())
+
+
+def _fit_flow(
+    flow: Any,
+    training: torch.Tensor,
+    held_out: torch.Tensor,
+    batch_size: int,
+    learning_rate: float,
+    max_epochs: int,
+    patience: int,
+    generator: torch.Generator,
+    progress: bool,
+) -> None:
+    """Fits in place by maximum likelihood and leaves the parameters of the best epoch."""
+    optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
+    best, best_epoch, best_state = -math.inf, -1, None
+    with tqdm(range(max_epochs), desc="flow", unit="epoch", disable=not progress) as bar:
+        for epoch in bar:
+            for rows in torch.randperm(len(training), generator=generator).split(batch_size):
+                loss = -flow().log_prob(training[rows.to(training.device)]).mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+                optimizer.step()
+            reached = float(_flow_log_prob(flow, held_out).mean())
+            bar.set_postfix(held_out=f"{reached:.3f}", best=f"{max(best, reached):.3f}")
+            if reached > best:
+                best, best_epoch, best_state = reached, epoch, copy.deepcopy(flow.state_dict())
+            elif epoch - best_epoch >= patience:
+                break
+    if best_state is None:
+        raise ValueError("the flow's training diverged: no epoch had a finite log-density; lower learning_rate")
+    flow.load_state_dict(best_state)
+
+
+@torch.no_grad()
+def _flow_log_prob(flow: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([flow().log_prob(block) for block in x.split(1 << 14)])
+
+
+def _participation_ratio(states: np.ndarray) -> float:
+    """(tr C)² / tr C² of the covariance C of the columns."""
+    covariance = np.atleast_2d(np.cov(states, rowvar=False, dtype=np.float64))
+    return float(np.trace(covariance) ** 2 / np.square(covariance).sum())
 
 
 def _log_density_of_distances(
@@ -358,7 +614,7 @@ def _check_k(k: int, available: int, what: str) -> None:
 
 def _cached_neighbor_distances(
     data: TransitionDataset,
-    k: int,
+    k: int = 10,
     references: int | None = None,
     seed: int = 0,
     backend: str = "auto",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import sdw_fast as sdw
 from sdw_fast import density
+from sdw_fast.data import Normalizer, TransitionDataset
 
 
 @pytest.fixture
@@ -266,22 +268,11 @@ def test_effective_sample_size() -> None:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Dataset:
-    """What the density of a dataset reads of it."""
-
-    normalized_observations: np.ndarray
-    path: Path | None
-    content_hash: str = "abc"
-    normalizer: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(mean=np.zeros(3), scale=np.ones(3)))
-
-    def __len__(self) -> int:
-        return len(self.normalized_observations)
-
-
 @pytest.fixture
-def dataset(rng: np.random.Generator, tmp_path: Path) -> Dataset:
-    return Dataset(rng.standard_normal((200, 3)).astype(np.float32), tmp_path)
+def dataset(rng: np.random.Generator, tmp_path: Path) -> TransitionDataset:
+    never = np.zeros(200, bool)
+    observations = [5, 0, -3] + rng.standard_normal((200, 3)) * [1, 10, 0.1]
+    return TransitionDataset(observations, np.zeros((200, 1)), np.zeros(200), never, never, path=tmp_path)
 
 
 @pytest.fixture
@@ -293,7 +284,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_log_density_searches_once(dataset: Dataset, searches: list[int]) -> None:
+def test_log_density_searches_once(dataset: TransitionDataset, searches: list[int]) -> None:
     first = sdw.log_density(dataset)
     np.testing.assert_array_equal(first, sdw.knn_log_density(dataset.normalized_observations))
     searches.clear()
@@ -304,22 +295,22 @@ def test_log_density_searches_once(dataset: Dataset, searches: list[int]) -> Non
     assert [file.suffix for file in (dataset.path / ".sdw_cache").iterdir()] == [".npz"]
 
 
-def test_cache_knows_what_it_holds(dataset: Dataset, searches: list[int]) -> None:
+def test_cache_knows_what_it_holds(dataset: TransitionDataset, searches: list[int]) -> None:
     sdw.log_density(dataset)
     subset = sdw.log_density(dataset, references=100)
     np.testing.assert_array_equal(subset, sdw.knn_log_density(dataset.normalized_observations, references=100))
     searches.clear()
     sdw.log_density(dataset, k=11)
     sdw.log_density(dataset, references=100, seed=1)
-    dataset.content_hash = "abd"
-    sdw.log_density(dataset)
-    dataset.normalizer.scale = np.full(3, 2.0)
-    sdw.log_density(dataset)
+    other = dataclasses.replace(dataset, rewards=dataset.rewards + 1)
+    sdw.log_density(other)
+    scaled = Normalizer(dataset.normalizer.mean, np.full(3, 2, np.float32))
+    sdw.log_density(dataclasses.replace(dataset, normalizer=scaled))
     assert len(searches) == 4
     np.testing.assert_array_equal(sdw.log_density(dataset, references=100), subset)
 
 
-def test_cache_lies_beside_a_file_and_nowhere_without_one(dataset: Dataset, searches: list[int]) -> None:
+def test_cache_lies_beside_a_file_and_nowhere_without_one(dataset: TransitionDataset, searches: list[int]) -> None:
     folder = dataset.path
     dataset.path = folder / "data.npz"
     dataset.path.write_bytes(b"")
@@ -332,7 +323,7 @@ def test_cache_lies_beside_a_file_and_nowhere_without_one(dataset: Dataset, sear
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "shape", "nan", "pickle"])
-def test_damaged_cache_is_computed_again(dataset: Dataset, searches: list[int], damage: str) -> None:
+def test_damaged_cache_is_computed_again(dataset: TransitionDataset, searches: list[int], damage: str) -> None:
     expected = sdw.log_density(dataset)
     (file,) = (dataset.path / ".sdw_cache").iterdir()
     good = file.read_bytes()
@@ -356,7 +347,7 @@ def test_damaged_cache_is_computed_again(dataset: Dataset, searches: list[int], 
     assert len(searches) == 1
 
 
-def test_place_that_cannot_be_written_is_no_error(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_place_that_cannot_be_written_is_no_error(dataset: TransitionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sdw.knn_log_density(dataset.normalized_observations)
     (dataset.path / ".sdw_cache").write_text("a file where the folder would be")
     np.testing.assert_array_equal(sdw.log_density(dataset), expected)
@@ -370,10 +361,280 @@ def test_place_that_cannot_be_written_is_no_error(dataset: Dataset, monkeypatch:
     assert list((dataset.path / ".sdw_cache").iterdir()) == []  # no temporary file is left
 
 
-def test_log_density_refuses(dataset: Dataset) -> None:
+def test_log_density_refuses(dataset: TransitionDataset) -> None:
     with pytest.raises(ValueError, match="method must be"):
         sdw.log_density(dataset, method="histogram")
     with pytest.raises(TypeError, match="must be a number"):
         sdw.log_density(dataset, references=np.eye(3))
     with pytest.raises(ValueError, match="between 1 and 199"):
         sdw.log_density(dataset, k=200)
+
+
+# --- known densities --------------------------------------------------------------------------------------------------
+#
+# A k-NN log-density has mean error log k − ψ(k) (0.05 at k = 10) and standard deviation √ψ'(k) (0.32) where the density
+# is locally constant; curvature and borders add to it. The tolerances below are those two and a margin.
+
+NOISE = 0.325  # √ψ'(10)
+OFFSET = 0.0508  # log 10 − ψ(10)
+
+
+def log_normal(x: np.ndarray, deviation: float | np.ndarray = 1.0) -> np.ndarray:
+    """log N(x; 0, deviation²), summed over the columns."""
+    return (-0.5 * (x / deviation) ** 2 - np.log(deviation * math.sqrt(2 * math.pi)) + np.zeros(x.shape)).sum(axis=1)
+
+
+def mixture(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A narrow and a wide Gaussian in the plane, 3 to 1, and the log-density."""
+    narrow = rng.random(count) < 0.75
+    x = np.where(narrow[:, None], 0.2, 1.0) * rng.standard_normal((count, 2)) + np.where(narrow[:, None], 0.0, 3.0)
+    return x, np.logaddexp(np.log(0.75) + log_normal(x, 0.2), np.log(0.25) + log_normal(x - 3, 1.0))
+
+
+@pytest.mark.parametrize(("columns", "bias", "spread"), [(1, 0.02, 0.35), (2, 0.03, 0.38), (5, 0.2, 0.55)])
+def test_knn_on_a_gaussian(rng: np.random.Generator, columns: int, bias: float, spread: float) -> None:
+    x = rng.standard_normal((8000, columns))
+    error = sdw.knn_log_density(x.astype(np.float32)) - log_normal(x)
+    assert abs(error.mean() - OFFSET) < bias
+    assert NOISE - 0.05 < error.std() < spread
+
+
+def test_knn_on_a_mixture(rng: np.random.Generator) -> None:
+    x, truth = mixture(rng, 8000)
+    error = sdw.knn_log_density(x.astype(np.float32)) - truth
+    assert abs(error.mean() - OFFSET) < 0.03
+    assert error.std() < 0.38
+    assert abs(error[truth < np.quantile(truth, 0.2)].mean() - OFFSET) < 0.1  # the rare states are not far off either
+
+
+def test_knn_on_a_cube(rng: np.random.Generator) -> None:
+    x = rng.random((8000, 3)).astype(np.float32)
+    logd = sdw.knn_log_density(x)
+    inside = (np.abs(x - 0.5) < 0.4).all(axis=1)
+    assert abs(logd[inside].mean() - OFFSET) < 0.03
+    assert abs(logd[inside].std() - NOISE) < 0.03
+    # A ball around a state on a face has half its volume outside: the estimate is low by about log 2.
+    face = (np.abs(x[:, 0] - 0.5) > 0.499) & (np.abs(x[:, 1:] - 0.5) < 0.4).all(axis=1)
+    assert -0.9 < logd[face].mean() - OFFSET < -0.4
+
+
+def test_knn_on_a_curved_surface(rng: np.random.Generator) -> None:
+    # (u, u², v) with u, v uniform: a sheet of dimension 2 in 3, of density 1 / √(1 + 4u²) an area.
+    u, v = rng.uniform(-1, 1, 8000), rng.random(8000)
+    sheet = np.stack([u, u**2, v], axis=1).astype(np.float32)
+    truth = -np.log(2 * np.sqrt(1 + 4 * u**2))
+    inside = (np.abs(u) < 0.9) & (np.abs(v - 0.5) < 0.4)
+    assert sdw.estimate_dimension(sheet, k=10) == pytest.approx(2, abs=0.1)
+    exact = (sdw.knn_log_density(sheet, dimension=2) - truth)[inside]
+    assert abs(exact.mean() - OFFSET) < 0.03
+    assert abs(exact.std() - NOISE) < 0.03
+    estimated = (sdw.knn_log_density(sheet, dimension="intrinsic") - truth)[inside]
+    assert abs(estimated.mean() - OFFSET) < 0.3
+    ambient = (sdw.knn_log_density(sheet) - truth)[inside]
+    assert ambient.std() > 1.3 * exact.std()  # a ball of too many dimensions stretches every contrast by 3/2
+
+
+def test_reference_subset_is_unbiased(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((8000, 2))
+    error = sdw.knn_log_density(x.astype(np.float32), references=2000) - log_normal(x)
+    assert abs(error.mean() - OFFSET) < 0.05
+
+
+@pytest.mark.parametrize(("columns", "tolerance"), [(1, 0.03), (2, 0.06), (5, 0.3)])
+def test_intrinsic_dimension(rng: np.random.Generator, columns: int, tolerance: float) -> None:
+    plane = rng.standard_normal((6000, columns)) @ np.linalg.qr(rng.standard_normal((9, columns)))[0].T
+    assert sdw.estimate_dimension(plane.astype(np.float32)) == pytest.approx(columns, abs=tolerance)
+
+
+def test_intrinsic_dimension_by_hand() -> None:
+    # Neighbor distances (1, 2) and (1, 4): 1/m = mean(log 2, log 4). A row with a duplicate says nothing.
+    assert density._dimension_of_distances(np.array([[1.0, 2], [1, 4], [0, 3]])) == pytest.approx(1 / math.log(8**0.5))
+    with pytest.raises(ValueError, match="no state without a duplicate"):
+        density._dimension_of_distances(np.zeros((4, 3)))
+
+
+# --- kernel density ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bandwidth", ["scott", "silverman", 0.3])
+def test_kde_is_scipys_without_the_state_itself(rng: np.random.Generator, bandwidth: str | float) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    count, columns = 400, 3
+    x = rng.standard_normal((count, columns))
+    x = (x - x.mean(axis=0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T  # SciPy's kernel has the covariance's
+    x *= np.array([0.5, 1.0, 30.0])  # shape, ours the columns' deviations: the same for uncorrelated columns
+    kernel = stats.gaussian_kde(x.T, bw_method=bandwidth)
+    own = kernel.evaluate(x[:1].T) * 0 + 1 / math.sqrt(np.linalg.det(2 * math.pi * kernel.covariance))
+    expected = np.log((kernel(x.T) * count - own) / (count - 1))
+    np.testing.assert_allclose(sdw.kde_log_density(x, bandwidth=bandwidth), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_kde_blocks_constant_columns_and_isolated_states(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = rng.standard_normal((150, 2))
+    x[0] = 1e3  # its kernels underflow in any plain sum
+    expected = sdw.kde_log_density(x, bandwidth=0.1)
+    assert np.isfinite(expected).all()
+    assert expected.argmin() == 0
+    padded = torch.from_numpy(np.concatenate([x, np.ones((150, 1))], axis=1))
+    np.testing.assert_allclose(sdw.kde_log_density(padded, bandwidth=0.1), expected)
+
+
+def test_kde_on_a_mixture(rng: np.random.Generator) -> None:
+    x, truth = mixture(rng, 4000)
+    logd = sdw.kde_log_density(x, bandwidth=0.12)
+    assert abs((logd - truth).mean()) < 0.15
+    assert np.corrcoef(logd, truth)[0, 1] > 0.97
+
+
+@pytest.mark.parametrize("bandwidth", ["wide", 0, -1.0, math.inf])
+def test_kde_refuses_bandwidths(bandwidth: str | float) -> None:
+    with pytest.raises(ValueError, match="bandwidth must be"):
+        sdw.kde_log_density(np.eye(4), bandwidth=bandwidth)
+
+
+def test_kde_and_flow_refuse_what_has_no_density() -> None:
+    pytest.importorskip("zuko")
+    for estimate in (sdw.kde_log_density, sdw.flow_log_density):
+        with pytest.raises(ValueError, match="all states are equal"):
+            estimate(np.ones((20, 3)))
+        with pytest.raises(ValueError, match="at least 2"):
+            estimate(np.ones((1, 3)))
+        with pytest.raises(ValueError, match="NaN"):
+            estimate(np.full((20, 3), np.nan))
+    with pytest.raises(ValueError, match="at least 10 states"):
+        sdw.flow_log_density(np.eye(5))
+
+
+# --- flow -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_flow() -> Iterator[dict]:
+    """Options of a flow that fits in a second, on one thread: waking a second one costs more than these sizes take."""
+    pytest.importorskip("zuko")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield {"transforms": 4, "hidden": (32, 32), "batch_size": 256, "learning_rate": 5e-3}
+    torch.set_num_threads(threads)
+
+
+def test_flow_on_a_correlated_gaussian_in_its_own_units(rng: np.random.Generator, small_flow: dict) -> None:
+    x = rng.standard_normal((4000, 3))
+    mix = np.array([[50.0, 0, 0], [0.3, 0.2, 0], [1.0, 1.0, 2.0]])
+    states = np.concatenate([5 + x @ mix.T, np.ones((4000, 1))], axis=1)  # and a constant column
+    truth = log_normal(x) - np.log(np.abs(np.linalg.det(mix)))
+    error = sdw.flow_log_density(states, max_epochs=10, **small_flow) - truth
+    assert abs(error.mean()) < 0.05
+    assert error.std() < 0.3
+
+
+def test_flow_on_a_mixture(rng: np.random.Generator, small_flow: dict) -> None:
+    x, truth = mixture(rng, 4000)
+    error = sdw.flow_log_density(x, max_epochs=10, **small_flow) - truth
+    assert abs(error.mean()) < 0.2
+    assert error.std() < 0.6
+
+
+def test_flow_repeats_and_leaves_the_global_generator_alone(rng: np.random.Generator, small_flow: dict) -> None:
+    x = rng.standard_normal((300, 1))
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = sdw.flow_log_density(x, max_epochs=2, **small_flow)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert np.array_equal(sdw.flow_log_density(torch.from_numpy(x), max_epochs=2, **small_flow), first)
+    assert not np.array_equal(sdw.flow_log_density(x, max_epochs=2, seed=1, **small_flow), first)
+
+
+def test_flow_ends_when_it_no_longer_improves(rng: np.random.Generator, small_flow: dict) -> None:
+    x = rng.standard_normal((60, 4)).astype(np.float32)  # few states: more epochs only overfit
+    long = sdw.flow_log_density(x, max_epochs=400, patience=5, **small_flow)
+    longer = sdw.flow_log_density(x, max_epochs=800, patience=5, **small_flow)
+    assert np.array_equal(long, longer)
+    with pytest.raises(ValueError, match="diverged"):
+        sdw.flow_log_density(x, max_epochs=3, **{**small_flow, "learning_rate": 1e30})
+
+
+def test_flow_without_zuko(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zuko", None)
+    with pytest.raises(ImportError, match=r'pip install "sdw_fast\[flow\]"'):
+        sdw.flow_log_density(np.eye(20))
+
+
+@pytest.mark.parametrize("method", ["kde", "flow"])
+def test_other_methods_are_cached_too(dataset: TransitionDataset, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if method == "flow":
+        pytest.importorskip("zuko")
+    options = {"flow": {"max_epochs": 1, "hidden": (8,)}, "kde": {"bandwidth": 0.5}}[method]
+    first = sdw.log_density(dataset, method, **options)
+    name = f"{method}_log_density"
+    np.testing.assert_array_equal(first, getattr(density, name)(dataset.normalized_observations, **options))
+    monkeypatch.setattr(density, name, lambda *_, **__: pytest.fail("computed again"))
+    np.testing.assert_array_equal(sdw.log_density(dataset, method, **options), first)
+
+
+# --- diversity --------------------------------------------------------------------------------------------------------
+
+
+def test_diversity_of_a_gaussian(rng: np.random.Generator) -> None:
+    deviation = np.array([1.0, 2.0, 0.5])
+    measured = sdw.diversity((rng.standard_normal((10000, 3)) * deviation).astype(np.float32))
+    assert measured.entropy == pytest.approx(1.5 * math.log(2 * math.pi * math.e) + np.log(deviation).sum(), abs=0.06)
+    assert measured.participation_ratio == pytest.approx((5.25**2) / (1 + 16 + 1 / 16), rel=0.05)
+    assert measured.intrinsic_dimension == pytest.approx(3, abs=0.15)
+    assert (measured.states, measured.dimension) == (10000, 3)
+    json.dumps(measured.to_dict())
+
+
+def test_diversity_by_hand() -> None:
+    states = np.array([[0.0, 5], [1, 5], [3, 5], [7, 5]])  # on a line
+    measured = sdw.diversity(states, k=2)
+    assert measured.neighbor_distance == pytest.approx((1 + 3 + 1 + 2 + 2 + 3 + 4 + 6) / 8)
+    assert measured.participation_ratio == pytest.approx(1)
+    # ψ(4) − ψ(2) = 1/2 + 1/3; the unit ball of the line is 2 long; second neighbors lie at 3, 2, 3, 6.
+    assert measured.entropy == pytest.approx(5 / 6 + math.log(2) + np.log([3, 2, 3, 6]).mean())
+
+
+def test_diversity_of_a_dataset_shares_its_neighbors(dataset: TransitionDataset, searches: list[int]) -> None:
+    sdw.log_density(dataset)
+    measured = sdw.diversity(dataset)
+    assert len(searches) == 1
+    assert measured == sdw.diversity(dataset.normalized_observations)
+
+
+def test_coverage_by_hand() -> None:
+    of = np.array([[0.0], [1.0], [10.0]])  # nearest others at 1, 1, 9
+    assert sdw.coverage(of, np.array([[0.9], [30.0]]), k=1) == pytest.approx(2 / 3)  # 10 − 0.9 > 9
+    assert sdw.coverage(of, np.array([[1.0]]), k=1) == 1
+    assert sdw.coverage(of, np.array([[-5.0]]), k=1) == 0
+
+
+@pytest.mark.parametrize(("count", "covering", "k"), [(3000, 3000, 1), (3000, 1000, 5), (3000, 9000, 2)])
+def test_coverage_within_one_distribution(rng: np.random.Generator, count: int, covering: int, k: int) -> None:
+    expected = 1 - math.prod((count - 1 - l) / (count + covering - 1 - l) for l in range(k))
+    x = rng.standard_normal((count + covering, 4)).astype(np.float32)
+    assert sdw.coverage(x[:count], torch.from_numpy(x[count:]).numpy(), k=k) == pytest.approx(expected, abs=0.05)
+
+
+def test_coverage_of_datasets_is_measured_in_the_first_ones_normalization(
+    dataset: TransitionDataset, rng: np.random.Generator
+) -> None:
+    other = dataclasses.replace(
+        dataset,
+        observations=dataset.observations[::2] + 0.3,
+        actions=np.zeros((100, 1)),
+        rewards=np.zeros(100),
+        terminations=np.zeros(100),
+        truncations=np.zeros(100),
+        normalizer=None,
+    )
+    expected = sdw.coverage(dataset.normalized_observations, dataset.normalizer.normalize(other.observations))
+    assert sdw.coverage(dataset, other) == expected
+    assert 0 < expected < 1
+
+
+def test_coverage_refuses_one_dataset_and_one_array(dataset: TransitionDataset) -> None:
+    with pytest.raises(TypeError, match="one of each"):
+        sdw.coverage(dataset, np.eye(3))

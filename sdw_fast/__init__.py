@@ -16,24 +16,35 @@ from sdw_fast.density import (
     knn_log_density,
     log_density,
 )
+from sdw_fast.distill import DistillConfig, Distiller, distill
 from sdw_fast.evaluate import Evaluation, evaluate
+from sdw_fast.objectives import OuterProblem, outer_problem
+from sdw_fast.policy import MLPPolicy, behavior_clone
 from sdw_fast.runtime import config, get_num_threads, set_num_threads
+from sdw_fast.synthetic import SyntheticDataset
 from sdw_fast.teacher import Teacher, train_teacher
 from sdw_fast.version import __version__
 
 __all__ = [
     "DensityWeights",
+    "DistillConfig",
+    "Distiller",
     "Diversity",
     "Evaluation",
+    "MLPPolicy",
     "Normalizer",
+    "OuterProblem",
+    "SyntheticDataset",
     "Teacher",
     "TransitionDataset",
     "__version__",
+    "behavior_clone",
     "collect",
     "concatenate",
     "config",
     "coverage",
     "density_weights",
+    "distill",
     "diversity",
     "effective_sample_size",
     "estimate_dimension",
@@ -46,6 +57,7 @@ __all__ = [
     "log_density",
     "normalized_return",
     "ops",
+    "outer_problem",
     "set_num_threads",
     "train_teacher",
 ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 import sdw_fast as sdw
@@ -82,7 +85,7 @@ def collect(
 def train_teacher(
     dataset: Dataset,
     out: Annotated[Path, typer.Option(help="Where to write the teacher (.safetensors).")],
-    algorithm: Annotated[str, typer.Option(help="td3bc or iql.")] = "td3bc",
+    algorithm: Annotated[Literal["td3bc", "iql"], typer.Option(help="Offline RL algorithm.")] = "td3bc",
     steps: Annotated[int, typer.Option(help="Gradient steps.")] = 100_000,
     seed: Seed = 0,
 ) -> None:
@@ -91,6 +94,49 @@ def train_teacher(
         teacher = sdw.train_teacher(sdw.load_dataset(dataset), algorithm=algorithm, steps=steps, seed=seed)
         teacher.save(out)
         typer.echo(out)
+
+
+@app.command(epilog="Example: `sdw-fast density hopper/medium --k 10 --out logd.npy`")
+def density(
+    dataset: Dataset,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the log-densities (.npy); the picture goes beside it.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="knn or flow.")] = "knn",
+    k: Annotated[int, typer.Option(help="Neighbors of the k-NN estimate.")] = 10,
+    tau: Annotated[float | None, typer.Option(help="Exponent of the weights; default: set by --ess.")] = None,
+    ess: Annotated[float, typer.Option(help="Effective sample size of the weights.")] = _DEFAULTS.ess,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Estimate every state's log-density, and show the dataset's diversity and the weights it leads to."""
+    with _readable_errors():
+        data = sdw.load_dataset(dataset)
+        options: dict[str, int] = {"k": k} if method == "knn" else {"seed": seed}
+        logd = sdw.log_density(data, method, progress=not as_json, **options)
+        weights = sdw.density_weights(logd, tau=tau, ess=ess if tau is None else None)
+        values = asdict(sdw.diversity(data)) | weights.to_dict()
+        if out is not None:
+            values |= _write_density(out, data, logd, weights, seed)
+        _show(values, as_json)
+
+
+def _write_density(
+    out: Path, data: sdw.TransitionDataset, logd: np.ndarray, weights: sdw.DensityWeights, seed: int
+) -> dict[str, str]:
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.npy")
+    try:
+        np.save(temporary, logd)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    plots.save(plots.plot_density(data.normalized_observations, logd, weights, seed=seed), out.with_suffix(".png"))
+    plots.save(plots.plot_tau(logd, chosen=weights.tau), out.with_suffix(".tau.png"))
+    return {
+        "log_density": str(out),
+        "picture": str(out.with_suffix(".png")),
+        "tau_picture": str(out.with_suffix(".tau.png")),
+    }
 
 
 @app.command(
@@ -185,8 +231,7 @@ def evaluate(
 def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
     """Draw a run's learning curves into RUN/metrics.png."""
     with _readable_errors():
-        figure = plots.plot_metrics({run.name: read_metrics(run)})
-        figure.savefig(run / "metrics.png", dpi=120)
+        plots.save(plots.plot_metrics({run.name: read_metrics(run)}), run / "metrics.png")
         typer.echo(run / "metrics.png")
 
 

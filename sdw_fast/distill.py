@@ -338,7 +338,7 @@ class Distiller:
                 metrics["seconds"] = time.perf_counter() - began
                 if self.config.eval_every and self._due(self.config.eval_every):
                     result = self.evaluate()
-                    last_return = result.mean if result.normalized is None else result.normalized_mean
+                    last_return = result.mean if result.normalized_mean is None else result.normalized_mean
                     metrics |= {"return": result.mean, "score": last_return}
                     if last_return > self.best_return:
                         self.best_return, best = last_return, self.synthetic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from sdw_fast.density import DensityWeights, density_weights
 
+Metrics = Sequence[Mapping[str, float]]  # one dict an outer step
 POINTS = 20_000  # drawn in a scatter plot at most: more hide one another and make files heavy
 
 
@@ -54,12 +56,7 @@ def plot_density(observations: np.ndarray, logd: np.ndarray, weights: DensityWei
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     histogram, against, scatter = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
 
-    bins = np.linspace(logd.min(), logd.max(), 80) if logd.min() < logd.max() else 10
-    histogram.hist(logd, bins=bins, color="0.75", label="dataset")
-    histogram.hist(logd, bins=bins, weights=weights.weights, histtype="step", color="tab:red", label="weighted")
-    histogram.set(xlabel="log-density (nats)", ylabel="states", title=f"{len(logd):,} states")
-    histogram.legend(frameon=False)
-
+    _draw_histogram(histogram, logd, weights)
     order = np.argsort(logd, kind="stable")
     order = order[np.unique(np.linspace(0, len(order) - 1, 2000).astype(int))]
     against.plot(logd[order], weights.weights[order], color="tab:red")
@@ -83,6 +80,88 @@ def plot_density(observations: np.ndarray, logd: np.ndarray, weights: DensityWei
     scatter.set_title("states, two principal components")
     figure.colorbar(points, ax=scatter, label="log-density (nats)", extend="both")
     return figure
+
+
+def _draw_histogram(axes: Axes, logd: np.ndarray, weights: DensityWeights) -> None:
+    """The log-densities of the states, counted and weighted."""
+    bins = np.linspace(logd.min(), logd.max(), 80).tolist() if logd.min() < logd.max() else 10
+    axes.hist(logd, bins=bins, color="0.75", label="dataset")
+    axes.hist(logd, bins=bins, weights=weights.weights, histtype="step", color="tab:red", label="weighted")
+    axes.set(xlabel="log-density (nats)", ylabel="states", title=f"{len(logd):,} states")
+    axes.legend(frameon=False)
+
+
+def plot_metrics(runs: Mapping[str, Metrics]) -> Figure:
+    """Draws the learning curves of runs: outer loss, hypergradient norm, adjoint growth, and score where measured.
+
+    Args:
+        runs: for each run its name and its metrics, one dict an outer step, as `read_metrics` gives them.
+    """
+    panels = {
+        "loss": "outer loss",
+        "gradient_norm": "hypergradient norm",
+        "adjoint_growth": "adjoint growth ‖λ_0‖ / ‖λ_T‖",
+        "score": "score (normalized return)",
+    }
+    names = [name for name in panels if any(name in step for metrics in runs.values() for step in metrics)]
+    figure = Figure(figsize=(4.6 * max(len(names), 1), 3.8), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, max(len(names), 1))), names, strict=False):
+        for run, metrics in runs.items():
+            _draw_curve(axes, metrics, name, run)
+        axes.set(xlabel="outer step", title=panels[name], yscale="linear" if name == "score" else "log")
+        axes.legend(frameon=False)
+    return figure
+
+
+def plot_report(
+    runs: Mapping[str, Metrics],
+    baselines: Mapping[str, float],
+    states: np.ndarray,
+    logd: np.ndarray,
+    weights: DensityWeights,
+    synthetic: Mapping[str, np.ndarray],
+) -> Figure:
+    """Draws a comparison of distillations of one dataset: learning curves, densities, and where the sets lie.
+
+    Args:
+        runs: for each run its name and its metrics, with a score at the steps where it was measured.
+        baselines: scores to draw as horizontal lines.
+        states: (M, D) states of the dataset, normalized.
+        logd: (M,) their log-densities.
+        weights: what `density_weights` made of them.
+        synthetic: for each run its name and its synthetic states (N, D), normalized.
+    """
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    curves, histogram, scatter = figure.subplots(1, 3)
+    for run, metrics in runs.items():
+        _draw_curve(curves, metrics, "score", run)
+    for (name, score), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
+        curves.axhline(score, color="0.4", linestyle=style, label=name)
+    curves.set(xlabel="outer step", ylabel="D4RL-normalized return", title="policy cloned on the synthetic set")
+    curves.legend(frameon=False)
+
+    _draw_histogram(histogram, logd, weights)
+
+    mean, axes, share = principal_components(states)
+    position = (states[_sample(len(states), 0)] - mean) @ axes
+    scatter.scatter(*position.T, c="0.8", s=2, linewidths=0, rasterized=True, label="dataset")
+    for (name, points), color in zip(synthetic.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
+        scatter.scatter(*((points - mean) @ axes).T, s=14, color=color, linewidths=0, alpha=0.8, label=name)
+    scatter.set(xlabel=f"component 1 ({share[0]:.0%} of variance)", ylabel=f"component 2 ({share[1]:.0%})")
+    scatter.set_title("real and synthetic states")
+    scatter.legend(frameon=False, markerscale=2)
+    return figure
+
+
+def _draw_curve(axes: Axes, metrics: Metrics, name: str, label: str) -> None:
+    """One figure of a run against the outer step; figures of every step smoothed over a 50th of the run."""
+    points = [(step["step"], step[name]) for step in metrics if name in step]
+    if not points:
+        return
+    steps, values = np.array(points).T
+    window = max(len(values) // 50, 1) if name != "score" else 1
+    smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
+    axes.plot(steps[window - 1 :], smooth, label=label)
 
 
 def plot_tau(logd: np.ndarray, *, clip: float = 0.99, chosen: float | None = None) -> Figure:

@@ -137,7 +137,7 @@ class SyntheticDataset:
                 missing = [name for name in (*_ARRAYS, "header") if name not in file]
                 if missing:
                     raise ValueError(f"keys missing: {missing}")
-                arrays = {name: np.ascontiguousarray(file[name], dtype=np.float32) for name in _ARRAYS}
+                arrays: dict[str, Any] = {name: np.ascontiguousarray(file[name], dtype=np.float32) for name in _ARRAYS}
                 header = json.loads(str(file["header"]))
         except Exception as error:  # zipfile, json and numpy each raise their own on a damaged file
             raise ValueError(

@@ -601,7 +601,7 @@ def _from_minari(dataset: minari.MinariDataset) -> TransitionDataset:
     )
 
 
-def _bounds(space: Any) -> dict[str, np.ndarray]:
+def _bounds(space: Any) -> dict[str, Any]:
     bounded = np.isfinite(space.low).all() and np.isfinite(space.high).all()
     return {"action_low": space.low, "action_high": space.high} if bounded else {}
 

@@ -346,8 +346,6 @@ class Distiller:
                             run.save_best(best)
                 if run:
                     run.log(self.iteration, metrics)
-                    if interrupted() or self._due(self.config.checkpoint_every):
-                        run.checkpoint(self)
                 bar.set_postfix_str(
                     f"loss {metrics['loss']:.4f}, ‖∇‖ {metrics['gradient_norm']:.3g}, return {last_return:.1f}",
                     refresh=False,
@@ -355,7 +353,10 @@ class Distiller:
                 bar.update()
                 if callback:
                     callback(self, metrics)
-                if interrupted():
+                stop = interrupted()
+                if run and (stop or self._due(self.config.checkpoint_every)):
+                    run.checkpoint(self)
+                if stop:
                     where = f"; `sdw-fast distill --resume {folder}` continues" if run else ""
                     raise KeyboardInterrupt(f"stopped after outer step {self.iteration}{where}")
         if best is None:

@@ -23,6 +23,7 @@ def small_data() -> sdw.TransitionDataset:
     return sdw.load_dataset(
         {
             "observations": observations,
+            "next_observations": np.roll(observations, -1, axis=0),
             "actions": actions,
             "rewards": rng.normal(size=400).astype(np.float32),
             "terminations": np.zeros(400, dtype=bool),

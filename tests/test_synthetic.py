@@ -114,6 +114,7 @@ def test_kmeans_plus_plus_survives_duplicates() -> None:
     data = sdw.load_dataset(
         {
             "observations": np.zeros((8, 2)),
+            "next_observations": np.zeros((8, 2)),
             "actions": np.zeros((8, 1)),
             "rewards": np.zeros(8),
             "truncations": np.eye(8)[7] > 0,

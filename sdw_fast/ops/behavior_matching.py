@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sdw_fast import _C
 from sdw_fast.ops.backend import resolve_backend
 from sdw_fast.ops.mlp import check_floating, check_mlp, check_rows, mlp_activations, mlp_deltas, mlp_gradients
 from sdw_fast.ops.weighted_bc_loss import check_weights, weighted_error
+
+_Evaluate = Callable[[Sequence[Tensor], Tensor, Tensor, Tensor, bool], tuple[Tensor, list[Tensor] | None]]
 
 
 def behavior_matching(
@@ -39,24 +42,52 @@ def behavior_matching(
     check_rows("behavior_matching", states=states, targets=targets)
     check_mlp("behavior_matching", params, states, targets)
     check_weights("behavior_matching", weights, states.shape[0], constants={"states": states, "targets": targets})
-    resolve_backend("behavior_matching", backend, [states, targets, weights, *params])
-    return _BehaviorMatching.apply(states, targets, weights, *params)
+    resolved = resolve_backend("behavior_matching", backend, [states, targets, weights, *params])
+    evaluate = {"torch": _torch, "cpu": _cpu}[resolved]
+    return _BehaviorMatching.apply(evaluate, states, targets, weights, *params)
 
 
 class _BehaviorMatching(torch.autograd.Function):
+    """Takes loss and gradient from `evaluate` in the forward pass."""
+
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, weights: Tensor, *params: Tensor) -> Tensor:
-        activations = mlp_activations(params, states)
-        output = activations[-1]  # (M, A)
-        loss, grad_output = weighted_error(output, targets, weights)
-        if any(ctx.needs_input_grad):
-            deltas = mlp_deltas(params, activations, grad_output * (1 - output * output))
-            ctx.gradients = mlp_gradients(activations, deltas)
+    def forward(
+        ctx: Any, evaluate: _Evaluate, states: Tensor, targets: Tensor, weights: Tensor, *params: Tensor
+    ) -> Tensor:
+        want_gradients = any(ctx.needs_input_grad)
+        loss, ctx.gradients = evaluate(params, states, targets, weights, want_gradients)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         gradients = (g * grad_loss if n else None for g, n in zip(ctx.gradients, needed, strict=True))
-        return (None, None, None, *gradients)
+        return (None, None, None, None, *gradients)
+
+
+def _torch(
+    params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor, want_gradients: bool
+) -> tuple[Tensor, list[Tensor] | None]:
+    activations = mlp_activations(params, states)
+    output = activations[-1]  # (M, A)
+    loss, grad_output = weighted_error(output, targets, weights)
+    if not want_gradients:
+        return loss, None
+    deltas = mlp_deltas(params, activations, grad_output * (1 - output * output))
+    return loss, mlp_gradients(activations, deltas)
+
+
+def _cpu(
+    params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor, want_gradients: bool
+) -> tuple[Tensor, list[Tensor] | None]:
+    """The kernel of csrc/cpu/behavior_matching.cpp."""
+    gradients = [torch.empty(param.shape) for param in params] if want_gradients else None
+    loss = _C.behavior_matching(
+        [param.detach().contiguous() for param in params],
+        states.contiguous(),
+        targets.contiguous(),
+        weights.contiguous(),
+        gradients,
+    )
+    return torch.tensor(loss), gradients

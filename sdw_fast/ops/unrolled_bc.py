@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sdw_fast import _C
 from sdw_fast.ops.backend import resolve_backend
 from sdw_fast.ops.mlp import check_floating, check_mlp, check_rows, mlp_activations, mlp_deltas, mlp_gradients
 
@@ -75,9 +76,10 @@ def unrolled_bc(
         if lr.numel() != 1:
             raise ValueError(f"unrolled_bc: lr must be a float or a scalar tensor, got shape {tuple(lr.shape)}")
         lr = lr.reshape(()).to(observations)
-    resolve_backend("unrolled_bc", backend, [observations, actions, *params])
+    resolved = resolve_backend("unrolled_bc", backend, [observations, actions, *params])
     schedule = _Schedule(steps, window or steps, tape == "recompute")
-    return list(_UnrolledBC.apply(schedule, lr, observations, actions, *params))
+    function = {"torch": _TorchUnrolledBC, "cpu": _CPUUnrolledBC}[resolved]
+    return list(function.apply(schedule, lr, observations, actions, *params))
 
 
 class _Schedule(NamedTuple):
@@ -100,7 +102,7 @@ class _Step(NamedTuple):
     deltas: list[Tensor]  # δ_1 … δ_L
 
 
-class _UnrolledBC(torch.autograd.Function):
+class _TorchUnrolledBC(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, schedule: _Schedule, lr: float | Tensor, observations: Tensor, actions: Tensor, *params: Tensor
@@ -147,6 +149,46 @@ class _UnrolledBC(torch.autograd.Function):
             grad_observations if needs_observations else None,
             grad_actions if needs_actions else None,
             *(grad if needed else None for grad, needed in zip(adjoint, needs_params, strict=True)),
+        )
+
+
+class _CPUUnrolledBC(torch.autograd.Function):
+    """The kernel of csrc/cpu/unrolled_bc.cpp; the tape copies its inputs and lives as long as the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, schedule: _Schedule, lr: float | Tensor, observations: Tensor, actions: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        trained = tuple(torch.empty(param.shape) for param in params)
+        ctx.tape = _C.unrolled_bc(
+            observations.detach().contiguous(),
+            actions.detach().contiguous(),
+            [param.detach().contiguous() for param in params],
+            trained,
+            steps=schedule.steps,
+            window=schedule.window,
+            lr=float(lr),
+            recompute=schedule.recompute,
+            keep_tape=any(ctx.needs_input_grad),
+        )
+        ctx.shapes = observations.shape, actions.shape
+        return trained
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_params: Tensor) -> tuple[Any, ...]:
+        _, needs_lr, *needs_data = ctx.needs_input_grad[:4]
+        needs_params = ctx.needs_input_grad[4:]
+        grad_data = [
+            torch.empty(shape) if needed else None for shape, needed in zip(ctx.shapes, needs_data, strict=True)
+        ]
+        grad_start = [torch.empty(grad.shape) for grad in grad_params] if any(needs_params) else None
+        grad_lr = ctx.tape.backward([grad.contiguous() for grad in grad_params], *grad_data, grad_start)
+        return (
+            None,
+            torch.tensor(grad_lr, dtype=torch.float32) if needs_lr else None,
+            *grad_data,
+            *(grad if needed else None for grad, needed in zip(grad_start or grad_params, needs_params, strict=True)),
         )
 
 

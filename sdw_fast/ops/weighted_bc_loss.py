@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sdw_fast import _C
 from sdw_fast.ops.backend import resolve_backend
 from sdw_fast.ops.mlp import check_floating, check_rows
+
+_Evaluate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
@@ -37,8 +41,9 @@ def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, *, backend: 
             f"weighted_bc_loss: pred and target must have one shape, got {tuple(pred.shape)} and {tuple(target.shape)}"
         )
     check_weights("weighted_bc_loss", weights, pred.shape[0], constants={"target": target})
-    resolve_backend("weighted_bc_loss", backend, [pred, target, weights])
-    return _WeightedBCLoss.apply(pred, target, weights)
+    resolved = resolve_backend("weighted_bc_loss", backend, [pred, target, weights])
+    evaluate = {"torch": weighted_error, "cpu": _cpu}[resolved]
+    return _WeightedBCLoss.apply(evaluate, pred, target, weights)
 
 
 def check_weights(op: str, weights: Tensor, rows: int, constants: dict[str, Tensor]) -> None:
@@ -61,12 +66,22 @@ def weighted_error(pred: Tensor, target: Tensor, weights: Tensor) -> tuple[Tenso
 
 
 class _WeightedBCLoss(torch.autograd.Function):
+    """Takes loss and gradient from `evaluate` in the forward pass."""
+
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-        loss, ctx.gradient = weighted_error(pred, target, weights)
+    def forward(ctx: Any, evaluate: _Evaluate, pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        loss, ctx.gradient = evaluate(pred, target, weights)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradient * grad_loss, None, None
+        return None, ctx.gradient * grad_loss, None, None
+
+
+def _cpu(pred: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel of csrc/cpu/weighted_bc_loss.cpp."""
+    gradient = torch.empty(pred.shape)
+    pred = pred.detach().contiguous()
+    loss = _C.weighted_bc_loss(pred, target.detach().contiguous(), weights.detach().contiguous(), gradient)
+    return torch.tensor(loss), gradient

@@ -1,8 +1,20 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from oracle import assert_agree, autograd_unroll, hypergradient, random_problem
+from oracle import assert_agree, autograd_unroll, hypergradient, leaves, random_problem, relative_error
 
+from sdw_fast import get_num_threads, set_num_threads
 from sdw_fast.ops import unrolled_bc
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """The oracles' products are too small to share out; waiting for each other costs more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 # widths, rows, steps, window: 1 to 5 layers, odd widths, 1 to 30 steps.
 CASES = [
@@ -80,6 +92,146 @@ def test_graph_kept_gives_the_same_gradient_twice():
     outer = unrolled_bc(observations, actions, params, steps=4, lr=0.1)[0].sum()
     first = torch.autograd.grad(outer, observations, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(outer, observations)[0])
+
+
+# The compiled kernel: more shapes, at the edges of its tiles (4, 6, 8 rows), vectors (4, 8, 16) and panels (8, 16, 32).
+COMPILED_CASES = [
+    *(case for case in CASES if case[2] <= 20),
+    ((1, 200, 1), 1, 1, None),
+    ((17, 33, 32, 31, 6), 8, 4, 2),
+    ((16, 15, 17, 48, 65), 9, 9, None),
+    ((376, 40, 17), 6, 3, None),
+    ((3, 5, 5, 5, 5, 5, 5, 5, 2), 47, 6, None),
+    ((17, 256, 256, 256, 6), 256, 5, None),
+    ((8, 1024, 3), 12, 2, 2),
+    ((11, 128, 128, 3), 1, 20, 7),
+]
+
+
+@pytest.mark.parametrize("tape", ["full", "recompute"])
+@pytest.mark.parametrize(("widths", "rows", "steps", "window"), COMPILED_CASES)
+def test_compiled_agrees_with_float64(widths, rows, steps, window, tape):
+    observations, actions, params = random_problem(widths, rows, seed=rows, dtype=torch.float32, gain=1.0)
+
+    def unroll(backend):
+        return lambda s, a, theta, lr: (
+            unrolled_bc(s, a, theta, steps=steps, lr=lr, window=window, tape=tape, backend=backend),
+            None,
+        )
+
+    actual = hypergradient(unroll("cpu"), observations, actions, params, 0.1)
+    double = [tensor.double() for tensor in (observations, actions, *params)]
+    expected = hypergradient(unroll("torch"), double[0], double[1], double[2:], float(torch.tensor(0.1)))
+    assert_agree(actual, expected, 2e-5)
+
+
+def test_compiled_adjoint_is_right_along_its_own_trajectory():
+    # θ_t of the compiled training is its result after t steps; the float64 adjoint runs back along these.
+    observations, actions, params = random_problem((17, 64, 64, 6), 48, seed=0, dtype=torch.float32)
+    steps, lr = 60, 0.1
+    theta = [params]
+    for t in range(1, steps + 1):
+        theta.append(unrolled_bc(observations, actions, params, steps=t, lr=lr, backend="cpu"))
+    adjoint = covectors = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in params]
+    adjoint = [v.double() for v in adjoint]
+    expected_s = torch.zeros_like(observations, dtype=torch.float64)
+    expected_a = torch.zeros_like(actions, dtype=torch.float64)
+    for t in range(steps - 1, -1, -1):
+        one_step = leaves(observations.double(), actions.double(), [p.double() for p in theta[t]], lr)
+        s, a, start, _ = one_step
+        out = unrolled_bc(s, a, start, steps=1, lr=lr, backend="torch")
+        *data, d_s, d_a = torch.autograd.grad(out, [*start, s, a], adjoint)
+        adjoint = data
+        expected_s += d_s
+        expected_a += d_a
+    s, a, start, alpha = leaves(observations, actions, params, lr)
+    out = unrolled_bc(s, a, start, steps=steps, lr=alpha, backend="cpu")
+    d_s, d_a, *d_start = torch.autograd.grad(out, [s, a, *start], covectors)
+    assert relative_error([d_s], [expected_s]) < 1e-5
+    assert relative_error([d_a], [expected_a]) < 1e-5
+    assert relative_error(d_start, adjoint) < 1e-5
+
+
+def test_compiled_error_after_100_steps_is_that_of_float32():
+    # The training is chaotic: what float32 can do is shown by the PyTorch twin. Medians over ten draws.
+    ours, twins = [], []
+    for seed in range(10):
+        observations, actions, params = random_problem((17, 32, 32, 32, 6), 40, seed=seed, dtype=torch.float32)
+
+        def unroll(backend):
+            return lambda s, a, theta, lr: (unrolled_bc(s, a, theta, steps=100, lr=lr, backend=backend), None)
+
+        double = [tensor.double() for tensor in (observations, actions, *params)]
+        exact = hypergradient(unroll("torch"), double[0], double[1], double[2:], float(torch.tensor(0.1)))[1]
+        for backend, errors in (("cpu", ours), ("torch", twins)):
+            gradients = hypergradient(unroll(backend), observations, actions, params, 0.1)[1]
+            errors.append(relative_error(gradients[:2], exact[:2]))
+    assert sorted(ours)[5] <= 1.5 * sorted(twins)[5]
+
+
+def test_compiled_gives_the_same_bits_for_every_thread_count_and_tape():
+    observations, actions, params = random_problem((17, 70, 64, 6), 100, seed=2, dtype=torch.float32)
+
+    def run(threads, tape):
+        set_num_threads(threads)
+        theta, gradients = hypergradient(
+            lambda s, a, start, lr: (unrolled_bc(s, a, start, steps=25, lr=lr, tape=tape, backend="cpu"), None),
+            observations,
+            actions,
+            params,
+            0.1,
+        )
+        return [*theta, *gradients]
+
+    before = get_num_threads()
+    try:
+        first = run(1, "full")
+        for threads, tape in [(1, "full"), (2, "full"), (3, "recompute"), (7, "recompute")]:
+            assert all(torch.equal(x, y) for x, y in zip(first, run(threads, tape), strict=True))
+    finally:
+        set_num_threads(before)
+
+
+def test_compiled_tape_gives_the_same_gradient_again():
+    observations, actions, params = random_problem((5, 20, 2), 10, seed=0, dtype=torch.float32)
+    observations.requires_grad_()
+    for tape in ("full", "recompute"):
+        out = unrolled_bc(observations, actions, params, steps=10, lr=0.1, tape=tape, backend="cpu")
+        first = torch.autograd.grad(out[0].sum(), observations, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(out[0].sum(), observations)[0])
+
+
+def test_compiled_runs_from_several_python_threads():
+    observations, actions, params = random_problem((17, 64, 64, 6), 64, seed=4, dtype=torch.float32)
+
+    def run(_):
+        return hypergradient(
+            lambda s, a, start, lr: (unrolled_bc(s, a, start, steps=20, lr=lr, backend="cpu"), None),
+            observations,
+            actions,
+            params,
+            0.1,
+        )[1]
+
+    expected = run(0)
+    with ThreadPoolExecutor(4) as pool:
+        for gradients in pool.map(run, range(8)):
+            assert all(torch.equal(x, y) for x, y in zip(gradients, expected, strict=True))
+
+
+def test_compiled_takes_strided_tensors():
+    observations, actions, params = random_problem((6, 12, 4), 10, seed=0, dtype=torch.float32)
+    strided = [torch.stack([p, p], -1)[..., 0] for p in params]
+    expected = unrolled_bc(observations, actions, params, steps=3, lr=0.1, backend="cpu")
+    actual = unrolled_bc(observations.t().contiguous().t(), actions, strided, steps=3, lr=0.1, backend="cpu")
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+def test_a_tape_that_cannot_fit_is_refused_before_it_is_allocated():
+    observations, actions = torch.zeros(4096, 4), torch.zeros(4096, 4, requires_grad=True)
+    _, _, params = random_problem((4, 1024, 1024, 1024, 4), 1, seed=0, dtype=torch.float32)
+    with pytest.raises(MemoryError, match=r'tape of 20000 steps .* GiB.*tape="recompute" needs'):
+        unrolled_bc(observations, actions, params, steps=20_000, lr=0.1, backend="cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+// The outer loss and its gradient for the parameters, in one pass over blocks of rows that stay in cache: no temporary
+// grows with M, and a state is read once.
+#include "sdw/behavior_matching.h"
+
+#include "mlp.h"
+#include "sdw/memory.h"
+
+namespace sdw::SDW_ISA {
+namespace {
+
+// Rows of a block: two cores' activations of a 256-wide layer fit their second-level caches, and the gradient, which is
+// read and written once a block, is little traffic beside the block's own.
+constexpr int64_t kBlockRows = 512;
+
+struct Layout {
+    Matrix targets;
+    Weights params, gradient;
+    std::vector<Matrix> transposed;
+    Pass pass;
+    float* row_weights;
+    size_t bytes;
+
+    Layout(const Mlp& mlp, float* block) {
+        Arena arena(block);
+        const Matrix states = mlp.take_rows(arena, mlp.widths.front());
+        targets = mlp.take_rows(arena, mlp.widths.back());
+        params = mlp.take_weights(arena);
+        gradient = mlp.take_weights(arena);
+        transposed = mlp.take_transposed(arena);
+        row_weights = arena.take(mlp.tiles * kRowTile);
+        pass = mlp.take_pass(arena, states);
+        bytes = arena.bytes();
+    }
+};
+
+// Rows [first + range.begin, first + range.end) of the data. Those beyond the last get weight zero.
+void load_rows(const BehaviorMatchingParams& p, const Layout& at, int64_t first, Range range) {
+    const int64_t inputs = p.widths.front(), outputs = p.widths.back();
+    const Range filled{range.begin, std::max(range.begin, std::min(range.end, p.rows - first))};
+    pack(p.states + first * inputs, inputs, filled, at.pass.h[0]);
+    pack(p.targets + first * outputs, outputs, filled, at.targets);
+    for (int64_t row = range.begin; row < range.end; ++row) {
+        at.row_weights[row] = row < filled.end ? p.weights[first + row] : 0.0f;
+        if (row < filled.end) continue;
+        for (int64_t column = 0; column < inputs; ++column) *at.pass.h[0].at(row, column) = 0.0f;
+    }
+}
+
+// From the pre-activations in h[L]: delta[L] = 2 w / (M A) (a - y)(1 - a²), and w |a - y|² added to the rows' losses.
+void output_delta(const Mlp& mlp, const Layout& at, float scale, Range range, double* losses) {
+    mlp.for_each_output(range, [&](int64_t offset, int64_t row) {
+        const float weight = at.row_weights[row];
+        const Vec a = tanh(load(at.pass.h[mlp.layers].data + offset));
+        const Vec error = weight == 0.0f ? Vec{} : a - load(at.targets.data + offset);
+        store(at.pass.delta[mlp.layers].data + offset, 2.0f * scale * weight * error * (1.0f - a * a));
+        const Vec squares = error * error;
+        for (int lane = 0; lane < kLanes; ++lane) losses[row] += static_cast<double>(weight) * squares[lane];
+    });
+}
+
+void add_gradients(const Mlp& mlp, const Layout& at, const std::vector<Strip>& strips) {
+    for (const Strip& strip : strips) {
+        const int l = strip.layer;
+        const Matrix &gradient = at.gradient.matrices[l], &delta = at.pass.delta[l + 1];
+        transposed_product(
+            {Term{at.pass.h[l], delta, mlp.rows}}, strip.rows, strip.panel, strip.columns, gradient.stride,
+            [&](Vec x, int64_t offset, int64_t) { store(gradient.data + offset, load(gradient.data + offset) + x); },
+            [](int64_t) {});
+        if (strip.rows.begin == 0) {
+            mlp.for_each_bias(delta, strip, [&](Vec x, int64_t column) {
+                float* bias = at.gradient.biases[l] + column;
+                store(bias, load(bias) + x);
+            });
+        }
+    }
+}
+
+}  // namespace
+
+float behavior_matching(const BehaviorMatchingParams& p) {
+    const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
+    const Mlp mlp(p.widths, (p.rows + blocks - 1) / blocks);
+    const Buffer buffer(Layout(mlp, nullptr).bytes);
+    const Layout at(mlp, buffer.data());
+    const bool want_gradients = !p.gradients.empty();
+    const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(p.widths.back()));
+    std::fill_n(buffer.data(), at.row_weights - buffer.data(), 0.0f);
+    pack_weights(mlp, p.params, at.params, at.transposed);
+
+    std::vector<double> losses(mlp.tiles * kRowTile);
+    Team::run(mlp.useful_threads(p.threads), [&](int member, Team& team) {
+        const FlushDenormals flush;
+        const std::vector<Strip> strips = mlp.strips(team.size())[member];
+        const Range range = team.share(mlp.tiles, member, kRowTile);
+        for (int64_t block = 0; block < blocks; ++block) {
+            load_rows(p, at, block * mlp.rows, range);
+            mlp.forward(at.params, at.pass, range);
+            output_delta(mlp, at, scale, range, losses.data());
+            if (!want_gradients) continue;
+            mlp.backward(at.transposed, at.pass, range);
+            team.wait();
+            add_gradients(mlp, at, strips);
+            team.wait();
+        }
+    });
+
+    if (want_gradients) {
+        for (int l = 0; l < mlp.layers; ++l)
+            transpose(at.gradient.matrices[l], mlp.widths[l], mlp.widths[l + 1], at.transposed[l]);
+        unpack_weights(mlp, at.gradient, at.transposed, p.gradients);
+    }
+    double loss = 0.0;
+    for (int64_t row = 0; row < mlp.rows; ++row) loss += losses[row];
+    return static_cast<float>(loss * scale);
+}
+
+}  // namespace sdw::SDW_ISA

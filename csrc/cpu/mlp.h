@@ -1,0 +1,227 @@
+// The ReLU MLP with tanh output in packed matrices: what unrolled_bc and behavior_matching share.
+//
+// Layer l takes h[l] (rows, widths[l]) to h[l + 1] by W[l] (widths[l], widths[l + 1]); h[0] is the input, h[L] the
+// output. delta[l] is the gradient for the pre-activation of h[l], l = 1 ... L.
+//
+// Work is shared out in two ways, and a barrier lies between them. Rows: a member takes its rows through all layers,
+// there and back, alone. Strips: a member computes tiles of weight gradients over all rows; as no tile is ever summed
+// by two members, nothing needs a reduction and the result does not depend on their number.
+#pragma once
+
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "product.h"
+#include "team.h"
+
+namespace sdw::SDW_ISA {
+
+// Hands out parts of one block. Over a null block it only counts, so that one function both sizes and lays out.
+class Arena {
+  public:
+    explicit Arena(float* block) : block_(block) {}
+    float* take(int64_t floats) {
+        float* part = block_ == nullptr ? nullptr : block_ + used_;
+        used_ += round_up(floats, 16);
+        return part;
+    }
+    size_t bytes() const { return static_cast<size_t>(used_) * sizeof(float); }
+
+  private:
+    float* block_;
+    int64_t used_ = 0;
+};
+
+// Parameters, or a direction in their space.
+struct Weights {
+    std::vector<Matrix> matrices;  // W[l], rows padded to panels
+    std::vector<float*> biases;    // b[l], padded to panels
+};
+
+// What a forward and backward pass over some rows leaves. Entries that a pass does not have are null.
+struct Pass {
+    std::vector<Matrix> h;      // L + 1
+    std::vector<Matrix> delta;  // L + 1, the first unused
+};
+
+// Rows of one panel of a layer's weight matrix, multiples of kColTile. The strip that begins at row 0 has the bias too.
+struct Strip {
+    int layer;
+    int64_t panel, columns;  // columns of the panel that are in use
+    Range rows;
+};
+
+class Mlp {
+  public:
+    Mlp(std::vector<int64_t> layer_widths, int64_t row_count)
+        : widths(std::move(layer_widths)),
+          layers(static_cast<int>(widths.size()) - 1),
+          rows(row_count),
+          tiles((rows + kRowTile - 1) / kRowTile),
+          stride(tiles * kRowTile * kPanel) {}
+
+    const std::vector<int64_t> widths;
+    const int layers;
+    const int64_t rows;    // in use; those that pad the last tile hold numbers that nothing reads
+    const int64_t tiles;   // of kRowTile rows
+    const int64_t stride;  // of every matrix with a row a state
+
+    // Threads worth their barriers (a microsecond each) in passes that share out this many rows.
+    int useful_threads(int threads) const {
+        int64_t multiplications = 0;
+        for (int l = 0; l < layers; ++l) multiplications += 3 * rows * widths[l] * widths[l + 1];
+        return static_cast<int>(std::min<int64_t>(threads, 1 + multiplications / 200'000));
+    }
+
+    Matrix take_rows(Arena& arena, int64_t columns) const { return {arena.take(panels(columns) * stride), stride}; }
+
+    Weights take_weights(Arena& arena) const {
+        Weights weights;
+        for (int l = 0; l < layers; ++l) weights.matrices.push_back(take_matrix(arena, widths[l], widths[l + 1]));
+        for (int l = 0; l < layers; ++l) weights.biases.push_back(arena.take(panels(widths[l + 1]) * kPanel));
+        return weights;
+    }
+
+    // W[l]ᵀ, (widths[l + 1], widths[l]).
+    std::vector<Matrix> take_transposed(Arena& arena) const {
+        std::vector<Matrix> transposed;
+        for (int l = 0; l < layers; ++l) transposed.push_back(take_matrix(arena, widths[l + 1], widths[l]));
+        return transposed;
+    }
+
+    // Activations and deltas of all layers but the input.
+    Pass take_pass(Arena& arena, Matrix input) const {
+        Pass pass{{input}, {Matrix{}}};
+        for (int l = 1; l <= layers; ++l) {
+            pass.h.push_back(take_rows(arena, widths[l]));
+            pass.delta.push_back(take_rows(arena, widths[l]));
+        }
+        return pass;
+    }
+
+    // The strips of each member, about equal in work, in an order that keeps a panel of deltas in cache.
+    std::vector<std::vector<Strip>> strips(int members) const {
+        std::vector<std::vector<Strip>> shares(members);
+        int64_t total = 0, done = 0;
+        for (const bool sharing : {false, true}) {
+            for (int l = 0; l < layers; ++l) {
+                for (int64_t panel = 0; panel < panels(widths[l + 1]); ++panel) {
+                    const int64_t columns = std::min<int64_t>(kPanel, widths[l + 1] - panel * kPanel);
+                    const int64_t cost = columns > kLanes ? 2 : 1;
+                    for (int64_t row = 0; row < widths[l]; row += kColTile) {
+                        if (!sharing) {
+                            total += cost;
+                            continue;
+                        }
+                        std::vector<Strip>& share = shares[done * members / total];
+                        done += cost;
+                        if (share.empty() || share.back().layer != l || share.back().panel != panel)
+                            share.push_back({l, panel, columns, {row, row}});
+                        share.back().rows.end = row + kColTile;
+                    }
+                }
+            }
+        }
+        return shares;
+    }
+
+    // h[1 … L-1] for some rows, and into h[L] the pre-activation of the output.
+    void forward(const Weights& weights, const Pass& pass, Range range) const {
+        for (int l = 0; l < layers; ++l) {
+            const float* bias = weights.biases[l];
+            float* out = pass.h[l + 1].data;
+            const Vec floor = broadcast(l + 1 < layers ? 0.0f : -std::numeric_limits<float>::infinity());
+            const Term terms[] = {{pass.h[l], weights.matrices[l], widths[l]}};
+            product(terms, range, widths[l + 1], stride, [=](Vec x, int64_t offset, int64_t column) {
+                x += load(bias + column);
+                store(out + offset, x < floor ? floor : x);
+            });
+        }
+    }
+
+    // delta[L-1 … 1] from delta[L] for some rows.
+    void backward(const std::vector<Matrix>& transposed, const Pass& pass, Range range) const {
+        for (int l = layers - 1; l > 0; --l) {
+            const float* h = pass.h[l].data;
+            float* out = pass.delta[l].data;
+            const Term terms[] = {{pass.delta[l + 1], transposed[l], widths[l + 1]}};
+            product(terms, range, widths[l], stride,
+                    [=](Vec x, int64_t offset, int64_t) { store(out + offset, masked(x, load(h + offset))); });
+        }
+    }
+
+    // Calls body(offset, row) for every vector of the output's matrices in some rows.
+    template <typename Body>
+    void for_each_output(Range range, const Body& body) const {
+        for (int64_t panel = 0; panel < panels(widths[layers]); ++panel) {
+            const int64_t columns = std::min<int64_t>(kPanel, widths[layers] - panel * kPanel);
+            for (int64_t row = range.begin; row < range.end; ++row) {
+                for (int64_t column = 0; column < columns; column += kLanes)
+                    body(panel * stride + row * kPanel + column, row);
+            }
+        }
+    }
+
+    // Σ over all rows of the columns of `delta`, for one panel; calls body(vector, its first column).
+    template <typename Body>
+    void for_each_bias(const Matrix& delta, const Strip& strip, const Body& body) const {
+        for (int64_t column = 0; column < strip.columns; column += kLanes) {
+            const float* at = delta.panel(strip.panel) + column;
+            Vec sum[4] = {};
+            int64_t row = 0;
+            for (; row + 4 <= rows; row += 4) {
+                for (int i = 0; i < 4; ++i) sum[i] += load(at + (row + i) * kPanel);
+            }
+            for (; row < rows; ++row) sum[0] += load(at + row * kPanel);
+            body((sum[0] + sum[1]) + (sum[2] + sum[3]), strip.panel * kPanel + column);
+        }
+    }
+
+  private:
+    static Matrix take_matrix(Arena& arena, int64_t matrix_rows, int64_t columns) {
+        const int64_t matrix_stride = round_up(matrix_rows, kPanel) * kPanel;
+        return {arena.take(panels(columns) * matrix_stride), matrix_stride};
+    }
+};
+
+// Rows of a plain row-major matrix (…, columns) into panels, and back.
+inline void pack(const float* plain, int64_t columns, Range range, const Matrix& packed) {
+    for (int64_t row = range.begin; row < range.end; ++row) {
+        for (int64_t first = 0; first < columns; first += kPanel) {
+            const int64_t count = std::min<int64_t>(kPanel, columns - first);
+            std::memcpy(packed.at(row, first), plain + row * columns + first, count * sizeof(float));
+        }
+    }
+}
+
+inline void unpack(const Matrix& packed, int64_t columns, Range range, float* plain) {
+    for (int64_t row = range.begin; row < range.end; ++row) {
+        for (int64_t first = 0; first < columns; first += kPanel) {
+            const int64_t count = std::min<int64_t>(kPanel, columns - first);
+            std::memcpy(plain + row * columns + first, packed.at(row, first), count * sizeof(float));
+        }
+    }
+}
+
+// Parameters in torch.nn.Linear's layout into both packed forms, and back. Padding must have been zeroed before.
+inline void pack_weights(const Mlp& mlp, const std::vector<const float*>& params, const Weights& weights,
+                         const std::vector<Matrix>& transposed) {
+    for (int l = 0; l < mlp.layers; ++l) {
+        const int64_t in = mlp.widths[l], out = mlp.widths[l + 1];
+        pack(params[2 * l], in, {0, out}, transposed[l]);
+        transpose(transposed[l], out, in, weights.matrices[l]);
+        std::memcpy(weights.biases[l], params[2 * l + 1], out * sizeof(float));
+    }
+}
+
+inline void unpack_weights(const Mlp& mlp, const Weights& weights, const std::vector<Matrix>& transposed,
+                           const std::vector<float*>& params) {
+    for (int l = 0; l < mlp.layers; ++l) {
+        unpack(transposed[l], mlp.widths[l], {0, mlp.widths[l + 1]}, params[2 * l]);
+        std::memcpy(params[2 * l + 1], weights.biases[l], mlp.widths[l + 1] * sizeof(float));
+    }
+}
+
+}  // namespace sdw::SDW_ISA

@@ -1,0 +1,78 @@
+// Vectors of floats in the width of the instruction set that this file is compiled for, by the compiler's vector
+// extensions: one source for AVX-512, AVX2 and the portable path (SSE2, NEON).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace sdw::SDW_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes), may_alias));
+
+inline Vec load(const float* aligned) { return *reinterpret_cast<const Vec*>(aligned); }
+inline void store(float* aligned, Vec x) { *reinterpret_cast<Vec*>(aligned) = x; }
+inline Vec broadcast(float x) { return x - Vec{}; }
+// x where the ReLU whose output is h is on, else 0.
+inline Vec masked(Vec x, Vec h) { return h > 0.0f ? x : Vec{}; }
+
+// Products of tiny numbers underflow to zero instead of to denormals, which cost a hundred cycles each on x86.
+class FlushDenormals {
+  public:
+#if defined(__SSE__)
+    FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(saved_); }
+    FlushDenormals(const FlushDenormals&) = delete;
+    FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+  private:
+    unsigned saved_;
+#else
+    FlushDenormals() {}
+#endif
+};
+
+// e^x for x in [0, 20], within 1 ulp: x = n ln 2 + r, a polynomial in r (Cephes, expf), 2^n put into the exponent.
+inline Vec exp_positive(Vec x) {
+    const Vec shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec n = (x * 1.44269504f + shift) - shift;
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    return p * reinterpret_cast<const Vec&>(power);
+}
+
+// tanh within 2 ulp: an odd polynomial (Cephes, tanhf) near zero, where 1 - 2/(e^2x + 1) would cancel. NaN stays NaN.
+inline Vec tanh(Vec x) {
+    const Vec magnitude = x < 0.0f ? -x : x;
+    const Vec bounded = magnitude < 9.0f ? magnitude : broadcast(9.0f);  // tanh(9) rounds to 1
+    const Vec far = 1.0f - 2.0f / (exp_positive(2.0f * bounded) + 1.0f);
+    const Vec z = x * x;
+    Vec p = broadcast(-5.70498872745e-3f);
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const Vec near = x + x * z * p;
+    const Vec result = magnitude < 0.625f ? near : (x < 0.0f ? -far : far);
+    return x == x ? result : x;
+}
+
+}  // namespace sdw::SDW_ISA

@@ -27,7 +27,8 @@ REFERENCE_SCORES: dict[str, tuple[float, float]] = {
 }
 
 _SCALE_FLOOR = 1e-3  # added to the standard deviation, as D4RL code does: a constant column stays finite
-_ROW_BLOCK = 65_536  # rows looked at together where a whole-array temporary would double the memory
+_ROW_BLOCK = 16_384  # rows looked at together where a whole-array temporary would double the memory
+_METADATA_CACHE = 1 << 20  # bytes of HDF5's metadata kept while reading a Minari dataset
 _REQUIRED = ("observations", "actions", "rewards", "terminations")
 _D4RL_NAMES = {"terminations": "terminals", "truncations": "timeouts"}
 
@@ -627,6 +628,10 @@ def _hdf5_episodes(path: Path, indices: Iterable[int], keys: Sequence[str]) -> I
         return array
 
     with _open_hdf5(path) as file:
+        config = file.id.get_mdc_config()  # else the cache of metadata, each read once, grows with the episodes
+        config.set_initial_size, config.initial_size = True, _METADATA_CACHE
+        config.min_size = config.max_size = _METADATA_CACHE
+        file.id.set_mdc_config(config)
         for index in indices:
             try:
                 yield tuple(read(f"episode_{index}/{key}") for key in keys)

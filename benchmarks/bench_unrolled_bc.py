@@ -6,6 +6,7 @@ steps, the weighted outer loss and the way back, and returns (loss, ∂H/∂s, �
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import sdw_fast
 from benchmarks.model import (
     Problem,
+    Product,
     bc_loss,
     compiles,
     gradient_products,
@@ -52,8 +55,57 @@ def twin(problem: Problem) -> Run:
     return ours(problem, backend="torch")
 
 
+def _network(problem: Problem) -> torch.nn.Sequential:
+    """The policy as a module, holding the problem's parameters."""
+    layers: list[torch.nn.Module] = []
+    for fan_in, fan_out in problem.layers:
+        layers += [torch.nn.Linear(fan_in, fan_out, dtype=problem.dtype), torch.nn.ReLU()]
+    network = torch.nn.Sequential(*layers[:-1], torch.nn.Tanh())
+    with torch.no_grad():
+        for parameter, value in zip(network.parameters(), problem.params, strict=True):
+            parameter.copy_(value)
+    return network
+
+
 def autograd(problem: Problem) -> Run:
-    """The papers' formulation: a graph of the gradient per inner step, walked back by Hessian-vector products."""
+    """The papers' formulation: SGD that stores a copy of the network per step; on the way back each step's loss is
+    computed again with a graph of its gradient, and a Hessian-vector product taken through it. Outer batches of 256."""
+    network = _network(problem)
+    observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
+
+    def run() -> Any:
+        policy = copy.deepcopy(network)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=problem.lr)
+        snapshots = []
+        for _ in range(problem.steps):
+            snapshots.append(copy.deepcopy(policy))
+            optimizer.zero_grad()
+            F.mse_loss(policy(observations.detach()), actions.detach()).backward()
+            optimizer.step()
+        outer = torch.zeros((), dtype=problem.dtype)
+        for states, targets, weights in zip(*(x.split(256) for x in problem.outer), strict=True):
+            outer = outer + weighted_loss(policy(states), targets, weights) * (len(states) / problem.batch)
+        adjoint = list(torch.autograd.grad(outer, list(policy.parameters())))
+        d_observations, d_actions = torch.zeros_like(observations), torch.zeros_like(actions)
+        while snapshots:
+            policy = snapshots.pop()
+            params = list(policy.parameters())
+            grads = torch.autograd.grad(F.mse_loss(policy(observations), actions), params, create_graph=True)
+            products = torch.autograd.grad(
+                torch.cat([g.flatten() for g in grads]),
+                [observations, actions, *params],
+                grad_outputs=torch.cat([-problem.lr * v.flatten() for v in adjoint]),
+            )
+            d_observations += products[0]
+            d_actions += products[1]
+            adjoint = [v + hv for v, hv in zip(adjoint, products[2:], strict=True)]
+        return outer, d_observations, d_actions
+
+    return run
+
+
+def autograd_kept(problem: Problem) -> Run:
+    """A leaner program: every step's graph of its gradient is kept on the way, so that nothing is computed twice."""
     observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
     states, targets, weights = problem.outer
 
@@ -97,18 +149,6 @@ def autograd_one_graph(problem: Problem) -> Run:
     return run
 
 
-def _network(problem: Problem) -> torch.nn.Sequential:
-    """The policy as a module, holding the problem's parameters."""
-    layers: list[torch.nn.Module] = []
-    for fan_in, fan_out in problem.layers:
-        layers += [torch.nn.Linear(fan_in, fan_out, dtype=problem.dtype), torch.nn.ReLU()]
-    network = torch.nn.Sequential(*layers[:-1], torch.nn.Tanh())
-    with torch.no_grad():
-        for parameter, value in zip(network.parameters(), problem.params, strict=True):
-            parameter.copy_(value)
-    return network
-
-
 def torch_func(problem: Problem) -> Run:
     """torch.func: grad of a function that unrolls grad of functional_call."""
     network = _network(problem)
@@ -117,7 +157,7 @@ def torch_func(problem: Problem) -> Run:
 
     def inner(params: dict[str, Tensor], observations: Tensor, actions: Tensor) -> Tensor:
         pred = torch.func.functional_call(network, params, (observations,))
-        return torch.nn.functional.mse_loss(pred, actions)
+        return F.mse_loss(pred, actions)
 
     def outer(observations: Tensor, actions: Tensor) -> Tensor:
         params = theta
@@ -180,7 +220,7 @@ def torchopt(problem: Problem) -> Run:
 
     def run() -> Any:
         for _ in range(problem.steps):
-            optimizer.step(torch.nn.functional.mse_loss(network(observations), actions))
+            optimizer.step(F.mse_loss(network(observations), actions))
         outer = weighted_loss(network(states), targets, weights)
         result = outer, *torch.autograd.grad(outer, [observations, actions])
         for x, state in zip((network, optimizer), start, strict=True):
@@ -219,21 +259,35 @@ def jax_checkpoint(problem: Problem) -> Run:
     return jax_scan(problem, checkpoint=True)
 
 
-def gemm_floor(problem: Problem) -> Run:
-    """Only the matrix products of the recipe (inner lengths joined), by torch.mm into ready buffers: no epilogue."""
+def recipe_products(problem: Problem) -> list[Product]:
+    """All matrix products of the closed form, inner lengths joined, and of the outer loss."""
     n, layers = problem.size, list(enumerate(problem.layers))
     inner = gradient_products(problem, n)
     adjoint = [product(problem, n, i * (1 + (l > 0)), o) for l, (i, o) in layers]  # [Rh, h]·[W; V], and Rh_0 = 0
     adjoint += [product(problem, n, 2 * o, i, right="t") for _, (i, o) in layers]  # [Rδ, δ]·[W, V]ᵀ
     adjoint += [product(problem, i, n * (1 + (l > 0)), o, left="t") for l, (i, o) in layers]  # [Rh; h]ᵀ·[δ; Rδ]
-    return multiply(problem.steps * (inner + adjoint) + gradient_products(problem, problem.batch))
+    return problem.steps * (inner + adjoint) + gradient_products(problem, problem.batch)
+
+
+def gemm_floor(problem: Problem) -> Run:
+    """Only the matrix products, by torch.mm into ready buffers: no epilogue, no copies, operands warm in cache."""
+    return multiply(recipe_products(problem))
+
+
+def rate_floor(problem: Problem) -> Run:
+    """As many multiply-adds as the recipe's products have, all of them in 256³ products: the library at its best."""
+    cube = product(problem, 256, 256, 256)
+    work = sum(a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in recipe_products(problem))
+    return multiply([cube] * max(1, round(work / 256**3)))
 
 
 GEMM_FLOOR = "floor: the bare products, torch.mm"
+RATE_FLOOR = "floor: the same work in 256³ products"
 CONTENDERS: dict[str, Callable[[Problem], Run]] = {
     "sdw_fast": ours,
     "closed form in PyTorch (twin)": twin,
     "autograd double backward (papers)": autograd,
+    "autograd double backward, graphs kept": autograd_kept,
     "autograd, one graph": autograd_one_graph,
     "torch.func": torch_func,
     "torch.compile, step and pullback": torch_compile,
@@ -241,6 +295,7 @@ CONTENDERS: dict[str, Callable[[Problem], Run]] = {
     "JAX jit(grad(scan))": jax_scan,
     "JAX jit(grad(scan)), checkpoint": jax_checkpoint,
     GEMM_FLOOR: gemm_floor,
+    RATE_FLOOR: rate_floor,
 }
 SHORT = [
     "sdw_fast",
@@ -248,6 +303,7 @@ SHORT = [
     "autograd double backward (papers)",
     "JAX jit(grad(scan))",
     GEMM_FLOOR,
+    RATE_FLOOR,
 ]
 REFERENCE = Problem()
 NARROW = Problem(size=64, hidden=(64, 64, 64), batch=256)

@@ -7,6 +7,7 @@ from oracle import assert_agree, autograd_unroll, hypergradient, leaves, random_
 from sdw_fast import get_num_threads, set_num_threads
 from sdw_fast.ops import unrolled_bc
 
+
 @pytest.fixture(autouse=True)
 def one_torch_thread():
     """The oracles' products are too small to share out; waiting for each other costs more than they do."""

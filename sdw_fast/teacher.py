@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -164,7 +164,7 @@ class Teacher:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder) / path.name
-            save_file(tensors, written, metadata=metadata)
+            written.write_bytes(serialize(tensors, metadata))  # save_file would make a file only its owner can read
             os.replace(written, path)
 
     @classmethod

@@ -171,6 +171,8 @@ def test_save_and_load_keep_every_bit(network_teacher: Teacher, states: np.ndarr
     np.testing.assert_array_equal(loaded.normalizer.scale, network_teacher.normalizer.scale)
     assert loaded.provenance == {"seed": 0}
     assert os.listdir(path.parent) == ["teacher.safetensors"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # as readable as any file of the user
     with safe_open(path, framework="pt") as file:
         description = json.loads(file.metadata()["teacher"])
     assert description["networks"] == {"actor": [5, 7, 11, 2], "critic1": [7, 9, 1], "critic2": [7, 13, 6, 1]}
@@ -201,11 +203,10 @@ def test_an_interrupted_save_leaves_the_old_file(
     network_teacher.save(path)
     before = path.read_bytes()
 
-    def interrupted(tensors: dict, written: Path, metadata: dict) -> None:
-        written.write_bytes(before[:100])
+    def interrupted(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save_file", interrupted)
+    monkeypatch.setattr(module.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         network_teacher.save(path)
     assert path.read_bytes() == before

@@ -52,6 +52,17 @@ def test_case_by_hand() -> None:
     np.testing.assert_array_equal(teacher.values(states, actions), [1, 4])
 
 
+def test_bounded_actions_by_hand() -> None:
+    """The actor's −1, 0, 1 are 0, 3, 6 between the bounds 0 and 6; the critic sees them as −1, 0, 1 again."""
+    teacher = Teacher(lambda s: s, lambda s, a: 10 * a[:, 0], action_bounds=([0], [6]))
+    states = np.float32([[-1], [0], [1]])
+    np.testing.assert_array_equal(teacher.actions(states), [[0], [3], [6]])
+    np.testing.assert_array_equal(teacher.values(states, np.float32([[0], [3], [6]])), [-10, 0, 10])
+    assert torch.equal(teacher.actions(torch.from_numpy(states)), torch.tensor([[0.0], [3.0], [6.0]]))
+    with pytest.raises(ValueError, match="finite and positive"):
+        Teacher(lambda s: s, action_bounds=([1], [-1]))
+
+
 def test_values_are_the_minimum_over_the_critics(network_teacher: Teacher, states: np.ndarray) -> None:
     actions = network_teacher.actions(states)
     normalized = network_teacher.normalizer.normalize(states)
@@ -179,7 +190,7 @@ def test_save_and_load_keep_every_bit(network_teacher: Teacher, states: np.ndarr
 
 
 def test_save_without_critic_or_normalizer(states: np.ndarray, tmp_path: Path) -> None:
-    teacher = Teacher(MLP([D, A], tanh=True))
+    teacher = Teacher(MLP([D, A], tanh=True), action_bounds=([-2, -1], [0.5, 3]))
     teacher.save(tmp_path / "t.safetensors")
     loaded = Teacher.load(tmp_path / "t.safetensors")
     assert loaded.critic is None
@@ -372,29 +383,31 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
 # Training
 
 
-def one_step_data(rows: int = 2000) -> TransitionDataset:
-    """Episodes of one step with reward −(a − s₀/2)²: the best action is s₀/2, and Q is the reward."""
+def one_step_data(rows: int = 2000, bound: float = 1.0) -> TransitionDataset:
+    """Episodes of one step with reward −(a − s₀/2)²: the best action is s₀/2, and Q is the reward; |a| ≤ bound."""
     rng = np.random.default_rng(0)
     observations = rng.uniform(-1, 1, size=(rows, 3)).astype(np.float32)
     actions = rng.uniform(-1, 1, size=(rows, 1)).astype(np.float32)
     return TransitionDataset(
         observations=observations,
-        actions=actions,
+        actions=actions * bound,
         rewards=-((actions - observations[:, :1] / 2) ** 2)[:, 0],
         next_observations=observations,
         terminations=np.ones(rows, dtype=bool),
         truncations=np.zeros(rows, dtype=bool),
         env_id="Test-v0",
+        action_low=np.float32([-bound]),
+        action_high=np.float32([bound]),
     )
 
 
-@pytest.mark.parametrize("algorithm", ["td3bc", "iql"])
-def test_training_improves_on_the_behavior(algorithm: str) -> None:
+@pytest.mark.parametrize(("algorithm", "bound"), [("td3bc", 1.0), ("iql", 2.5)])
+def test_training_improves_on_the_behavior(algorithm: str, bound: float) -> None:
     pytest.importorskip("torchrl")
-    data = one_step_data()
+    data = one_step_data(bound=bound)
     teacher = train_teacher(data, algorithm, steps=200, seed=1, alpha=10.0, progress=False)
     actions = teacher.actions(data.observations)
-    regret = ((actions - data.observations[:, :1] / 2) ** 2).mean()
+    regret = ((actions / bound - data.observations[:, :1] / 2) ** 2).mean()
     assert regret < 0.1 * -data.rewards.mean()
     values = teacher.values(data.observations, data.actions)
     assert np.corrcoef(values, data.rewards)[0, 1] > 0.95
@@ -452,9 +465,11 @@ def test_training_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match=r"expectile=1\.5"):
         train_teacher(data, "iql", steps=1, expectile=1.5)
     pytest.importorskip("torchrl")
-    data.actions = data.actions * 3
-    with pytest.raises(ValueError, match=r"actions must lie in \[-1, 1\]"):
-        train_teacher(data, steps=1)
+    unbounded = TransitionDataset(
+        data.observations, data.actions * 3, data.rewards, data.terminations, data.truncations, data.observations
+    )
+    with pytest.raises(ValueError, match="action bounds"):
+        train_teacher(unbounded, steps=1)
     data.next_observations = None
     with pytest.raises(ValueError, match="next observations"):
         train_teacher(data, steps=1)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdw_fast.data import Normalizer, TransitionDataset
+from sdw_fast.data import Normalizer, TransitionDataset, normalize_actions
 from sdw_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -65,10 +66,13 @@ class Teacher:
         critic: any callable from states (B, D) and actions (B, A) to values (B,) or (B, 1): min over twin critics if
             there are two. None leaves a teacher that serves `pbc`; `av-pbc` and `sdw` weight by Q and need one.
         normalizer: applied to the states before either callable sees them; None passes raw states.
+        action_bounds: (low, high), each (A,), of callables that act and value in [−1, 1]: the teacher maps the actor's
+            output to them, and the critic's input back. None leaves actions as they are.
         provenance: where the teacher came from, any JSON-serializable dict; kept in the saved file.
 
     Raises:
         TypeError: actor or critic is not callable.
+        ValueError: the bounds are not finite (A,) arrays with low < high.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Teacher:
         critic: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         normalizer: Normalizer | None = None,
+        action_bounds: tuple[ArrayLike, ArrayLike] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         for name, function in (("actor", actor), ("critic", critic)):
@@ -85,6 +90,10 @@ class Teacher:
         self.actor = actor
         self.critic = critic
         self.normalizer = normalizer
+        self.action_normalizer: Normalizer | None = None
+        if action_bounds is not None:
+            low, high = (np.asarray(bound, dtype=np.float32) for bound in action_bounds)
+            self.action_normalizer = Normalizer(mean=(high + low) / 2, scale=(high - low) / 2)
         self.provenance = dict(provenance or {})
 
     def actions(self, states: Array) -> Array:
@@ -101,7 +110,8 @@ class Teacher:
             ValueError: the states are not a finite (M, D) array, or the teacher is dead: its actions are not finite,
                 or 100 and more different states all get the same action.
         """
-        return self._map(self.actor, "actions", states)
+        actions = self._map(self.actor, "actions", states)
+        return actions if self.action_normalizer is None else self.action_normalizer.denormalize(actions)
 
     def values(self, states: Array, actions: Array) -> Array:
         """Returns Q(s, a), the smaller of the two values where the teacher has twin critics.
@@ -126,6 +136,8 @@ class Teacher:
             )
         if len(states) != len(actions):
             raise ValueError(f"states and actions must have as many rows, got {len(states)} and {len(actions)}")
+        if self.action_normalizer is not None:
+            actions = self.action_normalizer.normalize(actions)
         return self._map(self.critic, "values", states, actions)
 
     def save(self, path: str | os.PathLike[str], *, half: bool = False) -> None:
@@ -150,21 +162,19 @@ class Teacher:
             for name, network in networks.items()
             for key, tensor in network.state_dict().items()
         }
-        normalizer = self.normalizer
         description = {
             "format": FORMAT,
             "networks": {name: network.sizes for name, network in networks.items()},
             "activations": {"hidden": "relu", "actor_output": "tanh", "critic_output": "linear"},
-            "normalizer": None
-            if normalizer is None
-            else {"mean": normalizer.mean.tolist(), "scale": normalizer.scale.tolist()},
+            "normalizer": _described(self.normalizer),
+            "action_normalizer": _described(self.action_normalizer),
             "provenance": self.provenance,
         }
         metadata = {"teacher": json.dumps(description)}
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder) / path.name
-            save_file(tensors, written, metadata=metadata)
+            written.write_bytes(serialize(tensors, metadata))  # save_file would make a file only its owner can read
             os.replace(written, path)
 
     @classmethod
@@ -196,9 +206,9 @@ class Teacher:
                 for name, sizes in description["networks"].items()
             }
             actor = networks.pop("actor")
-            stored = description["normalizer"]
-            normalizer = stored and Normalizer(
-                mean=np.asarray(stored["mean"], dtype=np.float32), scale=np.asarray(stored["scale"], dtype=np.float32)
+            normalizer, action_normalizer = (
+                stored and Normalizer(mean=np.asarray(stored["mean"]), scale=np.asarray(stored["scale"]))
+                for stored in (description["normalizer"], description["action_normalizer"])
             )
             provenance = description["provenance"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -206,7 +216,9 @@ class Teacher:
                 f"{path} is a .safetensors file but holds no teacher as Teacher.save writes it ({FORMAT}): {error!r}"
             ) from error
         critic = MinCritic(list(networks.values())) if networks else None
-        return cls(actor, critic, normalizer=normalizer, provenance=provenance)
+        teacher = cls(actor, critic, normalizer=normalizer, provenance=provenance)
+        teacher.action_normalizer = action_normalizer
+        return teacher
 
     @classmethod
     def from_corl(cls, path: str | os.PathLike[str], mean: Sequence[float], std: Sequence[float]) -> Teacher:
@@ -298,7 +310,7 @@ def train_teacher(
     normalized by the dataset's own normalizer. Runs on the CPU; these networks are small enough for one or two cores.
 
     Args:
-        data: transitions with next observations and actions in [−1, 1].
+        data: transitions with next observations and known action bounds.
         algorithm: "td3bc" or "iql".
         steps: gradient steps of the critic (TD3+BC moves the actor every second one).
         seed: seeds initialization and batches: same seed, machine and thread count, same bits. The global random
@@ -314,7 +326,7 @@ def train_teacher(
 
     Raises:
         ImportError: torchrl is not installed.
-        ValueError: an unknown algorithm, a parameter out of range, no next observations, actions outside [−1, 1], or
+        ValueError: an unknown algorithm, a parameter out of range, no next observations, unknown action bounds, or
             training ended in a dead teacher (see `Teacher.actions`).
         FloatingPointError: the losses stopped being finite.
     """
@@ -352,6 +364,7 @@ def train_teacher(
         actor,
         critic,
         normalizer=data.normalizer,
+        action_bounds=data.action_bounds,
         provenance={
             "algorithm": algorithm,
             **settings,
@@ -381,19 +394,13 @@ def _reward_scale(data: TransitionDataset) -> float:
 
 
 def _transitions(data: TransitionDataset, reward_scale: float) -> TensorDict:
-    """The dataset as one tensordict of normalized states, after the checks that training needs."""
+    """The dataset as one tensordict of normalized states and actions."""
     from tensordict import TensorDict
 
     if data.next_observations is None:
         raise ValueError(
             "training a teacher needs next observations, and this dataset has none: load it from a source that holds "
             "them, or pass a trained teacher (Teacher.load, Teacher.from_corl)"
-        )
-    largest = float(np.abs(data.actions).max())
-    if largest > 1 + 1e-5:
-        raise ValueError(
-            f"actions must lie in [-1, 1], the range of the teacher's tanh, and reach {largest:g}: divide them by the "
-            "action space's bound and rescale the actions of the environment alike (gymnasium's RescaleAction)"
         )
     rows = [len(data)]
     following = TensorDict(
@@ -406,7 +413,8 @@ def _transitions(data: TransitionDataset, reward_scale: float) -> TensorDict:
         rows,
     )
     observations = torch.from_numpy(data.normalized_observations)
-    return TensorDict({"observation": observations, "action": torch.from_numpy(data.actions), "next": following}, rows)
+    actions = torch.from_numpy(normalize_actions(data.actions, *data.action_bounds))
+    return TensorDict({"observation": observations, "action": actions, "next": following}, rows)
 
 
 def _td3bc_loss(states: int, actions: int, alpha: float) -> LossModule:
@@ -544,6 +552,10 @@ def _loaded_mlp(sizes: Sequence[int], *, tanh: bool, state: Mapping[str, Tensor]
         network = MLP(sizes, tanh=tanh)
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(False)
+
+
+def _described(normalizer: Normalizer | None) -> dict[str, list[float]] | None:
+    return None if normalizer is None else {"mean": normalizer.mean.tolist(), "scale": normalizer.scale.tolist()}
 
 
 def _critics(critic: Callable[..., Tensor] | None) -> dict[str, MLP]:

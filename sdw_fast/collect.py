@@ -17,6 +17,7 @@ import itertools
 import json
 import shutil
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -170,24 +171,21 @@ def _rollout(env_id: str, policy: GaussianPolicy, steps: int, seed: tuple[int, i
     envs = make_vector_env(env_id, [map(partial(_episode_seed, seed, s), itertools.count()) for s in range(streams)])
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     length = max(quotas)
-    first, _ = envs.reset()
-    observations = np.empty((length + 1, *first.shape), first.dtype)
-    actions = np.empty((length, *(envs.action_space.shape or ())), envs.action_space.dtype)
-    rewards = np.empty((length, streams))
-    terminations = np.empty((length, streams), dtype=bool)
-    truncations = np.empty((length, streams), dtype=bool)
-    last_observations: dict[tuple[int, int], np.ndarray] = {}  # of episodes, by (step, stream)
-    try:
-        with acting(policy):
-            observations[0] = first
-            for t in range(length):
-                actions[t] = act(lambda x: policy.sample(x, generator), observations[t], envs.single_action_space)
-                observations[t + 1], rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t])
-                for stream in np.flatnonzero(terminations[t] | truncations[t]).tolist():
-                    last_observations[t, stream] = infos["final_obs"][stream]
-                bar.update(sum(t < quota for quota in quotas))
-    finally:
-        envs.close()
+    with closing(envs), acting(policy):
+        first, _ = envs.reset()
+        observations = np.empty((length + 1, *first.shape), first.dtype)
+        actions = np.empty((length, *(envs.action_space.shape or ())), envs.action_space.dtype)
+        rewards = np.empty((length, streams))
+        terminations = np.empty((length, streams), dtype=bool)
+        truncations = np.empty((length, streams), dtype=bool)
+        last_observations: dict[tuple[int, int], np.ndarray] = {}  # of episodes, by (step, stream)
+        observations[0] = first
+        for t in range(length):
+            actions[t] = act(lambda x: policy.sample(x, generator), observations[t], envs.single_action_space)
+            observations[t + 1], rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t])
+            for stream in np.flatnonzero(terminations[t] | truncations[t]).tolist():
+                last_observations[t, stream] = infos["final_obs"][stream]
+            bar.update(sum(t < quota for quota in quotas))
 
     episodes = []
     for s, quota in enumerate(quotas):

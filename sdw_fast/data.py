@@ -454,7 +454,7 @@ def _from_arrays(arrays: Mapping[str, Any], where: str) -> TransitionDataset:
     derive_truncations = "truncations" not in found
     if derive_truncations:
         found["truncations"] = np.zeros(len(found["rewards"]), dtype=bool)
-    data = TransitionDataset(**found, env_id=env_id, name=where)
+    data = TransitionDataset(**found, env_id=env_id)
     if derive_truncations and data.next_observations is not None:
         jumps = (data.next_observations[:-1] != data.observations[1:]).any(axis=1)
         data.truncations[:-1] = jumps & ~data.terminations[:-1]
@@ -482,7 +482,6 @@ def _with_next_observations(data: TransitionDataset) -> TransitionDataset:
         (data.truncations | ends)[keep],
         following[keep],
         env_id=data.env_id,
-        name=data.name,
         action_low=data.action_low,
         action_high=data.action_high,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,19 +120,16 @@ def evaluate(
     returns = np.zeros(episodes)
     lengths = np.zeros(episodes, dtype=np.int64)
     current = np.arange(slots)  # the episode that each environment is in; past the last, it idles
-    try:
-        with acting(policy), tqdm(total=episodes, desc="evaluate", disable=not progress) as bar:
-            observations, _ = envs.reset()
-            while (running := current < episodes).any():
-                actions = act(policy, observations, envs.single_action_space)
-                observations, rewards, terminations, truncations, _ = envs.step(actions)
-                returns[current[running]] += rewards[running]
-                lengths[current[running]] += 1
-                ended = running & (terminations | truncations)
-                current[ended] += slots
-                bar.update(int(ended.sum()))
-    finally:
-        envs.close()
+    with closing(envs), acting(policy), tqdm(total=episodes, desc="evaluate", disable=not progress) as bar:
+        observations, _ = envs.reset()
+        while (running := current < episodes).any():
+            actions = act(policy, observations, envs.single_action_space)
+            observations, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[current[running]] += rewards[running]
+            lengths[current[running]] += 1
+            ended = running & (terminations | truncations)
+            current[ended] += slots
+            bar.update(int(ended.sum()))
     return Evaluation(env_id, seed, returns, lengths, _normalize(env_id, returns, reference_scores))
 
 

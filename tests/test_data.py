@@ -106,7 +106,7 @@ def test_arrays_and_files_in_both_styles(tmp_path: Path, kind: str, style: Calla
     data = load_dataset(source, env_id="Hopper-v5")
     assert_is_the_three_episodes(data)
     assert data.env_id == "Hopper-v5"
-    assert data.path == (None if kind == "dict" else source)
+    assert (data.path, data.name) == ((None, None) if kind == "dict" else (source, "data"))
     assert load_dataset(str(source) if kind != "dict" else source).env_id is None
 
 
@@ -380,7 +380,7 @@ def test_summary_by_hand() -> None:
     summary = load_dataset(arrays(), env_id="Walker2d-v5").summary()
     returns = np.array([6.0, 30.0, 300.0])
     assert summary == {
-        "name": "the dict of arrays",
+        "name": None,
         "env_id": "Walker2d-v5",
         "transitions": 7,
         "episodes": 3,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import math
 import os
 import tempfile
@@ -75,8 +76,8 @@ def flow_log_density(
     *,
     transforms: int = 5,
     hidden: tuple[int, ...] = (128, 128),
-    batch_size: int = 1024,
-    learning_rate: float = 1e-3,
+    batch_size: int = 512,
+    learning_rate: float = 3e-3,
     max_epochs: int = 100,
     patience: int = 5,
     seed: int = 0,
@@ -196,10 +197,15 @@ def log_density(data: TransitionDataset, method: str = "knn", *, progress: bool 
     if method not in estimators:
         raise ValueError(f"method must be one of {['knn', *estimators]}, got {method!r}")
 
-    def compute() -> dict[str, np.ndarray]:
-        return {"logd": estimators[method](data.normalized_observations, progress=progress, **options)}
+    states = data.normalized_observations
+    call = inspect.signature(estimators[method]).bind(states, progress=progress, **options)
 
-    return _cached(data, f"{method} {sorted(options.items())}", compute, {"logd": (len(data),)})["logd"]
+    def compute() -> dict[str, np.ndarray]:
+        return {"logd": estimators[method](*call.args, **call.kwargs)}
+
+    call.apply_defaults()  # into the key: a default that changes must not find what the old one computed
+    chosen = sorted((name, value) for name, value in call.arguments.items() if name not in ("observations", "progress"))
+    return _cached(data, f"{method} {chosen}", compute, {"logd": (len(data),)})["logd"]
 
 
 def estimate_dimension(observations: States, k: int = 20, *, backend: str = "auto", progress: bool = False) -> float:

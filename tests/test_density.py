@@ -564,15 +564,18 @@ def test_flow_without_zuko(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", ["kde", "flow"])
-def test_other_methods_are_cached_too(dataset: TransitionDataset, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_methods_are_cached_too(dataset: TransitionDataset, method: str) -> None:
     if method == "flow":
         pytest.importorskip("zuko")
     options = {"flow": {"max_epochs": 1, "hidden": (8,)}, "kde": {"bandwidth": 0.5}}[method]
     first = sdw.log_density(dataset, method, **options)
-    name = f"{method}_log_density"
-    np.testing.assert_array_equal(first, getattr(density, name)(dataset.normalized_observations, **options))
-    monkeypatch.setattr(density, name, lambda *_, **__: pytest.fail("computed again"))
-    np.testing.assert_array_equal(sdw.log_density(dataset, method, **options), first)
+    estimate = getattr(density, f"{method}_log_density")
+    np.testing.assert_array_equal(first, estimate(dataset.normalized_observations, **options))
+    (file,) = (dataset.path / ".sdw_cache").iterdir()
+    np.savez(file, logd=first + 1)  # what is read from now on
+    np.testing.assert_array_equal(sdw.log_density(dataset, method, progress=True, **options), first + 1)
+    with pytest.raises(TypeError, match="colour"):
+        sdw.log_density(dataset, method, colour="red")
 
 
 # --- diversity --------------------------------------------------------------------------------------------------------

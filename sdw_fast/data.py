@@ -161,8 +161,7 @@ class TransitionDataset:
         if self.action_low is None or self.action_high is None:
             raise ValueError("action bounds need both action_low and action_high, got one of them")
         self.action_low, self.action_high = (
-            np.array(np.broadcast_to(bound, width), dtype=np.float32)
-            for bound in (self.action_low, self.action_high)
+            np.array(np.broadcast_to(bound, width), dtype=np.float32) for bound in (self.action_low, self.action_high)
         )
         finite = np.isfinite(self.action_low).all() and np.isfinite(self.action_high).all()
         if not finite or (self.action_low >= self.action_high).any():

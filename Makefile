@@ -50,7 +50,7 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 sanitize: setup
 	PYTHON=$(BIN)/python .ci/sanitize.sh

@@ -34,13 +34,14 @@ class CMakeBuild(build_ext):
 
         require_compiler()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        sanitize = os.environ.get("SDW_SANITIZE", "")
+        build = ROOT / "build" / "-".join(filter(None, ["cmake", sys.implementation.cache_tag, *sanitize.split(",")]))
         arguments = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DSDW_CUDA={os.environ.get('SDW_CUDA', 'auto')}",
-            f"-DSDW_SANITIZE={os.environ.get('SDW_SANITIZE', '')}",
+            f"-DSDW_SANITIZE={sanitize}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('SDW_BUILD_TYPE', 'Release')}",
         ]
         jobs = str(os.cpu_count() or 1)

@@ -142,9 +142,9 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, signum: signal
     assert cut.stdout is not None
     assert cut.stdout.readline() == "started\n"
     cut.send_signal(signum)
-    output, errors = cut.communicate(timeout=60)
+    output, errors = cut.communicate(timeout=250)
     assert "finished" not in output
-    assert whole.wait(timeout=60) == 0, whole.communicate()
+    assert whole.wait(timeout=250) == 0, whole.communicate()
     reached = load_checkpoint(tmp_path / "cut" / "checkpoint")["iteration"]
     if signum == signal.SIGINT:
         assert "--resume" in errors
@@ -153,7 +153,7 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, signum: signal
         assert reached % 7 == 0
     assert 7 <= reached < 40
     resumed = run_script(tmp_path / "cut", pause=0.0)
-    assert resumed.wait(timeout=60) == 0, resumed.communicate()
+    assert resumed.wait(timeout=250) == 0, resumed.communicate()
     for name in ("last.npz", "best.npz"):
         first, second = (sdw.SyntheticDataset.load(tmp_path / folder / name) for folder in ("whole", "cut"))
         assert same_set(first, second)

@@ -8,9 +8,9 @@
 namespace sdw::SDW_ISA {
 namespace {
 
-// Rows of a block: two cores' activations of a 256-wide layer fit their second-level caches, and the gradient, which is
-// read and written once a block, is little traffic beside the block's own.
-constexpr int64_t kBlockRows = 512;
+// Rows of a block: the activations of a 256-wide layer then fit a second-level cache beside its weights, and the
+// gradient, read and written once a block, is little traffic beside the block's own.
+constexpr int64_t kBlockRows = 256;
 
 struct Layout {
     Matrix targets;

@@ -9,52 +9,56 @@
 namespace sdw::SDW_ISA {
 namespace {
 
-typedef float Unaligned __attribute__((vector_size(4 * kLanes), may_alias, aligned(4)));
+typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), may_alias, aligned(4)));
 
-Vec load_unaligned(const float* at) { return *reinterpret_cast<const Unaligned*>(at); }
-void store_unaligned(float* at, Vec x) { *reinterpret_cast<Unaligned*>(at) = x; }
+inline Vec load_unaligned(const float* at) { return *reinterpret_cast<const UnalignedVec*>(at); }
+inline void store_unaligned(float* at, Vec x) { *reinterpret_cast<UnalignedVec*>(at) = x; }
 
-constexpr int64_t kBlock = 1024;     // elements whose weights are spread out at a time
 constexpr int64_t kChunk = 1 << 16;  // elements whose sum is one term of the loss, whatever the threads
 
-// Spreads the rows' weights over elements [begin, begin + count) of the matrix. Whole vectors are written: each row's
-// excess is overwritten by the next row, the last one's lies in the buffer's padding.
-void spread_weights(const float* weights, int64_t columns, int64_t begin, int64_t count, float* out) {
-    int64_t row = begin / columns;
-    int64_t at = row * columns - begin;  // where the row begins, at or before 0
-    for (; at < count; ++row, at += columns) {
-        const Vec w = broadcast(weights[row]);
-        const int64_t end = std::min(count, at + columns);
-        for (int64_t i = std::max<int64_t>(at, 0); i < end; i += kLanes) store_unaligned(out + i, w);
+// A vector of elements that begins `phase` columns into a row holds parts of several rows. Lane i belongs to the row
+// (phase + i) / columns further on: its weight is a permutation of the next kLanes weights, one of `columns` patterns.
+struct Phase {
+    IntVec rows;         // of each lane, counted from the first lane's
+    int64_t next, step;  // phase of the next vector, and rows to its first lane
+};
+
+std::vector<Phase> phases(int64_t columns) {
+    std::vector<Phase> result(columns);
+    for (int64_t phase = 0; phase < columns; ++phase) {
+        Phase& p = result[phase];
+        for (int lane = 0; lane < kLanes; ++lane) p.rows[lane] = static_cast<int32_t>((phase + lane) / columns);
+        p.next = (phase + kLanes) % columns;
+        p.step = (phase + kLanes) / columns;
     }
+    return result;
 }
 
-// Sum over elements [begin, end) of w e², and their gradient 2 scale w e. A weight of zero makes the error zero.
-double loss_of(const WeightedBCLossParams& p, float scale, int64_t begin, int64_t end) {
-    alignas(64) float w[kBlock + kLanes];
+// Σ over elements [begin, end) of w e², and their gradient 2 scale w e. A weight of zero makes the error zero.
+double loss_of(const WeightedBCLossParams& p, const std::vector<Phase>& table, float scale, int64_t begin,
+               int64_t end) {
+    const float twice = 2.0f * scale;
+    Vec sum{};
+    int64_t i = begin, row = begin / p.columns, phase = begin % p.columns;
+    for (; i + kLanes <= end && row + kLanes <= p.rows; i += kLanes) {
+        const Phase& now = table[phase];
+        const Vec weight = __builtin_shuffle(load_unaligned(p.weights + row), now.rows);
+        const Vec difference = load_unaligned(p.pred + i) - load_unaligned(p.target + i);
+        const Vec error = weight == 0.0f ? Vec{} : difference;
+        const Vec weighted = weight * error;
+        sum += weighted * error;
+        if (p.gradient != nullptr) store_unaligned(p.gradient + i, twice * weighted);
+        phase = now.next;
+        row += now.step;
+    }
     double loss = 0.0;
-    for (int64_t first = begin; first < end; first += kBlock) {
-        const int64_t count = std::min(kBlock, end - first);
-        spread_weights(p.weights, p.columns, first, count, w);
-        const float *pred = p.pred + first, *target = p.target + first;
-        float* gradient = p.gradient == nullptr ? nullptr : p.gradient + first;
-        Vec sum{};
-        int64_t i = 0;
-        for (; i + kLanes <= count; i += kLanes) {
-            const Vec weight = load(w + i);
-            const Vec difference = load_unaligned(pred + i) - load_unaligned(target + i);
-            const Vec error = weight == 0.0f ? Vec{} : difference;
-            const Vec weighted = weight * error;
-            sum += weighted * error;
-            if (gradient != nullptr) store_unaligned(gradient + i, 2.0f * scale * weighted);
-        }
-        for (int lane = 0; lane < kLanes; ++lane) loss += sum[lane];
-        for (; i < count; ++i) {
-            const float error = w[i] == 0.0f ? 0.0f : pred[i] - target[i];
-            const float weighted = w[i] * error;
-            loss += weighted * error;
-            if (gradient != nullptr) gradient[i] = 2.0f * scale * weighted;
-        }
+    for (int lane = 0; lane < kLanes; ++lane) loss += sum[lane];
+    for (; i < end; ++i) {
+        const float weight = p.weights[i / p.columns];
+        const float error = weight == 0.0f ? 0.0f : p.pred[i] - p.target[i];
+        const float weighted = weight * error;
+        loss += weighted * error;
+        if (p.gradient != nullptr) p.gradient[i] = twice * weighted;
     }
     return loss;
 }
@@ -65,12 +69,13 @@ float weighted_bc_loss(const WeightedBCLossParams& p) {
     const int64_t elements = p.rows * p.columns;
     const int64_t chunks = (elements + kChunk - 1) / kChunk;
     const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(p.columns));
+    const std::vector<Phase> table = phases(p.columns);
     std::vector<double> losses(chunks);
-    // A thread is worth starting for two chunks, about 50 microseconds of memory traffic.
-    Team::run(static_cast<int>(std::min<int64_t>(p.threads, 1 + chunks / 4)), [&](int member, Team& team) {
+    // Below half a million elements the whole takes no longer than starting a thread.
+    Team::run(static_cast<int>(std::min<int64_t>(p.threads, 1 + chunks / 8)), [&](int member, Team& team) {
         const Range share = team.share(chunks, member);
         for (int64_t chunk = share.begin; chunk < share.end; ++chunk)
-            losses[chunk] = loss_of(p, scale, chunk * kChunk, std::min(elements, (chunk + 1) * kChunk));
+            losses[chunk] = loss_of(p, table, scale, chunk * kChunk, std::min(elements, (chunk + 1) * kChunk));
     });
     double loss = 0.0;
     for (const double part : losses) loss += part;

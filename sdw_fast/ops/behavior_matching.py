@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sdw_fast import _C
 from sdw_fast.ops.backend import resolve_backend
 from sdw_fast.ops.mlp import check_floating, check_mlp, check_rows, mlp_activations, mlp_deltas, mlp_gradients
+from sdw_fast.ops.one_pass import OnePassLoss
 from sdw_fast.ops.weighted_bc_loss import check_weights, weighted_error
-
-_Evaluate = Callable[[Sequence[Tensor], Tensor, Tensor, Tensor, bool], tuple[Tensor, list[Tensor] | None]]
 
 
 def behavior_matching(
@@ -44,30 +42,11 @@ def behavior_matching(
     check_weights("behavior_matching", weights, states.shape[0], constants={"states": states, "targets": targets})
     resolved = resolve_backend("behavior_matching", backend, [states, targets, weights, *params])
     evaluate = {"torch": _torch, "cpu": _cpu}[resolved]
-    return _BehaviorMatching.apply(evaluate, states, targets, weights, *params)
-
-
-class _BehaviorMatching(torch.autograd.Function):
-    """Takes loss and gradient from `evaluate` in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, evaluate: _Evaluate, states: Tensor, targets: Tensor, weights: Tensor, *params: Tensor
-    ) -> Tensor:
-        want_gradients = any(ctx.needs_input_grad)
-        loss, ctx.gradients = evaluate(params, states, targets, weights, want_gradients)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[4:]
-        gradients = (g * grad_loss if n else None for g, n in zip(ctx.gradients, needed, strict=True))
-        return (None, None, None, None, *gradients)
+    return OnePassLoss.apply(partial(evaluate, states, targets, weights), *params)
 
 
 def _torch(
-    params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor, want_gradients: bool
+    states: Tensor, targets: Tensor, weights: Tensor, params: Sequence[Tensor], want_gradients: bool
 ) -> tuple[Tensor, list[Tensor] | None]:
     activations = mlp_activations(params, states)
     output = activations[-1]  # (M, A)
@@ -79,7 +58,7 @@ def _torch(
 
 
 def _cpu(
-    params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor, want_gradients: bool
+    states: Tensor, targets: Tensor, weights: Tensor, params: Sequence[Tensor], want_gradients: bool
 ) -> tuple[Tensor, list[Tensor] | None]:
     """The kernel of csrc/cpu/behavior_matching.cpp."""
     gradients = [torch.empty(param.shape) for param in params] if want_gradients else None

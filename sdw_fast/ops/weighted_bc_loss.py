@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sdw_fast import _C
 from sdw_fast.ops.backend import resolve_backend
 from sdw_fast.ops.mlp import check_floating, check_rows
-
-_Evaluate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+from sdw_fast.ops.one_pass import OnePassLoss
 
 
 def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
@@ -42,8 +40,8 @@ def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, *, backend: 
         )
     check_weights("weighted_bc_loss", weights, pred.shape[0], constants={"target": target})
     resolved = resolve_backend("weighted_bc_loss", backend, [pred, target, weights])
-    evaluate = {"torch": weighted_error, "cpu": _cpu}[resolved]
-    return _WeightedBCLoss.apply(evaluate, pred, target, weights)
+    evaluate = {"torch": _torch, "cpu": _cpu}[resolved]
+    return OnePassLoss.apply(partial(evaluate, target, weights), pred)
 
 
 def check_weights(op: str, weights: Tensor, rows: int, constants: dict[str, Tensor]) -> None:
@@ -65,23 +63,18 @@ def weighted_error(pred: Tensor, target: Tensor, weights: Tensor) -> tuple[Tenso
     return (weighted * error).sum(), 2 * weighted
 
 
-class _WeightedBCLoss(torch.autograd.Function):
-    """Takes loss and gradient from `evaluate` in the forward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, evaluate: _Evaluate, pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-        loss, ctx.gradient = evaluate(pred, target, weights)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.gradient * grad_loss, None, None
+def _torch(
+    target: Tensor, weights: Tensor, inputs: Sequence[Tensor], want_gradient: bool
+) -> tuple[Tensor, list[Tensor] | None]:
+    loss, gradient = weighted_error(inputs[0], target, weights)
+    return loss, [gradient] if want_gradient else None
 
 
-def _cpu(pred: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _cpu(
+    target: Tensor, weights: Tensor, inputs: Sequence[Tensor], want_gradient: bool
+) -> tuple[Tensor, list[Tensor] | None]:
     """The kernel of csrc/cpu/weighted_bc_loss.cpp."""
-    gradient = torch.empty(pred.shape)
-    pred = pred.detach().contiguous()
+    pred = inputs[0].detach().contiguous()
+    gradient = torch.empty(pred.shape) if want_gradient else None
     loss = _C.weighted_bc_loss(pred, target.detach().contiguous(), weights.detach().contiguous(), gradient)
-    return torch.tensor(loss), gradient
+    return torch.tensor(loss), None if gradient is None else [gradient]

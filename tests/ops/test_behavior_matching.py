@@ -2,6 +2,7 @@ import pytest
 import torch
 from oracle import policy, random_problem, relative_error
 
+from sdw_fast import get_num_threads, set_num_threads
 from sdw_fast.ops import behavior_matching
 
 
@@ -25,6 +26,52 @@ def test_float64_agrees_with_autograd(widths, rows):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     gradients = torch.autograd.grad(3 * loss, params)
     assert relative_error(gradients, torch.autograd.grad(3 * expected, params)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("widths", "rows"),
+    [
+        ((1, 1), 1),
+        ((3, 2), 7),
+        ((17, 33, 6), 255),
+        ((17, 64, 64, 64, 6), 257),
+        ((11, 100, 3), 1000),
+        ((376, 31, 40), 513),
+    ],
+)
+def test_compiled_agrees_with_float64(widths, rows):
+    params, states, targets, weights = random_case(widths, rows, seed=rows, dtype=torch.float32)
+    weights[: rows // 3] *= 1000
+    loss = behavior_matching(params, states, targets, weights, backend="cpu")
+    double = [p.detach().double().requires_grad_() for p in params]
+    expected = behavior_matching(double, states.double(), targets.double(), weights.double())
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    gradients = torch.autograd.grad(loss, params)
+    assert relative_error(gradients, torch.autograd.grad(expected, double)) < 2e-6
+
+
+def test_compiled_gives_the_same_bits_for_every_thread_count():
+    params, states, targets, weights = random_case((17, 70, 64, 6), 1234, seed=2, dtype=torch.float32)
+    before = get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5, 2):
+            set_num_threads(threads)
+            loss = behavior_matching(params, states, targets, weights, backend="cpu")
+            results.append([loss, *torch.autograd.grad(loss, params)])
+    finally:
+        set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_graph_kept_gives_the_same_gradient_twice(backend):
+    params, states, targets, weights = random_case((3, 8, 2), 20, seed=0, dtype=torch.float32)
+    loss = behavior_matching(params, states, targets, weights, backend=backend)
+    first = torch.autograd.grad(2 * loss, params, retain_graph=True)
+    second = torch.autograd.grad(2 * loss, params)
+    assert all(torch.equal(x, y) and x is not y for x, y in zip(first, second, strict=True))
 
 
 def test_by_hand():

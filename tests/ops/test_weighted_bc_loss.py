@@ -13,7 +13,7 @@ def test_by_hand():
     assert pred.grad.tolist() == [[0.5, 1.0], [0.0, 3.0]]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (1000, 6), (33, 17)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (1000, 6), (33, 17), (5, 100), (300_000, 1), (100_001, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_agrees_with_autograd(shape, dtype):
     generator = torch.Generator().manual_seed(shape[0])
@@ -34,6 +34,15 @@ def test_a_row_of_weight_zero_counts_for_nothing(dtype):
     loss.backward()
     assert loss.item() == pytest.approx(2 / 6)
     assert torch.equal(pred.grad[1:], torch.zeros(2, 2, dtype=dtype))
+
+
+def test_graph_kept_gives_the_same_gradient_twice():
+    pred = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = weighted_bc_loss(pred, torch.zeros(40, 3), torch.ones(40))
+    first = torch.autograd.grad(loss, pred, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, pred)[0]
+    assert torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
 
 
 def test_shapes_and_gradients_are_checked():

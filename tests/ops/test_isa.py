@@ -1,0 +1,28 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdw_fast import config
+
+
+@pytest.mark.parametrize("isa", config()["instruction_sets_available"])
+def test_compiled_ops_on_every_instruction_set(isa):
+    # The choice is made once a process. The one in use is tested by the other files.
+    if isa == config()["instruction_set"]:
+        pytest.skip("in use: covered by the other tests")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "compiled and not isa"]
+    environment = {**os.environ, "SDW_ISA": isa}
+    done = subprocess.run([*command, str(Path(__file__).parent)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused():
+    environment = {**os.environ, "SDW_ISA": "sse9"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sdw_fast; sdw_fast.config()"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "SDW_ISA=sse9 is not available; this machine has: portable" in done.stderr

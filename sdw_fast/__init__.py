@@ -17,7 +17,7 @@ from sdw_fast.density import (
     log_density,
 )
 from sdw_fast.distill import DistillConfig, Distiller, distill
-from sdw_fast.evaluate import Evaluation, evaluate
+from sdw_fast.evaluate import Evaluation, evaluate, evaluate_synthetic
 from sdw_fast.objectives import OuterProblem, outer_problem
 from sdw_fast.policy import MLPPolicy, behavior_clone
 from sdw_fast.runtime import config, get_num_threads, set_num_threads
@@ -49,6 +49,7 @@ __all__ = [
     "effective_sample_size",
     "estimate_dimension",
     "evaluate",
+    "evaluate_synthetic",
     "flow_log_density",
     "get_num_threads",
     "kde_log_density",

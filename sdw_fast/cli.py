@@ -212,18 +212,15 @@ def _absolute(source: str | Path) -> str:
 def evaluate(
     synthetic: Annotated[Path, typer.Argument(metavar="SET", help="Synthetic set (.npz), e.g. RUN/best.npz")],
     env: Annotated[str | None, typer.Option(help="Gymnasium id; default: the set's own.")] = None,
-    episodes: Annotated[int, typer.Option(help="Episodes to run.")] = 10,
+    episodes: Annotated[int, typer.Option(help="Episodes to run, in all.")] = 10,
+    clones: Annotated[int, typer.Option(help="Policies to train, from different initializations.")] = 5,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a policy on a synthetic set by behavior cloning and run it in the environment."""
+    """Train policies on a synthetic set by behavior cloning and run them in the environment."""
     with _readable_errors():
         pairs = sdw.SyntheticDataset.load(synthetic)
-        env = env or pairs.env_id
-        if env is None:
-            raise ValueError("the set names no environment: pass --env")
-        policy = sdw.behavior_clone(pairs, seed=seed)
-        result = sdw.evaluate(policy, env, episodes=episodes, seed=seed, reference_scores=pairs.reference_scores)
+        result = sdw.evaluate_synthetic(pairs, env, clones=min(clones, episodes), episodes=episodes, seed=seed)
         _show(result.to_dict(), as_json)
 
 

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from sdw_fast import ops
 from sdw_fast.data import TransitionDataset, denormalize_actions, normalize_actions
-from sdw_fast.evaluate import Evaluation, evaluate
+from sdw_fast.evaluate import Evaluation, evaluate_synthetic
 from sdw_fast.objectives import OBJECTIVES, OuterProblem, outer_problem
-from sdw_fast.policy import behavior_clone, orthogonal_parameters
+from sdw_fast.policy import orthogonal_parameters
 from sdw_fast.synthetic import INITIALIZATIONS, SyntheticDataset, choose_pairs
 from sdw_fast.teacher import Teacher
 from sdw_fast.version import __version__
@@ -71,7 +71,8 @@ class DistillConfig:
     # the run
     seed: int = 0
     eval_every: int = 0  # outer steps between evaluations in the environment; 0: never
-    eval_episodes: int = 10
+    eval_clones: int = 5  # policies cloned for an evaluation, from different initializations
+    eval_episodes: int = 10  # episodes of an evaluation, in all
     checkpoint_every: int = 100  # outer steps between checkpoints, if the run has a folder
 
     def __post_init__(self) -> None:
@@ -79,7 +80,7 @@ class DistillConfig:
         for name, allowed in (("objective", OBJECTIVES), ("init", INITIALIZATIONS), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
-        for name in ("size", "inner_steps", "steps", "batch_size", "eval_episodes", "checkpoint_every", "k"):
+        for name in ("size", "inner_steps", "steps", "batch_size", "eval_clones", "checkpoint_every", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "inner_lr", "clip_norm", "gain", "beta"):
@@ -87,6 +88,8 @@ class DistillConfig:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.eval_every < 0:
             raise ValueError(f"eval_every must be 0 (never) or more, got {self.eval_every}")
+        if self.eval_episodes < self.eval_clones:
+            raise ValueError(f"eval_episodes={self.eval_episodes} must be at least eval_clones={self.eval_clones}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.window is not None and not 1 <= self.window <= self.inner_steps:
@@ -248,20 +251,16 @@ class Distiller:
         )
 
     def evaluate(self) -> Evaluation:
-        """Clones a fresh policy on the synthetic set and runs it in the dataset's environment.
+        """Clones fresh policies on the synthetic set and runs them in the dataset's environment.
 
         Raises:
             ValueError: the dataset does not say which environment it comes from.
         """
         if self.data.env_id is None:
             raise ValueError("the dataset names no environment to evaluate in; set eval_every=0 or give it an env_id")
-        policy = behavior_clone(self.synthetic, seed=self.config.seed, device=self.device)
-        return evaluate(
-            policy,
-            self.data.env_id,
-            episodes=self.config.eval_episodes,
-            seed=self.config.seed,
-            reference_scores=self.data.reference_scores,
+        config = self.config
+        return evaluate_synthetic(
+            self.synthetic, clones=config.eval_clones, episodes=config.eval_episodes, seed=config.seed
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -290,7 +289,7 @@ class Distiller:
                 f"the checkpoint belongs to another dataset (content hash {state['dataset_hash'][:12]}…, "
                 f"this one has {self.data.content_hash[:12]}…)"
             )
-        free = ("steps", "eval_every", "eval_episodes", "checkpoint_every")
+        free = ("steps", "eval_every", "eval_clones", "eval_episodes", "checkpoint_every")
         now = self.config.to_dict()
         differing = [name for name, value in state["config"].items() if name not in free and now.get(name) != value]
         if differing:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -17,6 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from sdw_fast.data import find_reference_scores, normalized_return
+from sdw_fast.policy import behavior_clone
+
+if TYPE_CHECKING:
+    from sdw_fast.synthetic import SyntheticDataset
 
 Policy = Callable[[torch.Tensor], Any]
 
@@ -131,6 +135,51 @@ def evaluate(
             current[ended] += slots
             bar.update(int(ended.sum()))
     return Evaluation(env_id, seed, returns, lengths, _normalize(env_id, returns, reference_scores))
+
+
+def evaluate_synthetic(
+    synthetic: SyntheticDataset,
+    env_id: str | None = None,
+    *,
+    clones: int = 5,
+    episodes: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Clones several policies on a synthetic set and runs each for its share of the episodes.
+
+    Policies cloned on one set from different initializations can differ more than the sets that one wants to compare,
+    so one clone says little.
+
+    Args:
+        synthetic: the set; clones are trained with its own settings, from the seeds seed, seed + 1, …
+        env_id: Gymnasium id; None: the set's own.
+        clones: policies, at most `episodes`.
+        episodes: in all; episode i is reset with seed + i.
+        seed: of the first clone and the first episode.
+        progress: show a progress bar for each clone.
+
+    Raises:
+        ValueError: no environment is known, or clones is not in 1 … episodes.
+    """
+    env_id = env_id or synthetic.env_id
+    if env_id is None:
+        raise ValueError("the synthetic set names no environment: pass env_id, such as 'Hopper-v5'")
+    if not 1 <= clones <= episodes:
+        raise ValueError(f"clones must be between 1 and episodes = {episodes}, got {clones}")
+    results = [
+        evaluate(
+            behavior_clone(synthetic, seed=seed + clone),
+            env_id,
+            episodes=len(share),
+            seed=seed + int(share[0]),
+            reference_scores=synthetic.reference_scores,
+            progress=progress,
+        )
+        for clone, share in enumerate(np.array_split(np.arange(episodes), clones))
+    ]
+    returns, lengths = (np.concatenate([getattr(r, name) for r in results]) for name in ("returns", "lengths"))
+    return Evaluation(env_id, seed, returns, lengths, _normalize(env_id, returns, synthetic.reference_scores))
 
 
 def make_env(env_id: str) -> gym.Env:

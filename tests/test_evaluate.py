@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import sdw_fast as sdw
 from sdw_fast import evaluate
 from sdw_fast.evaluate import BATCH, make_env
 
@@ -180,3 +181,24 @@ def test_unsupported_environments_and_arguments_are_reported() -> None:
         evaluate(zero, "FrozenLake-v1", episodes=1)
     with pytest.raises(ValueError, match="at least 1"):
         evaluate(zero, "Counting-v0", episodes=0)
+
+
+def test_evaluate_synthetic_shares_episodes_among_clones() -> None:
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(20, 11)).astype(np.float32)
+    synthetic = sdw.SyntheticDataset(
+        observations=observations,
+        actions=np.tanh(observations[:, :3]),
+        normalizer=sdw.Normalizer.fit(observations),
+        action_low=-np.ones(3, np.float32),
+        action_high=np.ones(3, np.float32),
+        env_id="Hopper-v5",
+        config={"hidden": [8], "inner_steps": 5},
+    )
+    together = sdw.evaluate_synthetic(synthetic, clones=2, episodes=3, seed=7)
+    first = sdw.evaluate(sdw.behavior_clone(synthetic, seed=7), "Hopper-v5", episodes=2, seed=7)
+    second = sdw.evaluate(sdw.behavior_clone(synthetic, seed=8), "Hopper-v5", episodes=1, seed=9)
+    np.testing.assert_array_equal(together.returns, [*first.returns, *second.returns])
+    assert together.normalized_mean is not None
+    with pytest.raises(ValueError, match="clones must be between"):
+        sdw.evaluate_synthetic(synthetic, clones=4, episodes=3)

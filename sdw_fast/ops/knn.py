@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from sdw_fast import _C
+
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 Progress = Callable[[int, int], Any]
 
-_CHECK_ROWS = 1 << 18  # rows read at a time where a memory map is only scanned
+_READ_ROWS = 1 << 17  # rows read at a time where an array or memory map is only passed over
+_SLAB_BYTES = 1 << 30  # of a memory map, as floats, brought into memory at a time by the native backend
 
 
 def knn(
@@ -36,7 +41,8 @@ def knn(
         k: Neighbors a query, from 1 to N (to M − 1 in the self-join).
         backend: One of
 
-            - "auto": "faiss" where it is installed (for CUDA data: where it has a GPU), else "torch";
+            - "auto": "native" for data on the CPU; for CUDA data "faiss" where it has a GPU, else "torch";
+            - "native": the compiled kernel, a join of blocks pruned by proof, in the threads of `set_num_threads`;
             - "torch": blocked brute force in float64 on the data's device; slow, simple and right;
             - "faiss": FAISS's flat index, on the GPU if the data lie there and FAISS has GPU support;
             - "faiss:<factory>[;<parameters>]": any other FAISS index by its `index_factory` name and `ParameterSpace`
@@ -58,11 +64,11 @@ def knn(
             is unknown or does not take this data; the message says what is available.
         ImportError: backend "faiss" without FAISS.
     """
-    _check_points("queries", queries)
+    magnitude = _check_points("queries", queries)
     self_join = references is None
     points = queries if references is None else references
     if not self_join:
-        _check_points("references", points)
+        magnitude = max(magnitude, _check_points("references", points))
         _check_alike(queries, points)
     available = points.shape[0] - self_join
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
@@ -70,43 +76,174 @@ def knn(
     if not 1 <= k <= available:
         reason = f"{points.shape[0]} rows without the query itself" if self_join else f"{available} references"
         raise ValueError(f"knn: k must be between 1 and {available} ({reason}), got {k}")
-    search = _resolve(backend, _device(queries).type)
+    name, factory = _resolve(backend, _device(queries).type)
     distances, indices = _outputs(queries, int(k), out)
-    rows = queries.shape[0]
-    for start, block_distances, block_indices in search(queries, points, int(k), self_join):
-        stop = start + block_distances.shape[0]
-        distances[start:stop] = _like(block_distances, distances)
-        indices[start:stop] = _like(block_indices, indices)
+
+    def write(rows: Any, block_distances: torch.Tensor, block_indices: torch.Tensor) -> None:
+        distances[rows] = _like(block_distances.float(), distances)
+        indices[rows] = _like(block_indices, indices)
+
+    def report(done: int) -> None:
         if progress is not None:
-            progress(stop, rows)
+            progress(done, queries.shape[0])
+
+    if name == "native":
+        _native_search(queries, points, int(k), self_join, write, report, magnitude)
+    elif name == "faiss":
+        _faiss_search(queries, points, int(k), self_join, write, report, factory)
+    else:
+        _torch_search(queries, points, int(k), self_join, write, report)
     return distances, indices
 
 
-# A search yields (first row, distances, indices) for consecutive blocks of queries, as float32 and int64 tensors.
-Blocks = Iterator[tuple[int, torch.Tensor, torch.Tensor]]
-Search = Callable[[Any, Any, int, bool], Blocks]
+# A search hands over blocks of its result, (rows of the queries, distances, indices), and says how many rows are done.
+Write = Callable[[Any, torch.Tensor, torch.Tensor], None]
+Report = Callable[[int], None]
 
 
-def _resolve(backend: str, device: str) -> Search:
-    """Returns the search that `backend` names for data on `device`; refuses with what is available."""
+def _resolve(backend: str, device: str) -> tuple[str, str]:
+    """Returns the search that `backend` names for data on `device`, and its FAISS factory string."""
     name, _, factory = backend.partition(":")
     faiss = importlib.util.find_spec("faiss") is not None
     if name == "faiss" and not faiss:
         raise ImportError('knn: backend "faiss" needs FAISS: pip install "sdw_fast[faiss]"')
-    if device in ("cpu", "cuda"):
-        if name == "auto" and not factory:
-            name = "faiss" if faiss and (device == "cpu" or _faiss_has_gpu()) else "torch"
-        if name == "torch" and not factory:
-            return _torch_search
-        if name == "faiss":
-            return lambda q, r, k, self_join: _faiss_search(q, r, k, self_join, factory or "Flat")
-    choices = (
-        ["auto", "torch"] + ["faiss", "faiss:<factory>[;<parameters>]"] * faiss if device in ("cpu", "cuda") else []
-    )
-    raise ValueError(f"knn: backend {backend!r} is not available for data on {device}; choose one of {choices}")
+    available = {"cpu": ["native", "torch"], "cuda": ["torch"]}.get(device, [])
+    if faiss and available:
+        available.append("faiss")
+    if backend == "auto" and available:
+        name = "faiss" if device == "cuda" and faiss and _faiss_has_gpu() else available[0]
+    if name not in available or (factory and name != "faiss"):
+        choices = ["auto", *available] + ["faiss:<factory>[;<parameters>]"] * ("faiss" in available)
+        raise ValueError(f"knn: backend {backend!r} is not available for data on {device}; choose one of {choices}")
+    return name, factory or "Flat"
 
 
-def _torch_search(queries: Any, references: Any, k: int, self_join: bool) -> Blocks:
+def _native_search(
+    queries: Any, references: Any, k: int, self_join: bool, write: Write, report: Report, magnitude: float
+) -> None:
+    """The compiled join. What is mapped from disk passes through memory in slabs."""
+    frame = _Frame(references, magnitude)
+    rows, double = queries.shape[0], _is_double(queries) or _is_double(references)
+    slab = max(_SLAB_BYTES // (4 * queries.shape[1]), k + 1)
+    step = slab if isinstance(queries, np.memmap) else rows
+    if isinstance(references, np.memmap) and references.shape[0] > slab:
+        for start in range(0, rows, step):
+            block = _resident(queries[start : start + step], double)
+            self_offset = start if self_join else None
+            squared, found = _search_slabs(block, references, k, slab, self_offset, frame, _from(start, report))
+            write(slice(start, start + block.shape[0]), squared.sqrt(), found)
+        return
+    points = _resident(references, double)
+    coordinates = frame.coordinates(points)
+    index = _C.KnnIndex(points, coordinates, frame.scale)
+    if self_join:
+        _run(index.self_join(k), k, lambda row, squared, found: write(row, squared.sqrt(), found), report)
+        return
+    for start in range(0, rows, step):
+        block = _resident(queries[start : start + step], double)
+        join = index.join(block, frame.coordinates(block), k, _NO_SELF)
+        _run(join, k, _written_from(start, write), _from(start, report))
+
+
+_NO_SELF = -(1 << 62)  # an offset that meets no row
+
+
+def _search_slabs(
+    block: Any, references: Any, k: int, slab: int, self_offset: int | None, frame: _Frame, report: Report
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joins queries with one slab of the references after the other; returns their squared distances and indices."""
+    coordinates = frame.coordinates(block)
+    rows, double = block.shape[0], _is_double(block)
+    best = torch.full((rows, k), torch.inf, dtype=torch.float64)
+    best_index = torch.full((rows, k), -1, dtype=torch.int64)
+    slabs = references.shape[0] // slab  # the remainder is spread over them: each has more than k rows
+    bounds = [references.shape[0] * i // slabs for i in range(slabs + 1)]
+    for number, first in enumerate(bounds[:-1]):
+        points = _resident(references[first : bounds[number + 1]], double)
+
+        def merge(row: torch.Tensor, squared: torch.Tensor, found: torch.Tensor, first: int = first) -> None:
+            # Slabs come in the order of their rows, so a stable sort leaves ties in the order of their index.
+            both, both_index = torch.cat([best[row], squared], 1), torch.cat([best_index[row], found + first], 1)
+            order = both.argsort(dim=1, stable=True)[:, :k]
+            best[row], best_index[row] = both.gather(1, order), both_index.gather(1, order)
+
+        def report_share(done: int, number: int = number) -> None:
+            report((number * rows + done) // slabs)
+
+        index = _C.KnnIndex(points, frame.coordinates(points), frame.scale)
+        offset = _NO_SELF if self_offset is None else self_offset - first
+        _run(index.join(block, coordinates, k, offset), k, merge, report_share)
+    return best, best_index
+
+
+def _from(start: int, report: Report) -> Report:
+    return lambda done: report(start + done)
+
+
+def _written_from(start: int, write: Write) -> Write:
+    return lambda row, squared, found: write(row + start, squared.sqrt(), found)
+
+
+def _run(join: Any, k: int, write: Write, report: Report) -> None:
+    """Runs a join in portions of about a quarter of a second, so that it can be watched and interrupted."""
+    first, portion, done = 0, 16, 0
+    while first < join.groups:
+        last = min(first + portion, join.groups)
+        rows = join.rows(first, last)
+        row = torch.empty(rows, dtype=torch.int64)
+        squared = torch.empty((rows, k), dtype=torch.float64)
+        found = torch.empty((rows, k), dtype=torch.int64)
+        began = time.perf_counter()
+        join.search(first, last, row, squared, found)
+        seconds = time.perf_counter() - began
+        write(row, squared, found)
+        first, done = last, done + rows
+        report(done)
+        portion = max(1, int(portion * min(8.0, 0.25 / max(seconds, 1e-9))))
+
+
+class _Frame:
+    """Coordinates fit for pruning: centered, along the principal axes, widest first, scaled by a power of two.
+
+    Any center and any orthonormal axes give right answers; these, from a sample, give fast ones. The scale puts all
+    distances below 2^62, so that no square overflows.
+    """
+
+    def __init__(self, references: Any, magnitude: float) -> None:
+        rows, dimension = references.shape
+        sample = _rows(references[:: max(1, rows // 65536)], 0, rows)
+        self.center = sample.mean(0)
+        self.scale = 2.0 ** (50 - math.frexp(2 * math.sqrt(dimension) * max(magnitude, 1e-30))[1])
+        self.axes = None
+        if rows >= max(1024, 2 * dimension):  # else too little to prune to be worth it
+            sample = (sample - self.center) * self.scale
+            self.axes = torch.linalg.eigh(sample.T @ sample).eigenvectors.flip(1) * self.scale
+
+    def coordinates(self, points: Any) -> torch.Tensor:
+        result = torch.empty(tuple(points.shape), dtype=torch.float32)
+        for start in range(0, points.shape[0], _READ_ROWS):
+            centered = _rows(points, start, start + _READ_ROWS).sub_(self.center)
+            result[start : start + _READ_ROWS] = (
+                centered @ self.axes if self.axes is not None else centered * self.scale
+            )
+        return result
+
+
+def _resident(x: Any, double: bool) -> Any:
+    """Rows in memory, contiguous, writable (which DLPack asks for), float64 or float32."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().to(torch.float64 if double else torch.float32).contiguous()
+    dtype = np.float64 if double else np.float32
+    if isinstance(x, np.memmap):
+        return np.array(x, dtype=dtype, order="C", subok=False)
+    return np.require(x, dtype, ["C", "A", "W", "E"])
+
+
+def _is_double(x: Any) -> bool:
+    return x.dtype in (torch.float64, np.float64)
+
+
+def _torch_search(queries: Any, references: Any, k: int, self_join: bool, write: Write, report: Report) -> None:
     """The twin that defines the answer: all differences in float64, no expansion of the square."""
     device = _device(queries)
     query_rows, reference_rows = 256, max(8192, k)
@@ -121,7 +258,8 @@ def _torch_search(queries: Any, references: Any, k: int, self_join: bool) -> Blo
             if self_join:
                 distance.masked_fill_(index == torch.arange(q, q + x.shape[0], device=device)[:, None], torch.inf)
             best, best_index = _smallest(torch.cat([best, distance], 1), torch.cat([best_index, index], 1), k)
-        yield q, best.float(), best_index
+        write(slice(q, q + x.shape[0]), best, best_index)
+        report(q + x.shape[0])
 
 
 def _smallest(distance: torch.Tensor, index: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,14 +278,16 @@ def _smallest(distance: torch.Tensor, index: torch.Tensor, k: int) -> tuple[torc
     return top.gather(1, order), index.gather(1, column.gather(1, order))
 
 
-def _faiss_search(queries: Any, references: Any, k: int, self_join: bool, factory: str) -> Blocks:
+def _faiss_search(
+    queries: Any, references: Any, k: int, self_join: bool, write: Write, report: Report, factory: str
+) -> None:
     """A FAISS index over float32 copies centered on the references' mean; its finds are ranked in float64."""
     import faiss
 
     name, _, parameters = factory.partition(";")
     on_gpu = _device(queries).type == "cuda" and _faiss_has_gpu()
     rows, dimension = references.shape
-    center = sum(_rows(references, r, r + _CHECK_ROWS).sum(0) for r in range(0, rows, _CHECK_ROWS)) / rows
+    center = sum(_rows(references, r, r + _READ_ROWS).sum(0) for r in range(0, rows, _READ_ROWS)) / rows
     try:
         index = faiss.index_factory(dimension, name)
         if on_gpu:
@@ -163,8 +303,8 @@ def _faiss_search(queries: Any, references: Any, k: int, self_join: bool, factor
 
     if not index.is_trained:
         index.train(centered(references, 0, rows))
-    for r in range(0, rows, _CHECK_ROWS):
-        index.add(centered(references, r, r + _CHECK_ROWS))
+    for r in range(0, rows, _READ_ROWS):
+        index.add(centered(references, r, r + _READ_ROWS))
 
     # One more than asked: the query itself is usually among them. Duplicates can push it out; then the last one goes.
     wanted = min(k + self_join, rows)
@@ -181,7 +321,8 @@ def _faiss_search(queries: Any, references: Any, k: int, self_join: bool, factor
         distance.masked_fill_(missing, torch.inf)
         found = found.masked_fill(missing, -1)
         order = distance.argsort(dim=1, stable=True)[:, :k]
-        yield q, distance.gather(1, order).float(), found.gather(1, order)
+        write(slice(q, q + x.shape[0]), distance.gather(1, order), found.gather(1, order))
+        report(q + x.shape[0])
 
 
 def _faiss_has_gpu() -> bool:
@@ -190,7 +331,8 @@ def _faiss_has_gpu() -> bool:
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
-def _check_points(name: str, x: Any) -> None:
+def _check_points(name: str, x: Any) -> float:
+    """Refuses what is not a matrix of finite floats; returns its largest magnitude."""
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise TypeError(f"knn: {name} must be a NumPy array or a torch tensor, got {type(x).__name__}")
     floating = x.is_floating_point() if isinstance(x, torch.Tensor) else np.issubdtype(x.dtype, np.floating)
@@ -200,16 +342,19 @@ def _check_points(name: str, x: Any) -> None:
         raise ValueError(f"knn: {name} must have shape (rows, dimensions), neither of them 0, got {tuple(x.shape)}")
     if _device(x).type == "meta":
         raise ValueError(f"knn: {name} is a meta tensor, without data")
-    for start in range(0, x.shape[0], _CHECK_ROWS):
-        block = x[start : start + _CHECK_ROWS]
-        finite = torch.isfinite(block) if isinstance(block, torch.Tensor) else np.isfinite(block)
-        if not finite.all():
-            row = start + int(
-                (~finite).any(1).argmax() if isinstance(finite, np.ndarray) else (~finite).any(1).int().argmax()
-            )
-            raise ValueError(
-                f"knn: {name} must be finite; row {row} is the first with NaN or Inf. Drop or repair such rows"
-            )
+    x = x.detach() if isinstance(x, torch.Tensor) else x
+    magnitude = 0.0
+    for start in range(0, x.shape[0], _READ_ROWS):
+        block = x[start : start + _READ_ROWS]
+        largest = max(float(block.max()), -float(block.min()))
+        if not math.isfinite(largest):
+            finite = np.isfinite(block) if isinstance(block, np.ndarray) else block.isfinite().cpu().numpy()
+            row = start + int((~finite).any(1).argmax())
+            raise ValueError(f"knn: {name} must be finite; row {row} is the first with NaN or Inf. Drop such rows")
+        magnitude = max(magnitude, largest)
+    if magnitude > 1e37:
+        raise ValueError(f"knn: {name} reach {magnitude:.3g}; distances would leave float32's range. Scale them down")
+    return magnitude
 
 
 def _check_alike(queries: Any, references: Any) -> None:

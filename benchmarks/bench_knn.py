@@ -1,0 +1,303 @@
+"""knn: the self-join of a dataset, k = 10, beside other libraries, and how each grows with the number of rows.
+
+python -m benchmarks.bench_knn                                          # synthetic surfaces, 10^4 and 10^5 rows
+python -m benchmarks.bench_knn states.npy uniform:64 --rows 1e5 1e6     # real states: an .npy file (M, D), normalized
+python -m benchmarks.bench_knn states.npy --rows 1e6 --verify 20000     # every index against float64 brute force
+python -m benchmarks.bench_knn states.npy --rows 1e7 --peers            # ours alone
+
+A source is uniform:D, gaussian:D, surface:D (near a curved surface of dimension 2/3 D), an .npy file, or whatever
+`load_dataset` takes (its normalized observations). Peers that answer query by query are timed on 2% of the queries, at
+least 500, and scaled; building their index is not scaled. Approximate peers carry their measured recall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import sdw_fast
+from benchmarks.table import Row, Table, machine, peak_memory, write_json
+from sdw_fast.ops import knn
+
+K = 10
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# A peer takes (points, rows to query) and returns (seconds to build, seconds to query, indices (rows, K) or None).
+Peer = Callable[[np.ndarray, np.ndarray], "tuple[float, float, np.ndarray]"]
+
+
+def source(name: str, rows: int) -> np.ndarray:
+    """Returns (rows, D) float32 points; a file with fewer rows is an error."""
+    rng = np.random.default_rng(0)
+    kind, _, number = name.partition(":")
+    if kind in ("uniform", "gaussian", "surface"):
+        dimension = int(number)
+        if kind == "uniform":
+            return rng.random((rows, dimension), dtype=np.float32)
+        if kind == "gaussian":
+            return rng.standard_normal((rows, dimension), dtype=np.float32)
+        intrinsic = max(1, 2 * dimension // 3)
+        latent = rng.standard_normal((rows, intrinsic)) @ rng.standard_normal((intrinsic, dimension))
+        points = np.sin(latent / 2) + 0.01 * rng.standard_normal((rows, dimension))
+    elif name.endswith(".npy"):
+        points = np.load(name)
+    else:
+        points = sdw_fast.load_dataset(name).normalized_observations
+    if len(points) < rows:
+        raise SystemExit(f"{name} has {len(points)} rows, {rows} are wanted")
+    # A random subset: another size of the same distribution.
+    points = points[np.sort(rng.permutation(len(points))[:rows])].astype(np.float32)
+    return (points - points.mean(0)) / (points.std(0) + 1e-3)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.perf_counter()
+    result = call()
+    return time.perf_counter() - begin, result
+
+
+def _without_self(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Drops each query from its K + 1 neighbors (the last one where it is not among them)."""
+    others = found != rows[:, None]
+    others[others.all(1), -1] = False
+    return found[others].reshape(len(rows), -1)
+
+
+def pykdtree(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    from pykdtree.kdtree import KDTree
+
+    build, tree = _timed(lambda: KDTree(points))
+    query, (_, found) = _timed(lambda: tree.query(points[rows], k=K + 1))
+    return build, query, _without_self(found.astype(np.int64), rows)
+
+
+def scipy(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    from scipy.spatial import cKDTree
+
+    build, tree = _timed(lambda: cKDTree(points))
+    query, (_, found) = _timed(lambda: tree.query(points[rows], k=K + 1, workers=torch.get_num_threads()))
+    return build, query, _without_self(found, rows)
+
+
+def sklearn(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    from sklearn.neighbors import NearestNeighbors
+
+    model = NearestNeighbors(n_neighbors=K + 1, algorithm="kd_tree", n_jobs=torch.get_num_threads())
+    build, _ = _timed(lambda: model.fit(points))
+    query, found = _timed(lambda: model.kneighbors(points[rows], return_distance=False))
+    return build, query, _without_self(found, rows)
+
+
+def faiss_flat(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(points.shape[1])
+    build, _ = _timed(lambda: index.add(points))
+    query, (_, found) = _timed(lambda: index.search(points[rows], K + 1))
+    return build, query, _without_self(found, rows)
+
+
+def faiss_ivf(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """About 4 √M cells; probes doubled until the recall on 500 rows reaches 0.99 (the search for it is not timed)."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    cells = 1 << max(4, round(math.log2(4 * math.sqrt(len(points)))))
+    index = faiss.index_factory(points.shape[1], f"IVF{cells},Flat")
+
+    def fill() -> None:
+        index.train(points)
+        index.add(points)
+
+    build, _ = _timed(fill)
+    sample = rows[:500]
+    _, _, exact = faiss_flat(points, sample)
+    index.nprobe = 1
+    while _recall(_without_self(index.search(points[sample], K + 1)[1], sample), exact) < 0.99:
+        index.nprobe *= 2
+    query, (_, found) = _timed(lambda: index.search(points[rows], K + 1))
+    return build, query, _without_self(found, rows)
+
+
+def hnswlib(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    import hnswlib as library
+
+    index = library.Index("l2", points.shape[1])
+    index.init_index(len(points), ef_construction=100, M=16, random_seed=0)
+    index.set_num_threads(torch.get_num_threads())
+    index.set_ef(64)
+    build, _ = _timed(lambda: index.add_items(points))
+    query, (found, _) = _timed(lambda: index.knn_query(points[rows], K + 1))
+    return build, query, _without_self(found.astype(np.int64), rows)
+
+
+def pynndescent(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Its graph is the self-join itself: nothing is left to query."""
+    from pynndescent import NNDescent
+
+    def build() -> Any:
+        model = NNDescent(points, n_neighbors=K + 1, random_state=0, n_jobs=torch.get_num_threads())
+        return model.neighbor_graph[0]
+
+    seconds, found = _timed(build)
+    return seconds, 0.0, _without_self(found[rows].astype(np.int64), rows)
+
+
+PEERS: dict[str, Peer] = {
+    "FAISS flat": faiss_flat,
+    "FAISS IVF": faiss_ivf,
+    "pykdtree": pykdtree,
+    "SciPy cKDTree": scipy,
+    "scikit-learn": sklearn,
+    "PyNNDescent": pynndescent,
+    "hnswlib": hnswlib,
+}
+APPROXIMATE = ("FAISS IVF", "PyNNDescent", "hnswlib")
+
+
+def _recall(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found.tolist(), exact.tolist(), strict=True)]))
+
+
+def compare(name: str, rows: int, peers: list[str], fraction: float = 0.02) -> Table:
+    """Times the self-join: ours before and after every peer, and a ratio to the mean of the two."""
+    points = source(name, rows)
+    sample = np.random.default_rng(1).permutation(rows)[: min(rows, max(500, round(fraction * rows)))]
+    share = len(sample) / rows
+    knn(points[:2000], k=K)  # threads, page tables, the import of what is needed
+    ours = Row("sdw_fast")
+    table = Table(f"knn self-join, {name}, M = {rows:.0e}, D = {points.shape[1]}, k = {K}", [ours])
+
+    def run_ours() -> np.ndarray:
+        seconds, (_, indices) = _timed(lambda: knn(points, k=K))
+        ours.samples.append(seconds)
+        return indices
+
+    exact = run_ours()[sample]
+    for peer in peers:
+        row = Row(peer)
+        table.rows.append(row)
+        try:
+            if peer == "PyNNDescent":
+                PEERS[peer](points[:2000], np.arange(10))  # numba compiles
+            build, query, found = PEERS[peer](points, sample)
+        except ImportError as error:
+            row.skipped = str(error)
+            continue
+        run_ours()
+        row.samples = [build + query / share]
+        row.median = row.samples[0]
+        row.ratio = row.median / statistics.mean(ours.samples[-2:])
+        if peer != "PyNNDescent" and share < 1:
+            row.name += f" (build {build:.3g} s + {len(sample)} queries scaled)"
+        if peer in APPROXIMATE:
+            row.name += f", recall {_recall(found, exact):.4f}"
+    if not peers:
+        run_ours()
+    ours.median = statistics.median(ours.samples)
+    ours.ratio = 1.0
+    return table
+
+
+def growth(tables: list[Table]) -> str:
+    """The exponent of each contender: the slope of log seconds on log rows."""
+    lines = ["growth exponents over M = " + ", ".join(table.title.split("M = ")[1].split(",")[0] for table in tables)]
+    rows = [float(table.title.split("M = ")[1].split(",")[0]) for table in tables]
+    for i, first in enumerate(tables[0].rows):
+        seconds = [table.rows[i].median for table in tables]
+        if all(seconds):
+            slope = np.polyfit(np.log(rows), np.log(np.array(seconds, dtype=float)), 1)[0]
+            lines.append(f"  {first.name.split(' (')[0].split(',')[0]:<20} {slope:.2f}")
+    return "\n".join(lines)
+
+
+def verify(name: str, rows: int, count: int) -> str:
+    """Compares `count` sampled rows of the self-join with brute force in float64; a tie may go either way."""
+    points = source(name, rows)
+    _, indices = knn(points, k=K)
+    sample = np.sort(np.random.default_rng(2).permutation(rows)[:count])
+    wrong = ties = 0
+    x = torch.from_numpy(points).double()
+    norm = x.square().sum(1)
+    for start in range(0, count, 256):
+        some = torch.from_numpy(sample[start : start + 256])
+        candidates = torch.addmm(norm, x[some], x.T, alpha=-2).topk(K + 6, 1, largest=False).indices.sort(1).values
+        exact = (x[some][:, None] - x[candidates]).square().sum(-1)
+        exact[candidates == some[:, None]] = torch.inf
+        exact, order = exact.sort(1, stable=True)
+        expected = candidates.gather(1, order)[:, :K].numpy()
+        found = indices[some.numpy()]
+        squared = (x[some][:, None] - x[torch.from_numpy(found)]).square().sum(-1)
+        different = found != expected
+        tie = np.isclose(squared.numpy(), exact[:, :K].numpy(), rtol=1e-13, atol=0)
+        wrong += int((different & ~tie).any(1).sum())
+        ties += int((different & tie).any(1).sum())
+    return f"{name}, M = {rows:.0e}: of {count} rows {wrong} differ from float64 brute force ({ties} in ties only)"
+
+
+def prepare(data: str, rows: int) -> Callable[[], object]:
+    """For peak memory: our call on prepared points."""
+    points = source(data, rows)
+    return lambda: knn(points, k=K)
+
+
+def tables(mode: str) -> Iterator[tuple[str, Callable[[], Table]]]:
+    """For benchmarks.run: synthetic surfaces like the suite's states; all dimensions in a sweep."""
+    quick = ["FAISS flat", "FAISS IVF", "pykdtree", "SciPy cKDTree"]
+    if mode == "sweep":
+        for data in [f"{kind}:{dimension}" for kind in ("uniform", "gaussian") for dimension in (3, 11, 17, 64)]:
+            for rows in (10_000, 100_000):
+                yield f"knn/{data.replace(':', '')}-{rows}", partial(compare, data, rows, quick)
+        return
+    for dimension in (11, 17):
+        rows = 20_000 if mode == "quick" else 100_000
+        yield (
+            f"knn/surface{dimension}",
+            partial(compare, f"surface:{dimension}", rows, quick if mode == "quick" else list(PEERS)),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", default=["surface:11", "surface:17"])
+    parser.add_argument("--rows", nargs="+", type=float, default=[1e4, 1e5])
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="NAME")
+    parser.add_argument("--fraction", type=float, default=0.02, help="of the queries that a slow peer is timed on")
+    parser.add_argument("--memory", action="store_true", help="peak memory of our call, in a fresh process")
+    parser.add_argument("--verify", type=int, default=0, metavar="N", help="compare N rows with float64, time nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files and the printed tables")
+    options = parser.parse_args()
+    torch.set_num_threads(sdw_fast.get_num_threads())
+    os.environ.setdefault("OMP_NUM_THREADS", str(sdw_fast.get_num_threads()))
+    print("\n".join(f"{key}: {value}" for key, value in machine().items()), flush=True)
+    for name in options.sources:
+        if options.verify:
+            for rows in options.rows:
+                print(verify(name, int(rows), options.verify), flush=True)
+            continue
+        done = []
+        label = Path(name).stem.replace(":", "")
+        for rows in sorted(options.rows):
+            table = compare(name, int(rows), options.peers, options.fraction)
+            if options.memory:
+                table.rows[0].peak_bytes = peak_memory("benchmarks.bench_knn:prepare", data=name, rows=int(rows))
+            done.append(table)
+            print(f"\n{table}", flush=True)
+            write_json(table, options.out / f"knn-{label}-{int(rows)}.json")
+        if len(done) > 1:
+            print(f"\n{growth(done)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Do nearest neighbors, a flow and a kernel estimate agree on which states are rare? Tables for docs/density.md.
 
 python -m benchmarks.density_agreement                            # the suite's medium datasets, collected if missing
-python -m benchmarks.density_agreement DATASET ... --states 20000 --picture docs/density_agreement.png
+python -m benchmarks.density_agreement DATASET ... --states 20000 --pictures docs
 
 The estimates take a minute or two a dataset and are cached beside it.
 """
@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("datasets", nargs="*", default=SUITE, metavar="DATASET")
     parser.add_argument("--states", type=int, default=20_000, help="random states of each dataset")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, help="file to draw the comparison to")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="where to draw; weights are the first dataset's"
+    )
     options = parser.parse_args()
 
     estimates: dict[str, dict[str, np.ndarray]] = {}
@@ -112,8 +114,13 @@ def main() -> None:
     print(table(["dataset", "ambient", "participation", *(f"k = {k}" for k in (5, 10, 20, 50))], dimensions))
     print("\nSpread of the log-density (standard deviation, 5% to 95%) and τ for an effective sample size\n")
     print(table(["dataset", "estimate", "std", "5–95%", "τ for 75%", "τ for 50%", "τ for 25%"], spread))
-    if options.picture:
-        plots.save(picture(estimates), options.picture)
+    if options.pictures:
+        data = sample(options.datasets[0], options.states, options.seed)
+        logd = sdw.log_density(data)
+        weights = sdw.density_weights(logd, ess=0.5)
+        plots.save(picture(estimates), options.pictures / "density_agreement.png")
+        plots.save(plots.plot_density(data.normalized_observations, logd, weights), options.pictures / "density.png")
+        plots.save(plots.plot_tau(logd, chosen=weights.tau), options.pictures / "density_tau.png")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ one scale: pass normalized states. The functions that take a `TransitionDataset`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -215,7 +215,7 @@ def estimate_dimension(observations: States, k: int = 20, *, backend: str = "aut
         1/m = 1/(M (k − 1)) · Σ_i Σ_{j<k} log( r_k(s_i) / r_j(s_i) )
 
     States with a duplicate among their neighbors are left out of the mean. With many dimensions and few states the
-    estimate is low (neighborhoods are not small any more): about 9 of 10 at 10,000 Gaussian states.
+    estimate is low, as neighborhoods are not small any more: 14.5 of 17 for 8,000 Gaussian states.
 
     Args:
         observations: (M, D) array or tensor, normalized.
@@ -674,19 +674,15 @@ def _cached(
 
 def _save_quietly(file: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes a whole .npz or nothing; a place that cannot be written to only costs the next run its time."""
-    temporary = None
-    try:
+    temporary = file.with_name(f"{file.stem}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
         file.parent.mkdir(exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, file)
-        temporary = None
-    except OSError:
-        pass
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
+        try:
+            with temporary.open("wb") as stream:
+                np.savez(stream, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _varying_columns(states: States) -> int:

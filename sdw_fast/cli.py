@@ -102,7 +102,7 @@ def density(
     out: Annotated[
         Path | None, typer.Option(help="Where to write the log-densities (.npy); the picture goes beside it.")
     ] = None,
-    method: Annotated[str, typer.Option(help="knn or flow.")] = "knn",
+    method: Annotated[str, typer.Option(help="knn, flow or kde.")] = "knn",
     k: Annotated[int, typer.Option(help="Neighbors of the k-NN estimate.")] = 10,
     tau: Annotated[float | None, typer.Option(help="Exponent of the weights; default: set by --ess.")] = None,
     ess: Annotated[float, typer.Option(help="Effective sample size of the weights.")] = _DEFAULTS.ess,
@@ -112,10 +112,10 @@ def density(
     """Estimate every state's log-density, and show the dataset's diversity and the weights it leads to."""
     with _readable_errors():
         data = sdw.load_dataset(dataset)
-        options: dict[str, int] = {"k": k} if method == "knn" else {"seed": seed}
+        options = {"knn": {"k": k}, "flow": {"seed": seed}}.get(method, {})
         logd = sdw.log_density(data, method, progress=not as_json, **options)
         weights = sdw.density_weights(logd, tau=tau, ess=ess if tau is None else None)
-        values = asdict(sdw.diversity(data)) | weights.to_dict()
+        values = asdict(sdw.diversity(data, k)) | weights.to_dict()
         if out is not None:
             values |= _write_density(out, data, logd, weights, seed)
         _show(values, as_json)

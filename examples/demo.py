@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where to write (default: demo)")
     parser.add_argument("--transitions", type=int, default=100_000, help="of the dataset (default: 100000)")
-    parser.add_argument("--steps", type=int, default=500, help="outer steps of each distillation (default: 500)")
+    parser.add_argument("--steps", type=int, default=300, help="outer steps of each distillation (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="of the distillations and the random pairs (default: 0)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

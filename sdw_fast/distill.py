@@ -356,8 +356,11 @@ class Distiller:
                 if run and (stop or self._due(self.config.checkpoint_every)):
                     run.checkpoint(self)
                 if stop:
-                    where = f"; `sdw-fast distill --resume {folder}` continues" if run else ""
-                    raise KeyboardInterrupt(f"stopped after outer step {self.iteration}{where}")
+                    resume = (
+                        f"`sdw-fast distill --resume {folder}`" if source else f"the same call with folder={folder}"
+                    )
+                    kept = f"; {resume} continues to the same result" if run else ", nothing was kept"
+                    raise KeyboardInterrupt(f"stopped after outer step {self.iteration}{kept}")
         if best is None:
             best = self.synthetic
             if run:

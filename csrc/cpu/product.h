@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "range.h"
 #include "simd.h"
 
 namespace sdw::SDW_ISA {
@@ -32,11 +33,6 @@ constexpr int kColTile = 4;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
-
-// Rows [begin, end).
-struct Range {
-    int64_t begin, end;
-};
 
 struct Matrix {
     float* data;

@@ -9,10 +9,12 @@
 #include <cstdint>
 #include <system_error>
 #include <thread>
-#include <utility>
 #include <vector>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
-#include "product.h"
+#include "range.h"
 
 namespace sdw::SDW_ISA {
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "simd.h"
 #include "team.h"
 
 namespace sdw::SDW_ISA {

@@ -24,7 +24,8 @@ struct Block {
 };
 
 std::mutex kept_mutex;
-std::vector<Block> kept;  // oldest first
+// Oldest first. Never destroyed: a tape may be freed as late as the interpreter's end.
+std::vector<Block>& kept = *new std::vector<Block>;
 
 size_t total_kept() {
     size_t bytes = 0;

@@ -235,7 +235,7 @@ def verify(name: str, rows: int, count: int) -> str:
         candidates = torch.addmm(norm, x[some], x.T, alpha=-2).topk(K + 6, 1, largest=False).indices.sort(1).values
         exact = (x[some][:, None] - x[candidates]).square().sum(-1)
         exact[candidates == some[:, None]] = torch.inf
-        exact, order = exact.sort(1, stable=True)
+        exact, order = exact.sort(dim=1, stable=True)
         expected = candidates.gather(1, order)[:, :K].numpy()
         found = indices[some.numpy()]
         squared = (x[some][:, None] - x[torch.from_numpy(found)]).square().sum(-1)

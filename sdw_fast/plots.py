@@ -137,8 +137,8 @@ def plot_report(
         _draw_curve(curves, metrics, "score", run)
     for (name, score), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
         curves.axhline(score, color="0.4", linestyle=style, label=name)
-    curves.set(xlabel="outer step", ylabel="D4RL-normalized return", title="policy cloned on the synthetic set")
-    curves.legend(frameon=False)
+    curves.set(xlabel="outer step", ylabel="D4RL-normalized return", title="policies cloned on the synthetic set")
+    curves.legend(loc="center right", framealpha=0.9, edgecolor="none")
 
     _draw_histogram(histogram, logd, weights)
 

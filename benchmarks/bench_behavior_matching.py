@@ -30,9 +30,10 @@ CHUNK = 16_384
 def ours(problem: Problem, backend: str = "auto") -> Run:
     """The package: loss and gradients in one pass over blocks that stay in cache."""
     params = [p.clone().requires_grad_() for p in problem.params]
+    outer = problem.outer
 
     def run() -> Any:
-        loss = sdw_fast.ops.behavior_matching(params, *problem.outer, backend=backend)
+        loss = sdw_fast.ops.behavior_matching(params, *outer, backend=backend)
         return loss, *torch.autograd.grad(loss, params)
 
     return run
@@ -58,10 +59,11 @@ def eager(problem: Problem) -> Run:
 def eager_chunks(problem: Problem) -> Run:
     """Eager over chunks of 16,384 states, gradients accumulated: what one writes when memory runs out."""
     params = [p.clone().requires_grad_() for p in problem.params]
+    outer = problem.outer
 
     def run() -> Any:
         total, sums = torch.zeros((), dtype=problem.dtype), [torch.zeros_like(p) for p in params]
-        for states, targets, weights in zip(*(x.split(CHUNK) for x in problem.outer), strict=True):
+        for states, targets, weights in zip(*(x.split(CHUNK) for x in outer), strict=True):
             loss = weighted_loss(mlp(params, states), targets, weights) * (len(states) / problem.batch)
             total += loss.detach()
             for s, g in zip(sums, torch.autograd.grad(loss, params), strict=True):

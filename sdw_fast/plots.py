@@ -138,7 +138,7 @@ def plot_report(
     for (name, score), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
         curves.axhline(score, color="0.4", linestyle=style, label=name)
     curves.set(xlabel="outer step", ylabel="D4RL-normalized return", title="policies cloned on the synthetic set")
-    curves.legend(loc="center right", framealpha=0.9, edgecolor="none")
+    curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
 
     _draw_histogram(histogram, logd, weights)
 

@@ -13,6 +13,7 @@
 #include "sdw/unrolled_bc.h"
 #include "sdw/weighted_bc_loss.h"
 #ifdef SDW_WITH_CUDA
+#include "cuda/bindings.h"
 #include "sdw/cuda_device.h"
 #endif
 
@@ -289,4 +290,7 @@ PYBIND11_MODULE(_C, m) {
     bind_unrolled_bc(m);
     bind_weighted_bc_loss(m);
     bind_knn(m);
+#ifdef SDW_WITH_CUDA
+    sdw::bind_cuda(m);
+#endif
 }

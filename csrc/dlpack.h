@@ -48,7 +48,9 @@ class TensorView {
             throw py::type_error(std::string(name) + " must be a tensor or array, got " +
                                  std::string(py::str(py::type::of(object))));
         }
-        capsule_ = py::reinterpret_steal<py::object>(object.attr("__dlpack__")().release());
+        // CUDA: the op runs on the stream that the tensor was made on (-1: no synchronization).
+        const py::object to_dlpack = object.attr("__dlpack__");
+        capsule_ = device_type == 2 ? to_dlpack(py::arg("stream") = -1) : to_dlpack();
         auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
         if (managed == nullptr) throw py::error_already_set();
         const DLTensor& t = managed->dl_tensor;
@@ -66,6 +68,7 @@ class TensorView {
             throw py::value_error(std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got " +
                                   std::to_string(t.ndim));
         }
+        device_id_ = t.device.device_id;
         shape_.assign(t.shape, t.shape + t.ndim);
         int64_t expected = 1;
         for (int i = t.ndim - 1; i >= 0 && t.strides != nullptr; --i) {
@@ -78,11 +81,13 @@ class TensorView {
 
     T* data() const { return data_; }
     int64_t size(int axis) const { return shape_[axis]; }
+    int device_id() const { return device_id_; }
 
   private:
     pybind11::object capsule_;  // unconsumed: its destructor calls the tensor's deleter
     std::vector<int64_t> shape_;
     T* data_ = nullptr;
+    int device_id_ = 0;
 };
 
 }  // namespace sdw

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,3 +40,25 @@ def resolve_backend(op: str, backend: str, tensors: Iterable[torch.Tensor]) -> s
             f"choose one of {['auto', *available]}"
         )
     return backend
+
+
+@contextmanager
+def cuda_stream(tensor: torch.Tensor) -> Iterator[int]:
+    """Makes the device of a CUDA tensor current, and gives the handle of PyTorch's current stream there."""
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+def cuda_workspace(op: str, size: int, device: torch.device, advice: str) -> torch.Tensor:
+    """Allocates the `size` bytes that a compiled CUDA op works in.
+
+    Raises:
+        MemoryError: they are not free. The message says how many are, and `advice`, what to do.
+    """
+    try:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    except torch.cuda.OutOfMemoryError as error:
+        free = torch.cuda.mem_get_info(device)[0]
+        raise MemoryError(
+            f"{op}: needs {size / 2**30:.2f} GiB on {device} and {free / 2**30:.2f} GiB are free; {advice}"
+        ) from error

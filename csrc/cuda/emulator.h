@@ -1,0 +1,513 @@
+// CUDA kernels on the CPU, for tests: launch.h includes this in place of CUDA when SDW_EMULATE_CUDA is defined.
+//
+// Every CUDA thread is a fiber with a stack of its own. A fiber runs until it waits (a barrier, a warp's rendezvous, a
+// spin), and then the next one is drawn at random from those that can run; the draw is seeded, so that a run can be
+// repeated. A missing barrier therefore shows as a wrong result on some seed. Blocks of an ordinary launch run one
+// after another in a drawn order, blocks of a cooperative launch are alive all at once. Shared memory starts as NaN,
+// and what lies behind it is guarded. Threads that wait for each other for ever end the launch with an error.
+//
+// Not modeled: memory order (every store is seen at once), caches, alignment of ordinary loads, and time.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#define SDW_HOST_DEVICE
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+
+struct uint3 {
+    unsigned x = 0, y = 0, z = 0;
+};
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) int2 {
+    int x, y;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+// Set at every change of fiber.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace sdw {
+namespace emulator {
+
+constexpr size_t kStack = 64 * 1024;  // bytes a fiber
+constexpr size_t kGuard = 256;        // bytes behind a block's shared memory, and at the end of a stack
+constexpr unsigned char kPoison = 0xff;
+constexpr int64_t kSpins = 20'000'000;  // pauses in a row, nothing else happening, that count as waiting for ever
+
+struct Warp;
+struct Block;
+
+struct Copy {  // a cp.async on its way
+    void* to;
+    const void* from;
+    size_t bytes;
+};
+
+struct Fiber {
+    Block* block = nullptr;
+    Warp* warp = nullptr;
+    int lane = 0;
+    uint3 thread;
+    bool started = false;
+    ucontext_t start;
+    jmp_buf context;
+    unsigned char* stack = nullptr;
+    std::vector<std::vector<Copy>> copies =
+        std::vector<std::vector<Copy>>(1);  // groups of cp.async, oldest first; the last is still open
+};
+
+// Lanes of a warp that have come to a rendezvous. Inputs and outputs lie on the stacks of those who wait.
+struct Warp {
+    unsigned arrived = 0;
+    const void* input[32];
+    void* output[32];
+    const void* operation[32];
+    Fiber* lanes[32] = {};
+};
+
+struct Block {
+    uint3 index;
+    std::vector<unsigned char> shared;
+    std::vector<Warp> warps;
+    std::vector<Fiber*> waiting;  // at __syncthreads
+    int alive = 0;
+    int votes = 0, outcome = 0;
+};
+
+struct State {
+    uint64_t seed = 1, random = 1;
+    int multiprocessors = 4;  // what resident_blocks() says, one block each
+    std::vector<Fiber*> ready;
+    Fiber* current = nullptr;
+    int64_t spins = 0;
+    size_t alive = 0;
+    std::string error;
+    std::function<void()> body;
+    jmp_buf caller;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    unsigned char* stacks = nullptr;
+    size_t stack_count = 0;
+    std::mutex mutex;
+};
+inline State state;
+
+inline unsigned draw(unsigned below) {
+    state.random ^= state.random << 13;
+    state.random ^= state.random >> 7;
+    state.random ^= state.random << 17;
+    return static_cast<unsigned>(((state.random >> 32) * below) >> 32);
+}
+
+[[noreturn]] inline void fail(const std::string& message) {
+    state.error = message;
+    _longjmp(state.caller, 1);
+}
+
+inline void require(bool condition, const char* message) {
+    if (!condition) throw std::runtime_error(message);
+}
+
+// Leaves the current fiber for one drawn from those that can run.
+[[noreturn]] inline void run_next() {
+    if (state.alive == 0) _longjmp(state.caller, 1);
+    if (state.ready.empty()) fail("emulator: threads wait at barriers that the others never reach");
+    const unsigned i = draw(static_cast<unsigned>(state.ready.size()));
+    Fiber* fiber = std::exchange(state.ready[i], state.ready.back());
+    state.ready.pop_back();
+    state.current = fiber;
+    threadIdx = fiber->thread;
+    blockIdx = fiber->block->index;
+    if (std::exchange(fiber->started, true)) _longjmp(fiber->context, 1);
+    setcontext(&fiber->start);
+    fail("emulator: setcontext failed");
+}
+
+// Waits until another fiber puts this one among those that can run. (_setjmp, unlike swapcontext, is no system call.)
+inline void suspend() {
+    if (_setjmp(state.current->context) == 0) run_next();
+}
+
+inline void step_aside() {
+    state.ready.push_back(state.current);
+    suspend();
+}
+
+// Where real threads meet memory that others write, sometimes lets others go first.
+inline void maybe_step_aside() {
+    state.spins = 0;
+    if (draw(4) == 0) step_aside();
+}
+
+inline void release(Block& block) {
+    block.outcome = std::exchange(block.votes, 0);
+    for (Fiber* fiber : block.waiting) state.ready.push_back(fiber);
+    block.waiting.clear();
+    state.spins = 0;
+}
+
+// Returns the number of threads that said yes.
+inline int barrier(bool vote) {
+    Block& block = *state.current->block;
+    block.votes += vote;
+    block.waiting.push_back(state.current);
+    if (static_cast<int>(block.waiting.size()) == block.alive) release(block);
+    suspend();
+    return block.outcome;
+}
+
+// The lanes of `mask` meet; the last to come computes all outputs: function(inputs, outputs), 32 pointers each.
+template <typename In, typename Out, typename Function>
+Out rendezvous(unsigned mask, const In& input, Function function) {
+    static const char operation = 0;  // one a Function
+    Out output{};
+    Fiber& self = *state.current;
+    Warp& warp = *self.warp;
+    require(mask >> self.lane & 1u, "emulator: a lane called a warp function whose mask does not name it");
+    warp.input[self.lane] = &input;
+    warp.output[self.lane] = &output;
+    warp.operation[self.lane] = &operation;
+    warp.arrived |= 1u << self.lane;
+    if ((warp.arrived & mask) != mask) {
+        suspend();
+        return output;
+    }
+    const In* inputs[32] = {};
+    Out* outputs[32] = {};
+    for (int lane = 0; lane < 32; ++lane) {
+        if (!(mask >> lane & 1u)) continue;
+        require(warp.operation[lane] == &operation, "emulator: lanes of a warp met in different functions");
+        inputs[lane] = static_cast<const In*>(warp.input[lane]);
+        outputs[lane] = static_cast<Out*>(warp.output[lane]);
+        if (lane != self.lane) state.ready.push_back(warp.lanes[lane]);
+    }
+    warp.arrived &= ~mask;
+    function(inputs, outputs);
+    maybe_step_aside();
+    return output;
+}
+
+// Every lane reads the value of the lane that source(lane) names; its own where that is outside the mask.
+template <typename T, typename Source>
+T shuffle(unsigned mask, T value, Source source) {
+    struct Input {
+        T value;
+        int from;
+    };
+    const Input input{value, source(state.current->lane)};
+    return rendezvous<Input, T>(mask, input, [](const Input* const* inputs, T* const* outputs) {
+        for (int lane = 0; lane < 32; ++lane) {
+            if (outputs[lane] == nullptr) continue;
+            const int from = inputs[lane]->from;
+            const Input* const chosen = from >= 0 && from < 32 ? inputs[from] : nullptr;
+            *outputs[lane] = (chosen == nullptr ? inputs[lane] : chosen)->value;
+        }
+    });
+}
+
+inline unsigned ballot(unsigned mask, bool vote) {
+    return rendezvous<bool, unsigned>(mask, vote, [](const bool* const* inputs, unsigned* const* outputs) {
+        unsigned votes = 0;
+        for (int lane = 0; lane < 32; ++lane) votes |= inputs[lane] != nullptr && *inputs[lane] ? 1u << lane : 0u;
+        for (int lane = 0; lane < 32; ++lane)
+            if (outputs[lane] != nullptr) *outputs[lane] = votes;
+    });
+}
+
+inline void check_guard(const unsigned char* guard, const char* message) {
+    require(std::all_of(guard, guard + kGuard, [](unsigned char byte) { return byte == kPoison; }), message);
+}
+
+inline void finish_block(Block& block) {
+    check_guard(block.shared.data() + block.shared.size() - kGuard, "emulator: a block wrote past its shared memory");
+}
+
+// The life of a fiber; never returns.
+inline void run_fiber() {
+    try {
+        state.body();
+        Fiber& self = *state.current;
+        for (const auto& group : self.copies) require(group.empty(), "emulator: a thread left a cp.async unawaited");
+        check_guard(self.stack, "emulator: a thread used more stack than it has");
+        Block& block = *self.block;
+        if (--block.alive == 0) finish_block(block);
+        if (block.alive > 0 && static_cast<int>(block.waiting.size()) == block.alive) release(block);
+    } catch (const std::exception& error) {
+        fail(error.what());
+    }
+    --state.alive;
+    run_next();
+}
+
+inline void reserve_stacks(size_t count) {
+    if (count <= state.stack_count) return;
+    if (state.stacks != nullptr) munmap(state.stacks, state.stack_count * kStack);
+    void* memory =
+        mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    require(memory != MAP_FAILED, "emulator: no memory for the threads' stacks");
+    state.stacks = static_cast<unsigned char*>(memory);
+    state.stack_count = count;
+}
+
+inline void start_fiber(Fiber& fiber, size_t number, Block& block, unsigned thread) {
+    fiber.block = &block;
+    fiber.warp = &block.warps[thread / 32];
+    fiber.lane = static_cast<int>(thread % 32);
+    fiber.warp->lanes[fiber.lane] = &fiber;
+    fiber.thread.x = thread % blockDim.x;
+    fiber.thread.y = thread / blockDim.x % blockDim.y;
+    fiber.thread.z = thread / blockDim.x / blockDim.y;
+    fiber.stack = state.stacks + number * kStack;
+    std::memset(fiber.stack, kPoison, kGuard);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack;
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, run_fiber, 0);
+}
+
+// Runs the blocks first to last - 1, all alive at once.
+inline void run_blocks(const std::vector<unsigned>& numbers, size_t shared_bytes) {
+    const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+    std::vector<Block> blocks(numbers.size());
+    reserve_stacks(blocks.size() * threads);
+    state.ready.clear();
+    state.fibers.clear();
+    state.error.clear();
+    state.spins = 0;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+        Block& block = blocks[b];
+        block.index.x = numbers[b] % gridDim.x;
+        block.index.y = numbers[b] / gridDim.x % gridDim.y;
+        block.index.z = numbers[b] / gridDim.x / gridDim.y;
+        block.shared.assign(shared_bytes + kGuard, kPoison);
+        block.warps.resize((threads + 31) / 32);
+        block.alive = static_cast<int>(threads);
+        for (unsigned thread = 0; thread < threads; ++thread) {
+            state.fibers.push_back(std::make_unique<Fiber>());
+            start_fiber(*state.fibers.back(), b * threads + thread, block, thread);
+            state.ready.push_back(state.fibers.back().get());
+        }
+    }
+    state.alive = state.fibers.size();
+    if (_setjmp(state.caller) == 0) run_next();
+    if (!state.error.empty()) throw std::runtime_error(state.error);
+}
+
+template <typename... Params, typename... Args>
+void run_grid(bool cooperative, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args... args) {
+    const std::lock_guard<std::mutex> lock(state.mutex);
+    require(block.x * block.y * block.z <= 1024, "emulator: more than 1024 threads a block");
+    require(block.x * block.y * block.z > 0 && grid.x * grid.y * grid.z > 0, "emulator: an empty grid or block");
+    state.random = state.seed * 0x9e3779b97f4a7c15u | 1u;
+    for (int i = 0; i < 8; ++i) draw(2);
+    state.body = [=] { kernel(static_cast<Params>(args)...); };
+    gridDim = grid;
+    blockDim = block;
+    std::vector<unsigned> order(grid.x * grid.y * grid.z);
+    for (unsigned i = 0; i < order.size(); ++i) {
+        order[i] = i;
+        std::swap(order[i], order[draw(i + 1)]);
+    }
+    if (cooperative) return run_blocks(order, shared_bytes);
+    for (unsigned number : order) run_blocks({number}, shared_bytes);
+}
+
+// A cp.async may land at any time until it is waited for: at once or at the last moment, by draw.
+inline void copy_async(void* to, const void* from, size_t bytes) {
+    const auto aligned = [=](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+    require(aligned(to) && aligned(from), "emulator: a cp.async is not aligned to its size");
+    if (draw(2) == 0)
+        std::memcpy(to, from, bytes);
+    else
+        state.current->copies.back().push_back({to, from, bytes});
+}
+
+inline void copy_async_commit() { state.current->copies.emplace_back(); }
+
+// Completes all but the last `pending` groups.
+inline void copy_async_wait(size_t pending) {
+    auto& groups = state.current->copies;
+    while (groups.size() > pending + 1) {
+        for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+        groups.erase(groups.begin());
+    }
+}
+
+}  // namespace emulator
+
+// What launch.h offers, see there. The stream is ignored: a launch returns when the grid has run.
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void*, Args... args) {
+    emulator::run_grid(false, kernel, grid, block, shared_bytes, args...);
+}
+template <typename... Params, typename... Args>
+void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void*, Args... args) {
+    emulator::run_grid(true, kernel, grid, block, shared_bytes, args...);
+}
+inline void use_device(int) {}
+inline int multiprocessors() { return emulator::state.multiprocessors; }
+inline size_t shared_limit() { return 227 * 1024; }
+template <typename... Params>
+int resident_blocks(void (*)(Params...), int, size_t) {
+    return emulator::state.multiprocessors;
+}
+inline void set_zero(void* data, size_t bytes, void*) { std::memset(data, 0, bytes); }
+
+inline unsigned char* shared_memory() {
+    // The vector's own alignment is 16 bytes (operator new).
+    return emulator::state.current->block->shared.data();
+}
+inline void spin_pause() {
+    if (++emulator::state.spins > emulator::kSpins) emulator::fail("emulator: threads spin for ever");
+    emulator::step_aside();
+}
+
+}  // namespace sdw
+
+// CUDA's built-ins.
+using std::max;
+using std::min;
+
+inline void __syncthreads() { sdw::emulator::barrier(false); }
+inline int __syncthreads_count(int vote) { return sdw::emulator::barrier(vote != 0); }
+inline int __syncthreads_or(int vote) { return sdw::emulator::barrier(vote != 0) > 0; }
+inline int __syncthreads_and(int vote) { return sdw::emulator::barrier(vote == 0) == 0; }
+inline void __threadfence() { sdw::emulator::maybe_step_aside(); }
+inline void __threadfence_block() { sdw::emulator::maybe_step_aside(); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) { sdw::emulator::ballot(mask, false); }
+inline unsigned __ballot_sync(unsigned mask, int vote) { return sdw::emulator::ballot(mask, vote != 0); }
+inline int __any_sync(unsigned mask, int vote) { return sdw::emulator::ballot(mask, vote != 0) != 0; }
+inline int __all_sync(unsigned mask, int vote) { return sdw::emulator::ballot(mask, vote == 0) == 0; }
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+    return sdw::emulator::shuffle(mask, value, [=](int lane) { return (lane & -width) + (source & (width - 1)); });
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+    return sdw::emulator::shuffle(mask, value, [=](int lane) {
+        const int from = lane ^ lanes;
+        return from < (lane & -width) + width ? from : lane;
+    });
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32) {
+    return sdw::emulator::shuffle(mask, value, [=](int lane) {
+        const int from = lane + static_cast<int>(lanes);
+        return from < (lane & -width) + width ? from : lane;
+    });
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes, int width = 32) {
+    return sdw::emulator::shuffle(mask, value, [=](int lane) {
+        const int from = lane - static_cast<int>(lanes);
+        return from >= (lane & -width) ? from : lane;
+    });
+}
+
+template <typename T>
+T __ldg(const T* address) {
+    return *address;
+}
+template <typename T>
+T __ldcg(const T* address) {
+    return *address;
+}
+template <typename T>
+void __stcg(T* address, T value) {
+    *address = value;
+}
+
+template <typename T, typename Update>
+T sdw_emulated_atomic(T* address, Update update) {
+    sdw::emulator::maybe_step_aside();
+    const T before = *address;
+    *address = update(before);
+    return before;
+}
+template <typename T>
+T atomicAdd(T* address, T value) {
+    return sdw_emulated_atomic(address, [=](T x) { return static_cast<T>(x + value); });
+}
+template <typename T>
+T atomicMax(T* address, T value) {
+    return sdw_emulated_atomic(address, [=](T x) { return std::max(x, value); });
+}
+template <typename T>
+T atomicMin(T* address, T value) {
+    return sdw_emulated_atomic(address, [=](T x) { return std::min(x, value); });
+}
+template <typename T>
+T atomicOr(T* address, T value) {
+    return sdw_emulated_atomic(address, [=](T x) { return x | value; });
+}
+template <typename T>
+T atomicExch(T* address, T value) {
+    return sdw_emulated_atomic(address, [=](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* address, T expected, T value) {
+    return sdw_emulated_atomic(address, [=](T x) { return x == expected ? value : x; });
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+template <typename To, typename From>
+To sdw_emulated_bits(From value) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To result;
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+}
+inline int __float_as_int(float x) { return sdw_emulated_bits<int>(x); }
+inline unsigned __float_as_uint(float x) { return sdw_emulated_bits<unsigned>(x); }
+inline float __int_as_float(int x) { return sdw_emulated_bits<float>(x); }
+inline float __uint_as_float(unsigned x) { return sdw_emulated_bits<float>(x); }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }

@@ -1,0 +1,139 @@
+// Instructions that CUDA C++ has no name for: tensor-core tiles, asynchronous copies, loads and stores that order
+// others.
+#pragma once
+
+#include "launch.h"
+
+namespace sdw {
+
+// x rounded to tf32 (10 bits of mantissa), to nearest. The tensor core itself only cuts off.
+__device__ inline float to_tf32(float x) {
+#ifdef SDW_EMULATE_CUDA
+    return __uint_as_float((__float_as_uint(x) + 0x1000u) & ~0x1fffu);
+#else
+    unsigned bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return __uint_as_float(bits);
+#endif
+}
+
+// d (16 x 8) += a (16 x 8) b (8 x 8) by the lanes of one warp, operands already rounded to tf32, sums in float32.
+// Lane l holds, with g = l / 4 and t = l % 4:
+//     a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)     b: (t, g), (t + 4, g)
+//     d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+__device__ inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#ifdef SDW_EMULATE_CUDA
+    struct Input {
+        const float* a;
+        const float* b;
+        float* d;
+    };
+    emulator::rendezvous<Input, int>(0xffffffffu, Input{a, b, d}, [](const Input* const* lanes, int* const*) {
+        const auto cut = [](float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); };
+        float left[16][8], right[8][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            for (int i = 0; i < 4; ++i) left[g + i % 2 * 8][t + i / 2 * 4] = cut(lanes[lane]->a[i]);
+            for (int i = 0; i < 2; ++i) right[t + i * 4][g] = cut(lanes[lane]->b[i]);
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+            for (int i = 0; i < 4; ++i) {
+                float sum = lanes[lane]->d[i];
+                for (int k = 0; k < 8; ++k) sum += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+                lanes[lane]->d[i] = sum;
+            }
+        }
+    });
+#else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+#endif
+}
+
+// Copies 16 bytes from global to shared memory, through the second-level cache only, without waiting. Both addresses
+// are multiples of 16 bytes. The copies up to a commit are a group; wait<n> waits for all but the last n groups of this
+// thread, and a barrier must follow before other threads read.
+__device__ inline void copy_async_16(void* shared, const void* global) {
+#ifdef SDW_EMULATE_CUDA
+    emulator::copy_async(shared, global, 16);
+#else
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+        "l"(global)
+        : "memory");
+#endif
+}
+
+// The same for 4 bytes, through the first-level cache too: for data that nobody writes while the kernel runs.
+__device__ inline void copy_async_4(void* shared, const void* global) {
+#ifdef SDW_EMULATE_CUDA
+    emulator::copy_async(shared, global, 4);
+#else
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+        "l"(global)
+        : "memory");
+#endif
+}
+
+__device__ inline void copy_async_commit() {
+#ifdef SDW_EMULATE_CUDA
+    emulator::copy_async_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int pending>
+__device__ inline void copy_async_wait() {
+#ifdef SDW_EMULATE_CUDA
+    emulator::copy_async_wait(pending);
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Adds for the whole device to see; what this thread wrote before (and what it saw, by a barrier, others write) comes
+// first.
+__device__ inline void add_release(unsigned* address, unsigned value) {
+#ifdef SDW_EMULATE_CUDA
+    atomicAdd(address, value);
+#else
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+#endif
+}
+
+// Reads what another block added or stored with release; what that block wrote before is then seen.
+__device__ inline unsigned load_acquire(const unsigned* address) {
+#ifdef SDW_EMULATE_CUDA
+    return *const_cast<const volatile unsigned*>(address);
+#else
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+#endif
+}
+
+__device__ inline void store_release(unsigned* address, unsigned value) {
+#ifdef SDW_EMULATE_CUDA
+    atomicExch(address, value);
+#else
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+#endif
+}
+
+// The blocks of a group of `members` meet; each calls with rounds 1, 2, ... of a counter that starts at zero. All
+// threads of a block call; what any of them wrote before is seen by all after.
+__device__ inline void meet(unsigned* counter, unsigned members, unsigned round) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        add_release(counter, 1u);
+        while (load_acquire(counter) < members * round) spin_pause();
+    }
+    __syncthreads();
+}
+
+}  // namespace sdw

@@ -1,0 +1,103 @@
+"""The CUDA kernels without a GPU: compiled by the host compiler, every CUDA thread a fiber (csrc/cuda/emulator.h)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pybind11
+import pytest
+import torch
+
+from sdw_fast import _C
+
+ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+# -U: checked longjmp takes a change of stack for an attack.
+FLAGS = "-O2 -fPIC -std=c++17 -fvisibility=hidden -DSDW_EMULATE_CUDA -U_FORTIFY_SOURCE -Wall -Wextra -Wshadow -Werror"
+GUARD = 256  # bytes behind every workspace
+INCLUDES = [f"-I{ROOT / 'csrc' / 'include'}"]
+INCLUDES += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ModuleType:
+    """The module of the emulated kernels, with `set_seed` for the scheduler and `set_multiprocessors`."""
+    sources = [*sorted(CUDA.glob("*.cu")), CUDA / "bindings.cpp", Path(__file__).parent / "emulated.cpp"]
+    sources.remove(CUDA / "device.cu")
+    cache = Path(tempfile.gettempdir()) / f"sdw_emulated_{os.getuid()}"
+    cache.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _compile(source, cache), sources))
+    path = cache / _digest(*objects) / f"sdw_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        _produce(path, ["-shared", *map(str, objects)])
+    spec = importlib.util.spec_from_file_location("sdw_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cuda_on_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """backend="cuda" of every op takes CPU tensors and runs the emulated kernels; workspaces are guarded."""
+    workspaces = []
+
+    def workspace(op: str, size: int, device: torch.device, advice: str = "") -> torch.Tensor:
+        workspaces.append(torch.full((size + GUARD,), 0xFF, dtype=torch.uint8))  # NaN
+        return workspaces[-1][:size]
+
+    replacements = {
+        "_C": SimpleNamespace(**{**vars(_C), **vars(emulated)}),
+        "resolve_backend": lambda op, backend, tensors: backend,
+        "cuda_stream": lambda tensor: nullcontext(0),
+        "cuda_workspace": workspace,
+    }
+    for module in [module for name, module in sys.modules.items() if name.startswith("sdw_fast.ops.")]:
+        for name in replacements.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, replacements[name])
+    emulated.set_seed(1)
+    emulated.set_multiprocessors(4)
+    yield emulated
+    for workspace in workspaces:
+        assert bool((workspace[-GUARD:] == 0xFF).all()), "a kernel wrote behind its workspace"
+
+
+def _compile(source: Path, cache: Path) -> Path:
+    """Returns the object file of `source`, compiled now if neither it nor any header has been before."""
+    headers = sorted((ROOT / "csrc").rglob("*.h"))
+    target = cache / f"{source.stem}-{_digest(source, *headers)}.o"
+    if not target.exists():
+        _produce(target, [*FLAGS.split(), *INCLUDES, "-c", "-x", "c++", str(source)])
+    return target
+
+
+def _produce(target: Path, arguments: list[str]) -> None:
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    run: Any = subprocess.run(
+        [os.environ.get("CXX", "c++"), *arguments, "-o", str(unfinished)], capture_output=True, text=True
+    )
+    if run.returncode != 0:
+        pytest.fail(f"{target.name} does not build:\n{run.stderr}", pytrace=False)
+    unfinished.rename(target)
+
+
+def _digest(*files: Path) -> str:
+    digest = hashlib.sha256(FLAGS.encode())
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -40,6 +40,30 @@ def behavior_matching(
 ) -> float: ...
 def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, gradient: Tensor | None) -> float: ...
 
+# Where CUDA was compiled in. Tensors lie on the current device; `stream` is the handle of PyTorch's current stream.
+def behavior_matching_cuda_workspace(rows: int, widths: Sequence[int], want_gradients: bool) -> int: ...
+def behavior_matching_cuda(
+    params: Sequence[Tensor],
+    states: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    loss: Tensor,
+    gradients: Tensor | None,
+    workspace: Tensor,
+    ieee: bool,
+    stream: int,
+) -> None: ...
+def weighted_bc_loss_cuda_workspace(rows: int, columns: int) -> int: ...
+def weighted_bc_loss_cuda(
+    pred: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    workspace: Tensor,
+    stream: int,
+) -> None: ...
+
 class KnnIndex:
     def __init__(self, points: Any, coordinates: Any, scale: float) -> None: ...
     def self_join(self, k: int) -> KnnJoin: ...

@@ -2,7 +2,15 @@
 // caller allocates and the stream as an integer. One bind_<op> function an op.
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
+#include <algorithm>
+
 #include "../dlpack.h"
+#include "sdw/behavior_matching.h"
+#include "sdw/weighted_bc_loss.h"
+
+namespace py = pybind11;
 
 namespace sdw {
 namespace {
@@ -14,8 +22,91 @@ constexpr int kDevice = 1;
 constexpr int kDevice = 2;
 #endif
 
+void require(bool condition, const char* message) {
+    if (!condition) throw py::value_error(message);
+}
+
+void* as_stream(uintptr_t stream) { return reinterpret_cast<void*>(stream); }
+
+// The caller's workspace, of at least as many bytes.
+void* workspace_of(const TensorView<uint8_t>& workspace, size_t bytes) {
+    require(static_cast<size_t>(workspace.size(0)) >= bytes, "the workspace is too small");
+    return workspace.data();
+}
+
+void bind_behavior_matching(py::module_& m) {
+    m.def("behavior_matching_cuda_workspace", &behavior_matching_cuda_workspace, py::arg("rows"), py::arg("widths"),
+          py::arg("want_gradients"));
+    m.def(
+        "behavior_matching_cuda",
+        [](const py::sequence& params, const py::object& states, const py::object& targets, const py::object& weights,
+           const py::object& loss, const py::object& gradients, const py::object& workspace, bool ieee,
+           uintptr_t stream) {
+            const TensorView<float> s(states, "states", 2, kDevice), y(targets, "targets", 2, kDevice),
+                w(weights, "weights", 1, kDevice), result(loss, "loss", 1, kDevice);
+            require(s.size(0) >= 1 && y.size(0) == s.size(0) && w.size(0) == s.size(0), "rows must agree");
+            require(params.size() >= 2 && params.size() % 2 == 0, "params must be [W1, b1, W2, b2, ...]");
+            std::vector<int64_t> widths{s.size(1)};
+            std::vector<TensorView<float>> views;
+            int64_t numbers = 0;
+            for (size_t i = 0; i < params.size(); ++i) {
+                const bool weight = i % 2 == 0;
+                const auto& view = views.emplace_back(params[i], "params", weight ? 2 : 1, kDevice);
+                if (weight) {
+                    require(view.size(1) == widths.back(), "params must fit one layer to the next");
+                    widths.push_back(view.size(0));
+                }
+                require(view.size(0) == widths.back(), "a layer's bias must have a number an output");
+                numbers += view.size(0) * (weight ? view.size(1) : 1);
+            }
+            require(*std::min_element(widths.begin(), widths.end()) >= 1, "layers must not be empty");
+            require(y.size(1) == widths.back(), "targets must have a column an output");
+            std::vector<const float*> pointers;
+            for (const auto& view : views) pointers.push_back(view.data());
+            std::unique_ptr<TensorView<float>> g;
+            if (!gradients.is_none()) {
+                g = std::make_unique<TensorView<float>>(gradients, "gradients", 1, kDevice);
+                require(g->size(0) == numbers, "gradients must have a number a parameter");
+            }
+            const TensorView<uint8_t> space(workspace, "workspace", 1, kDevice);
+            behavior_matching_cuda(
+                {s.size(0), widths, pointers, s.data(), y.data(), w.data(), g ? g->data() : nullptr, result.data(),
+                 ieee, workspace_of(space, behavior_matching_cuda_workspace(s.size(0), widths, g != nullptr)),
+                 as_stream(stream)});
+        },
+        py::arg("params"), py::arg("states"), py::arg("targets"), py::arg("weights"), py::arg("loss"),
+        py::arg("gradients"), py::arg("workspace"), py::arg("ieee"), py::arg("stream"));
+}
+
+void bind_weighted_bc_loss(py::module_& m) {
+    m.def("weighted_bc_loss_cuda_workspace", &weighted_bc_loss_cuda_workspace, py::arg("rows"), py::arg("columns"));
+    m.def(
+        "weighted_bc_loss_cuda",
+        [](const py::object& pred, const py::object& target, const py::object& weights, const py::object& loss,
+           const py::object& gradient, const py::object& workspace, uintptr_t stream) {
+            const TensorView<float> x(pred, "pred", 2, kDevice), y(target, "target", 2, kDevice),
+                w(weights, "weights", 1, kDevice), result(loss, "loss", 1, kDevice);
+            require(x.size(0) >= 1 && x.size(1) >= 1 && x.size(1) < int64_t{1} << 31, "pred must not be empty");
+            require(y.size(0) == x.size(0) && y.size(1) == x.size(1) && w.size(0) == x.size(0), "shapes must agree");
+            std::unique_ptr<TensorView<float>> g;
+            if (!gradient.is_none()) {
+                g = std::make_unique<TensorView<float>>(gradient, "gradient", 2, kDevice);
+                require(g->size(0) == x.size(0) && g->size(1) == x.size(1), "gradient must have the shape of pred");
+            }
+            const TensorView<uint8_t> space(workspace, "workspace", 1, kDevice);
+            weighted_bc_loss_cuda(
+                {x.size(0), x.size(1), x.data(), y.data(), w.data(), g ? g->data() : nullptr, result.data(),
+                 workspace_of(space, weighted_bc_loss_cuda_workspace(x.size(0), x.size(1))), as_stream(stream)});
+        },
+        py::arg("pred"), py::arg("target"), py::arg("weights"), py::arg("loss"), py::arg("gradient"),
+        py::arg("workspace"), py::arg("stream"));
+}
+
 }  // namespace
 
-void bind_cuda(pybind11::module_&) { static_cast<void>(kDevice); }
+void bind_cuda(pybind11::module_& m) {
+    bind_behavior_matching(m);
+    bind_weighted_bc_loss(m);
+}
 
 }  // namespace sdw

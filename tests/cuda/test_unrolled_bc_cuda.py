@@ -111,15 +111,16 @@ def test_tf32_rounds_and_ieee_does_not(cuda_on_cpu):
 
 
 def bits(seed=0, steps=3, **options):
-    problem = random_problem((17, 70, 40, 6), 100, seed=seed, dtype=torch.float32)
+    problem = random_problem((17, 70, 40, 6), 130, seed=seed, dtype=torch.float32)
     theta, gradients = hypergradient(unroll("cuda", steps, **options), *problem, 0.1)
     return [*theta, *gradients]
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_same_bits_for_every_order_of_threads_number_of_blocks_and_tape(cuda_on_cpu, precision):
+    # Nine blocks are enough for the fine tiles of weight gradients.
     first = bits(precision=precision)
-    for seed, blocks, tape in [(2, 4, "full"), (3, 1, "full"), (4, 7, "recompute"), (5, 3, "full")]:
+    for seed, blocks, tape in [(2, 4, "full"), (3, 1, "full"), (4, 9, "recompute"), (5, 3, "full")]:
         cuda_on_cpu.set_seed(seed)
         cuda_on_cpu.set_multiprocessors(blocks)
         assert all(torch.equal(x, y) for x, y in zip(first, bits(precision=precision, tape=tape), strict=True))

@@ -37,8 +37,9 @@ struct DLManagedTensor {
     void (*deleter)(DLManagedTensor*);
 };
 
-// A C-contiguous tensor of type T (float, int64_t) borrowed from Python; keeps its owner alive. The constructor throws
-// a TypeError or ValueError that names the argument when type, rank, layout or device is not as said.
+// A C-contiguous tensor of type T (float, int64_t, uint8_t) borrowed from Python; keeps its owner alive. The
+// constructor throws a TypeError or ValueError that names the argument when type, rank, layout or device is not as
+// said.
 template <typename T>
 class TensorView {
   public:
@@ -54,9 +55,12 @@ class TensorView {
         auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
         if (managed == nullptr) throw py::error_already_set();
         const DLTensor& t = managed->dl_tensor;
-        constexpr uint8_t code = std::is_floating_point<T>::value ? 2 : 0;
+        constexpr uint8_t code = std::is_floating_point<T>::value ? 2 : std::is_unsigned<T>::value ? 1 : 0;
         if (t.dtype.code != code || t.dtype.bits != 8 * sizeof(T) || t.dtype.lanes != 1) {
-            throw py::type_error(std::string(name) + " must be " + (code == 2 ? "float" : "int") +
+            throw py::type_error(std::string(name) + " must be " +
+                                 (code == 2   ? "float"
+                                  : code == 1 ? "uint"
+                                              : "int") +
                                  std::to_string(8 * sizeof(T)));
         }
         if (t.device.device_type != device_type) {

@@ -40,6 +40,69 @@ def behavior_matching(
 ) -> float: ...
 def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, gradient: Tensor | None) -> float: ...
 
+# Where CUDA was compiled in. Tensors lie on the current device; `stream` is the handle of PyTorch's current stream.
+def behavior_matching_cuda_workspace(rows: int, widths: Sequence[int], want_gradients: bool) -> int: ...
+def behavior_matching_cuda(
+    params: Sequence[Tensor],
+    states: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    loss: Tensor,
+    gradients: Tensor | None,
+    workspace: Tensor,
+    ieee: bool,
+    stream: int,
+) -> None: ...
+
+class UnrolledBCCudaProblem:
+    def __init__(
+        self,
+        *,
+        problems: int,
+        rows: int,
+        widths: Sequence[int],
+        steps: int,
+        window: int,
+        keep_tape: bool,
+        recompute: bool,
+        ieee: bool,
+    ) -> None: ...
+    @property
+    def workspace(self) -> int: ...
+
+def unrolled_bc_cuda(
+    problem: UnrolledBCCudaProblem,
+    observations: Tensor,
+    actions: Tensor,
+    params: Tensor,
+    lr: Tensor,
+    trained: Tensor,
+    workspace: Tensor,
+    stream: int,
+) -> None: ...
+def unrolled_bc_cuda_backward(
+    problem: UnrolledBCCudaProblem,
+    again: bool,
+    grad_trained: Tensor,
+    lr: Tensor,
+    grad_observations: Tensor | None,
+    grad_actions: Tensor | None,
+    grad_params: Tensor | None,
+    grad_lr: Tensor,
+    workspace: Tensor,
+    stream: int,
+) -> None: ...
+def weighted_bc_loss_cuda_workspace(rows: int, columns: int) -> int: ...
+def weighted_bc_loss_cuda(
+    pred: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    workspace: Tensor,
+    stream: int,
+) -> None: ...
+
 class KnnIndex:
     def __init__(self, points: Any, coordinates: Any, scale: float) -> None: ...
     def self_join(self, k: int) -> KnnJoin: ...

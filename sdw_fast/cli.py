@@ -166,6 +166,9 @@ def distill(
     eval_episodes: Annotated[int, typer.Option(help="Episodes of an evaluation.")] = 10,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    runs: Annotated[
+        int | None, typer.Option(help="Distill this many sets side by side, seeds from --seed on; see RUN/run-000, …")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Distill a dataset into a synthetic set; interrupted runs continue with --resume to the same result."""
@@ -173,7 +176,7 @@ def distill(
         if resume is not None:
             source, config = read_run(resume)
             out, dataset, teacher = resume, source["dataset"], source["teacher"]
-            device = source["device"]
+            device, runs = source["device"], source.get("runs")
         elif dataset is None or out is None:
             raise ValueError("give DATASET and --out RUN for a new run, or --resume RUN to continue one")
         else:
@@ -196,10 +199,15 @@ def distill(
                 seed=seed,
             )
         loaded = sdw.Teacher.load(teacher) if teacher is not None else None
-        distiller = Distiller(sdw.load_dataset(dataset), loaded, config, device=device)
-        source = {"dataset": _absolute(dataset), "teacher": teacher and _absolute(teacher), "device": device}
-        best = distiller.run(out, source=source)
-        _show({"run": str(out), "pairs": len(best), "best_return": distiller.best_return}, as_json)
+        distiller = Distiller(sdw.load_dataset(dataset), loaded, config, device=device, n_runs=runs)
+        source = {
+            "dataset": _absolute(dataset),
+            "teacher": teacher and _absolute(teacher),
+            "device": device,
+            "runs": runs,
+        }
+        distiller.run(out, source=source)
+        _show({"run": str(out), "pairs": config.size, "best_return": distiller.best_return}, as_json)
 
 
 def _absolute(source: str | Path) -> str:

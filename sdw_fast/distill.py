@@ -8,11 +8,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -116,8 +116,13 @@ class DistillConfig:
         return cls(**values)
 
 
-Metrics = dict[str, float]
+Metrics = dict[str, Any]  # a float each; with n_runs an array (R,) each
 Callback = Callable[["Distiller", Metrics], None]
+
+# Outer states, targets and weights up to this size lie on the device; a larger dataset stays in host memory.
+RESIDENT_BYTES = 8 << 30
+# Outer steps between two looks at what another device computed: the host runs ahead of it in between.
+FETCH_EVERY = 32
 
 
 class Distiller:
@@ -127,14 +132,25 @@ class Distiller:
     weighted matching loss at θ_T, and follows its hypergradient (design of Lei et al.; see `sdw_fast.ops.unrolled_bc`).
     The synthetic states and actions are optimized in normalized units.
 
+    On a GPU everything that a step needs lies there (a dataset beyond 8 GiB stays in host memory, where each batch is
+    gathered and sent ahead), and `run` looks at the metrics every 32 steps only: the host never waits in between.
+
     Args:
         data: The offline dataset.
         teacher: π* and Q; not needed by objective "dbc".
         config: The hyperparameters.
         device: Where the dataset, the synthetic set and the kernels live.
+        n_runs: R: distill R sets at once, each with its own random numbers. Run r takes the draws of a single run with
+            seed + r, so that it follows the same steps up to rounding. None: one run, without a leading dimension.
+
+    Attributes:
+        observations, actions: The synthetic set in normalized units, (N, D) and (N, A), or (R, N, D) and (R, N, A).
+        iteration: Outer steps taken.
+        report: Figures of the objective, see `sdw_fast.objectives.OuterProblem`.
 
     Raises:
-        ValueError: the objective needs a teacher that is missing, or the dataset is smaller than config.size.
+        ValueError: the objective needs a teacher that is missing, the dataset is smaller than config.size, or n_runs
+            is below 1.
     """
 
     def __init__(
@@ -144,25 +160,34 @@ class Distiller:
         config: DistillConfig | None = None,
         *,
         device: str | torch.device = "cpu",
+        n_runs: int | None = None,
     ) -> None:
+        if n_runs is not None and n_runs < 1:
+            raise ValueError(f"n_runs must be at least 1, or None for a single run, got {n_runs}")
         self.config = config = config or DistillConfig()
         self.data = data
         self.device = torch.device(device)
+        self.n_runs = n_runs
+        self.seeds = [config.seed + run for run in range(n_runs or 1)]
         problem = self._outer_problem(data, teacher, config)
         self.report = problem.report
-        self._states, self._targets, self._weights = (
-            torch.as_tensor(array, device=self.device) for array in (problem.states, problem.targets, problem.weights)
-        )
-        rows = choose_pairs(
-            data, config.size, method=config.init, teacher=teacher, rng=np.random.default_rng(config.seed)
-        )
+        self._batches = OuterBatches(problem, self.device)
+        chosen = [
+            choose_pairs(data, config.size, method=config.init, teacher=teacher, rng=np.random.default_rng(seed))
+            for seed in self.seeds
+        ]
+        rows = chosen[0] if n_runs is None else np.stack(chosen)
         self.observations = self._leaf(data.normalized_observations[rows])
         self.actions = self._leaf(normalize_actions(data.actions[rows], *data.action_bounds))
-        self._sizes = (self.observations.shape[1], *config.hidden, self.actions.shape[1])
-        self._generator = torch.Generator(self.device).manual_seed(config.seed)
+        self._sizes = (self.observations.shape[-1], *config.hidden, self.actions.shape[-1])
+        self._generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
+        self._row_generators = self._generators
+        if self._batches.device != self.device:
+            self._row_generators = [torch.Generator(self._batches.device).manual_seed(seed) for seed in self.seeds]
         self._optimizer = self._make_optimizer()
+        self._halted = torch.zeros((), device=self.device)  # 1 from the first step on that is not finite
         self.iteration = 0
-        self.best_return = -math.inf
+        self._best_returns = [-math.inf] * len(self.seeds)
 
     @staticmethod
     def _outer_problem(data: TransitionDataset, teacher: Teacher | None, config: DistillConfig) -> OuterProblem:
@@ -182,11 +207,17 @@ class Distiller:
     def _leaf(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array, dtype=torch.float32, device=self.device, requires_grad=True)
 
+    @property
+    def _ahead(self) -> bool:
+        """Whether steps are only enqueued, so that the host must not ask what came of them."""
+        return self.device.type != "cpu"
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         leaves, config = [self.observations, self.actions], self.config
+        fused = self._ahead or None  # the fused kernels can be told on the device to leave a step out
         if config.optimizer == "sgd":
-            return torch.optim.SGD(leaves, lr=config.lr, momentum=config.momentum)
-        return torch.optim.Adam(leaves, lr=config.lr, betas=(config.momentum, 0.999))
+            return torch.optim.SGD(leaves, lr=config.lr, momentum=config.momentum, fused=fused)
+        return torch.optim.Adam(leaves, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
 
     def step(self) -> Metrics:
         """Takes one outer step.
@@ -194,16 +225,24 @@ class Distiller:
         Returns:
             "loss": H on this step's batch before the step; "gradient_norm": norm of the hypergradient before clipping;
             "adjoint_growth": ‖∂H/∂θ_start‖ / ‖∂H/∂θ_T‖, where θ_start is θ_0 (or the start of the window): the factor
-            by which the unroll amplifies, large when inner training is chaotic.
+            by which the unroll amplifies, large when inner training is chaotic. A float each, or with n_runs an array
+            (R,).
 
         Raises:
             FloatingPointError: the loss or the hypergradient is not finite. The synthetic set is left as it was.
         """
+        return self._fetch([self._advance()])[0]
+
+    def _advance(self) -> Tensor:
+        """Takes one outer step; on another device it is only enqueued, and left out there if it is not finite.
+
+        Returns:
+            The metrics that `step` names, (3,) or (3, R).
+        """
         config = self.config
-        initial = orthogonal_parameters(self._sizes, gain=config.gain, generator=self._generator)
+        initial, batches = self._draw()
         for parameter in initial:
             parameter.requires_grad_()
-        rows = torch.randint(len(self._states), (config.batch_size,), generator=self._generator, device=self.device)
         final = ops.unrolled_bc(
             self.observations,
             self.actions,
@@ -214,44 +253,112 @@ class Distiller:
         )
         for parameter in final:
             parameter.retain_grad()
-        loss = ops.behavior_matching(final, self._states[rows], self._targets[rows], self._weights[rows])
-        self._optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([self.observations, self.actions], config.clip_norm)
-        metrics = {
-            "loss": float(loss.detach()),
-            "gradient_norm": float(norm),
-            "adjoint_growth": float(_norm(initial) / _norm(final)),
-        }
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
-            raise FloatingPointError(
-                f"outer step {self.iteration + 1}: loss {metrics['loss']}, hypergradient norm "
-                f"{metrics['gradient_norm']}; lower inner_lr or gain (see docs: conditioning)"
+        if self.n_runs is None:
+            losses = ops.behavior_matching(final, *batches[0])
+        else:
+            policies = zip(*(parameter.unbind() for parameter in final), strict=True)
+            losses = torch.stack(
+                [ops.behavior_matching(policy, *batch) for policy, batch in zip(policies, batches, strict=True)]
             )
-        self._optimizer.step()
+        self._optimizer.zero_grad()
+        losses.sum().backward()
+        norms = self._clip()
+        metrics = torch.stack([losses.detach(), norms, self._norms(initial) / self._norms(final)])
         self.iteration += 1
+        if self._ahead:
+            self._halted = torch.maximum(self._halted, 1 - metrics[:2].isfinite().all().float())
+            self._optimizer.found_inf = self._halted  # type: ignore[attr-defined]
+        elif not metrics[:2].isfinite().all():
+            return metrics
+        self._optimizer.step()
         return metrics
+
+    def _draw(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Draws θ_0 of every run, as one list of parameters, and every run's states, targets and weights."""
+        generators = self._generators[0] if self.n_runs is None else self._generators
+        initial = orthogonal_parameters(self._sizes, gain=self.config.gain, generator=generators)
+        return initial, [self._batches.draw(self.config.batch_size, generator) for generator in self._row_generators]
+
+    def _norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Norm of the gradients of all tensors together: a scalar, or one a run."""
+        first = 0 if self.n_runs is None else 1
+        norms = [
+            torch.linalg.vector_norm(t.grad, dim=tuple(range(first, t.ndim))) for t in tensors if t.grad is not None
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+    def _clip(self) -> Tensor:
+        """Scales each run's hypergradient down to norm clip_norm where it is longer; returns the norms before."""
+        leaves = [self.observations, self.actions]
+        norms = self._norms(leaves)
+        factors = (self.config.clip_norm / (norms + 1e-6)).clamp(max=1.0)
+        for leaf in leaves:
+            if leaf.grad is not None:
+                leaf.grad.mul_(factors[..., None, None])
+        return norms
+
+    def _fetch(self, steps: list[Tensor]) -> list[Metrics]:
+        """Waits for the last steps taken, and returns the metrics of each.
+
+        Raises:
+            FloatingPointError: as `step`. The distiller then stands where it stood before that step.
+        """
+        figures = torch.stack(steps).cpu().numpy()  # (steps, 3) or (steps, 3, R)
+        finite = np.isfinite(figures[:, :2]).reshape(len(steps), -1).all(axis=1)
+        if not finite.all():
+            self.iteration -= len(steps) - int(finite.argmin())
+            if self.iteration == 0:  # a first step left out leaves the momentum of fused SGD undefined
+                self._optimizer = self._make_optimizer()
+            self._halted.zero_()
+            loss, norm, _ = figures[finite.argmin()]
+            raise FloatingPointError(
+                f"outer step {self.iteration + 1}: loss {loss}, hypergradient norm {norm}; lower inner_lr or gain "
+                "(see docs: conditioning)"
+            )
+        names = ("loss", "gradient_norm", "adjoint_growth")
+        return [
+            {name: float(x) if self.n_runs is None else x for name, x in zip(names, step, strict=True)}
+            for step in figures
+        ]
+
+    @property
+    def sets(self) -> list[SyntheticDataset]:
+        """The synthetic sets as they stand, one a run, in the environment's units."""
+        observations, actions = (x.detach().cpu().numpy() for x in (self.observations, self.actions))
+        if self.n_runs is None:
+            observations, actions = observations[None], actions[None]
+        data = self.data
+        low, high = data.action_bounds
+        return [
+            SyntheticDataset(
+                observations=data.normalizer.denormalize(observations[run]),
+                actions=denormalize_actions(actions[run], low, high),
+                normalizer=data.normalizer,
+                action_low=low,
+                action_high=high,
+                env_id=data.env_id,
+                reference_scores=data.reference_scores,
+                config={**self.config.to_dict(), "seed": seed, "iteration": self.iteration},
+                dataset_name=data.name,
+                dataset_hash=data.content_hash,
+            )
+            for run, seed in enumerate(self.seeds)
+        ]
 
     @property
     def synthetic(self) -> SyntheticDataset:
-        """The synthetic set as it stands, in the environment's units."""
-        data = self.data
-        low, high = data.action_bounds
-        return SyntheticDataset(
-            observations=data.normalizer.denormalize(self.observations.detach().cpu().numpy()),
-            actions=denormalize_actions(self.actions.detach().cpu().numpy(), low, high),
-            normalizer=data.normalizer,
-            action_low=low,
-            action_high=high,
-            env_id=data.env_id,
-            reference_scores=data.reference_scores,
-            config={**self.config.to_dict(), "iteration": self.iteration},
-            dataset_name=data.name,
-            dataset_hash=data.content_hash,
-        )
+        """The synthetic set as it stands, in the environment's units. With n_runs there are several: see `sets`."""
+        if self.n_runs is not None:
+            raise ValueError(f"{self.n_runs} sets are being distilled: take .sets, a list, in place of .synthetic")
+        return self.sets[0]
 
-    def evaluate(self) -> Evaluation:
-        """Clones fresh policies on the synthetic set and runs them in the dataset's environment.
+    @property
+    def best_return(self) -> float:
+        """The highest return of an evaluation so far, of any run; −inf before the first."""
+        return max(self._best_returns)
+
+    def evaluate(self, run: int = 0) -> Evaluation:
+        """Clones fresh policies on the synthetic set of a run and runs them in the dataset's environment.
 
         Raises:
             ValueError: the dataset does not say which environment it comes from.
@@ -260,29 +367,35 @@ class Distiller:
             raise ValueError("the dataset names no environment to evaluate in; set eval_every=0 or give it an env_id")
         config = self.config
         return evaluate_synthetic(
-            self.synthetic, clones=config.eval_clones, episodes=config.eval_episodes, seed=config.seed
+            self.sets[run], clones=config.eval_clones, episodes=config.eval_episodes, seed=self.seeds[run]
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on to the same bits; tensors and plain values only."""
-        return {
+        state = {
             "version": __version__,
             "iteration": self.iteration,
-            "best_return": self.best_return,
+            "best_returns": list(self._best_returns),
             "observations": self.observations.detach().clone(),
             "actions": self.actions.detach().clone(),
             "optimizer": self._optimizer.state_dict(),
-            "generator": self._generator.get_state(),
+            "generator": torch.stack([generator.get_state() for generator in self._generators]),
             "dataset_hash": self.data.content_hash,
             "config": self.config.to_dict(),
+            "device": self.device.type,
+            "n_runs": self.n_runs,
         }
+        if self._row_generators is not self._generators:
+            state["row_generator"] = torch.stack([generator.get_state() for generator in self._row_generators])
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken.
 
         Raises:
-            ValueError: the state belongs to another dataset or another configuration (the number of steps, of
-                evaluations and of checkpoints may differ).
+            ValueError: the state belongs to another dataset, another configuration (the number of steps, of
+                evaluations and of checkpoints may differ), another kind of device (whose random numbers are others) or
+                another number of runs.
         """
         if state["dataset_hash"] != self.data.content_hash:
             raise ValueError(
@@ -290,17 +403,20 @@ class Distiller:
                 f"this one has {self.data.content_hash[:12]}…)"
             )
         free = ("steps", "eval_every", "eval_clones", "eval_episodes", "checkpoint_every")
-        now = self.config.to_dict()
-        differing = [name for name, value in state["config"].items() if name not in free and now.get(name) != value]
+        now = {**self.config.to_dict(), "device": self.device.type, "n_runs": self.n_runs}
+        then = {**state["config"], "device": state.get("device", "cpu"), "n_runs": state.get("n_runs")}
+        differing = [name for name, value in then.items() if name not in free and now.get(name) != value]
         if differing:
             raise ValueError(f"the checkpoint was made with other settings of {differing}")
         with torch.no_grad():
             self.observations.copy_(state["observations"])
             self.actions.copy_(state["actions"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._generator.set_state(state["generator"].cpu())
+        _set_states(self._generators, state["generator"])
+        if self._row_generators is not self._generators:
+            _set_states(self._row_generators, state["row_generator"])
         self.iteration = state["iteration"]
-        self.best_return = state["best_return"]
+        self._best_returns = list(state["best_returns"]) if "best_returns" in state else [state["best_return"]]
 
     def run(
         self,
@@ -309,51 +425,57 @@ class Distiller:
         source: dict[str, Any] | None = None,
         callback: Callback | None = None,
         progress: bool = True,
-    ) -> SyntheticDataset:
+    ) -> SyntheticDataset | list[SyntheticDataset]:
         """Takes the outer steps that remain, showing and keeping what comes of them.
 
         Args:
             folder: Where to keep the run: config.json, metrics.jsonl (a line a step), checkpoint, last.npz, and
                 best.npz (the set with the highest return; without evaluations, the last). A folder that holds a
-                checkpoint is continued. None: nothing is written.
+                checkpoint is continued. With n_runs, metrics and sets lie in run-000, run-001, … inside it.
+                None: nothing is written.
             source: Where dataset and teacher came from, kept in config.json for `sdw-fast distill --resume`.
-            callback: Called after every step with the distiller and the step's metrics.
+            callback: Called after every step with the distiller and the step's metrics; a GPU then waits for it.
             progress: Whether to show the bar.
 
         Returns:
-            The best set, as best.npz.
+            The best set, as best.npz; with n_runs a list of them.
 
         Raises:
             KeyboardInterrupt: Ctrl-C; the step under way is finished and saved first. A second Ctrl-C stops at once.
         """
+        config = self.config
         run = RunFolder(folder, self, source) if folder is not None else None
-        best = run.best() if run and self.config.eval_every else None
-        bar = tqdm(total=self.config.steps, initial=self.iteration, disable=not progress, unit="step", smoothing=0.05)
-        last_return = math.nan
-        with _deferred_interrupt() as interrupted, bar:
-            while self.iteration < self.config.steps:
+        best = run.best() if run and config.eval_every else {}
+        bar = tqdm(total=config.steps, initial=self.iteration, disable=not progress, unit="step", smoothing=0.05)
+        pending: list[Tensor] = []  # metrics not looked at yet
+        last_return, seconds = math.nan, 0.0
+        with _deferred_interrupt() as interrupted, bar, run or contextlib.nullcontext():
+            while self.iteration < config.steps:
                 began = time.perf_counter()
-                metrics = self.step()
-                metrics["seconds"] = time.perf_counter() - began
-                if self.config.eval_every and self._due(self.config.eval_every):
-                    result = self.evaluate()
-                    last_return = result.mean if result.normalized_mean is None else result.normalized_mean
-                    metrics |= {"return": result.mean, "score": last_return}
-                    if last_return > self.best_return:
-                        self.best_return, best = last_return, self.synthetic
-                        if run:
-                            run.save_best(best)
+                pending.append(self._advance())
+                evaluating = bool(config.eval_every) and self._due(config.eval_every)
+                saving = run is not None and self._due(config.checkpoint_every)
+                wait = not self._ahead or callback is not None or evaluating or saving or interrupted()
+                if not wait and len(pending) < FETCH_EVERY and self.iteration < config.steps:
+                    seconds += time.perf_counter() - began
+                    continue
+                steps = self._fetch(pending)
+                seconds += time.perf_counter() - began
+                for metrics in steps:
+                    metrics["seconds"] = seconds / len(steps)
+                pending, seconds = [], 0.0
+                if evaluating:
+                    steps[-1] |= self._evaluate_all(best, run)
+                    last_return = float(np.mean(steps[-1]["score"]))
                 if run:
-                    run.log(self.iteration, metrics)
-                bar.set_postfix_str(
-                    f"loss {metrics['loss']:.4f}, ‖∇‖ {metrics['gradient_norm']:.3g}, return {last_return:.1f}",
-                    refresh=False,
-                )
-                bar.update()
+                    run.log(self.iteration, steps)
+                loss, norm = (np.mean(steps[-1][name]) for name in ("loss", "gradient_norm"))
+                bar.set_postfix_str(f"loss {loss:.4f}, ‖∇‖ {norm:.3g}, return {last_return:.1f}", refresh=False)
+                bar.update(len(steps))
                 if callback:
-                    callback(self, metrics)
+                    callback(self, steps[-1])
                 stop = interrupted()
-                if run and (stop or self._due(self.config.checkpoint_every)):
+                if run and (stop or saving):
                     run.checkpoint(self)
                 if stop:
                     resume = (
@@ -361,37 +483,93 @@ class Distiller:
                     )
                     kept = f"; {resume} continues to the same result" if run else ", nothing was kept"
                     raise KeyboardInterrupt(f"stopped after outer step {self.iteration}{kept}")
-        if best is None:
-            best = self.synthetic
-            if run:
-                run.save_best(best)
-        return best
+        for number, last in enumerate(self.sets):
+            if number not in best:
+                best[number] = last
+                if run:
+                    run.save_best(number, last)
+        return best[0] if self.n_runs is None else [best[number] for number in range(self.n_runs)]
+
+    def _evaluate_all(self, best: dict[int, SyntheticDataset], run: RunFolder | None) -> Metrics:
+        """Evaluates every run's set, and keeps in `best` (and in the folder) those that beat all before them."""
+        results = [self.evaluate(number) for number in range(len(self.seeds))]
+        returns = [result.mean for result in results]
+        scores = [result.mean if result.normalized_mean is None else result.normalized_mean for result in results]
+        for number, score in enumerate(scores):
+            if score > self._best_returns[number]:
+                self._best_returns[number], best[number] = score, self.sets[number]
+                if run:
+                    run.save_best(number, best[number])
+        if self.n_runs is None:
+            return {"return": returns[0], "score": scores[0]}
+        return {"return": np.array(returns), "score": np.array(scores)}
 
     def _due(self, every: int) -> bool:
         return self.iteration % every == 0 or self.iteration == self.config.steps
 
 
+class OuterBatches:
+    """Draws batches of an outer problem for a device: from there, or from host memory above RESIDENT_BYTES.
+
+    Attributes:
+        device: Where the rows lie and where the generators that draw them must live.
+    """
+
+    def __init__(self, problem: OuterProblem, device: torch.device) -> None:
+        arrays = (problem.states, problem.targets, problem.weights)
+        resident = sum(array.nbytes for array in arrays) <= RESIDENT_BYTES
+        self.device = device if resident else torch.device("cpu")
+        self._target = device
+        self._tensors = [torch.as_tensor(array, device=self.device) for array in arrays]
+
+    def draw(self, size: int, generator: torch.Generator) -> list[Tensor]:
+        """Returns the states (B, D), targets (B, A) and weights (B,) of `size` rows drawn with replacement."""
+        rows = torch.randint(len(self._tensors[0]), (size,), generator=generator, device=self.device)
+        batch = [tensor[rows] for tensor in self._tensors]
+        if self.device == self._target:
+            return batch
+        return [part.pin_memory().to(self._target, non_blocking=True) for part in batch]
+
+
 class RunFolder:
     """The folder of one run. Every file is written whole under a temporary name and renamed; metrics are appended.
 
-    On opening a folder with a checkpoint the distiller continues from it, and metrics beyond it are cut off, so that
-    a killed run leaves the same files as one that was not.
+    With n_runs, the runs' metrics and sets lie in folders run-000, run-001, … of their own; configuration and
+    checkpoint are one for all. On opening a folder with a checkpoint the distiller continues from it, and metrics
+    beyond it are cut off, so that a killed run leaves the same files as one that was not. A context manager: leaving
+    it closes what is open.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], distiller: Distiller, source: dict[str, Any] | None = None
     ) -> None:
         self.path = Path(folder)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._batched = distiller.n_runs is not None
+        self._runs = [self.path / f"run-{r:03}" for r in range(len(distiller.seeds))] if self._batched else [self.path]
+        for path in self._runs:
+            path.mkdir(parents=True, exist_ok=True)
         self._checkpoint = self.path / "checkpoint"
         if self._checkpoint.exists():
             distiller.load_state_dict(load_checkpoint(self._checkpoint))
-        self._cut_metrics(distiller.iteration)
-        if not distiller.iteration:
-            (self.path / "best.npz").unlink(missing_ok=True)
+        for path in self._runs:
+            _cut_metrics(path, distiller.iteration)
+            if not distiller.iteration:
+                (path / "best.npz").unlink(missing_ok=True)
         self._write_config(distiller, source)
-        self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._tensorboard = _tensorboard_writer(self.path / "tensorboard", distiller.iteration)
+        self._open_files = contextlib.ExitStack()
+        self._metrics = [
+            self._open_files.enter_context((path / "metrics.jsonl").open("a", buffering=1, encoding="utf-8"))
+            for path in self._runs
+        ]
+        self._tensorboard = [_tensorboard_writer(path / "tensorboard", distiller.iteration) for path in self._runs]
+        for writer in filter(None, self._tensorboard):
+            self._open_files.callback(writer.close)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open_files.close()
 
     def _write_config(self, distiller: Distiller, source: dict[str, Any] | None) -> None:
         data = distiller.data
@@ -399,37 +577,46 @@ class RunFolder:
             "version": __version__,
             "source": source,
             "config": distiller.config.to_dict(),
+            "n_runs": distiller.n_runs,
             "dataset": {"name": data.name, "hash": data.content_hash, "transitions": len(data)},
             "objective": distiller.report,
         }
         _write_text(self.path / "config.json", json.dumps(content, indent=2) + "\n")
 
-    def _cut_metrics(self, iteration: int) -> None:
-        if (self.path / "metrics.jsonl").exists():
-            kept = [metrics for metrics in read_metrics(self.path) if metrics["step"] <= iteration]
-            _write_text(self.path / "metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in kept))
+    def best(self) -> dict[int, SyntheticDataset]:
+        """The best set so far of every run that has one, by its number."""
+        paths = [path / "best.npz" for path in self._runs]
+        return {number: SyntheticDataset.load(path) for number, path in enumerate(paths) if path.exists()}
 
-    def best(self) -> SyntheticDataset | None:
-        path = self.path / "best.npz"
-        return SyntheticDataset.load(path) if path.exists() else None
+    def save_best(self, number: int, synthetic: SyntheticDataset) -> None:
+        """Writes the best set of a run."""
+        synthetic.save(self._runs[number] / "best.npz")
 
-    def save_best(self, synthetic: SyntheticDataset) -> None:
-        synthetic.save(self.path / "best.npz")
-
-    def log(self, iteration: int, metrics: Metrics) -> None:
-        self._metrics.write(json.dumps({"step": iteration, **metrics}) + "\n")
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, iteration)
+    def log(self, iteration: int, steps: Sequence[Metrics]) -> None:
+        """Appends the metrics of the steps that end at `iteration`."""
+        for step, metrics in enumerate(steps, start=iteration - len(steps) + 1):
+            for number, (file, tensorboard) in enumerate(zip(self._metrics, self._tensorboard, strict=True)):
+                own = {name: float(x[number] if np.ndim(x) else x) for name, x in metrics.items()}
+                file.write(json.dumps({"step": step, **own}) + "\n")
+                for name, value in own.items() if tensorboard is not None else ():
+                    tensorboard.add_scalar(name, value, step)
 
     def checkpoint(self, distiller: Distiller) -> None:
+        """Writes the checkpoint and the sets as they stand."""
         temporary = self._checkpoint.with_name(f".checkpoint.{os.getpid()}.tmp")
         try:
             torch.save(distiller.state_dict(), temporary)
             temporary.replace(self._checkpoint)
         finally:
             temporary.unlink(missing_ok=True)
-        distiller.synthetic.save(self.path / "last.npz")
+        for path, synthetic in zip(self._runs, distiller.sets, strict=True):
+            synthetic.save(path / "last.npz")
+
+
+def _cut_metrics(folder: Path, iteration: int) -> None:
+    if (folder / "metrics.jsonl").exists():
+        kept = [metrics for metrics in read_metrics(folder) if metrics["step"] <= iteration]
+        _write_text(folder / "metrics.jsonl", "".join(json.dumps(metrics) + "\n" for metrics in kept))
 
 
 def read_run(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], DistillConfig]:
@@ -473,21 +660,35 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+@overload
+def distill(
+    data: TransitionDataset, teacher: Teacher | None = None, *, n_runs: None = None, **options: Any
+) -> SyntheticDataset: ...
+
+
+@overload
+def distill(
+    data: TransitionDataset, teacher: Teacher | None = None, *, n_runs: int, **options: Any
+) -> list[SyntheticDataset]: ...
+
+
 def distill(
     data: TransitionDataset,
     teacher: Teacher | None = None,
     *,
+    n_runs: int | None = None,
     folder: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     callback: Callback | None = None,
     progress: bool = True,
     **settings: Any,
-) -> SyntheticDataset:
-    """Distills a dataset into a synthetic set.
+) -> SyntheticDataset | list[SyntheticDataset]:
+    """Distills a dataset into a synthetic set, or into several at once.
 
     Args:
         data: The offline dataset, as `load_dataset` gives it.
         teacher: π* and Q; not needed by objective "dbc".
+        n_runs: R: distill R sets with the seeds seed, seed + 1, … side by side; see `Distiller`.
         folder: Where to keep the run (see `Distiller.run`); a folder with a checkpoint is continued.
         device: Where to compute.
         callback: Called after every outer step with the distiller and the step's metrics.
@@ -495,14 +696,15 @@ def distill(
         **settings: Fields of `DistillConfig`, e.g. objective="sdw", size=256, steps=5_000, seed=0.
 
     Returns:
-        The synthetic set: the one with the best return where eval_every is set, else the last.
+        The synthetic set: the one with the best return where eval_every is set, else the last. With n_runs a list.
     """
-    distiller = Distiller(data, teacher, DistillConfig.from_dict(settings), device=device)
+    distiller = Distiller(data, teacher, DistillConfig.from_dict(settings), device=device, n_runs=n_runs)
     return distiller.run(folder, callback=callback, progress=progress)
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([t.grad.norm() for t in tensors if t.grad is not None]).norm()
+def _set_states(generators: Sequence[torch.Generator], states: Tensor) -> None:
+    for generator, state in zip(generators, states.cpu().reshape(len(generators), -1), strict=True):
+        generator.set_state(state)
 
 
 def _write_text(path: Path, text: str) -> None:

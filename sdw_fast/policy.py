@@ -17,27 +17,60 @@ if TYPE_CHECKING:
     from sdw_fast.synthetic import SyntheticDataset
 
 
-def orthogonal_parameters(sizes: Sequence[int], *, gain: float, generator: torch.Generator) -> list[Tensor]:
+def orthogonal_parameters(
+    sizes: Sequence[int], *, gain: float, generator: torch.Generator | Sequence[torch.Generator]
+) -> list[Tensor]:
     """Draws the parameters of an MLP: orthogonal weights times `gain`, zero biases (the papers' initialization).
 
     Args:
         sizes: Widths from input to output, e.g. (11, 256, 256, 256, 3); at least two.
         gain: Factor on every weight matrix, √2 in the papers.
-        generator: Source of the draw; its device is the parameters' device.
+        generator: Source of the draw; its device is the parameters' device. A sequence of R generators gives each
+            parameter a leading dimension R, and row r of it what generator r alone would give (to rounding).
 
     Returns:
-        [W1, b1, W2, b2, …] in nn.Linear layout, W (out, in), float32.
+        [W1, b1, W2, b2, …] in nn.Linear layout, W (out, in) or (R, out, in), float32.
     """
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    device = generators[0].device
+    shapes = [(max(pair), min(pair)) for pair in itertools.pairwise(sizes)]  # standing: rows ≥ columns
+    draws = [[torch.randn(shape, generator=g, device=device) for shape in shapes] for g in generators]
     parameters = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        tall, flat = max(fan_in, fan_out), min(fan_in, fan_out)
-        normal = torch.randn(tall, flat, generator=generator, device=generator.device)
-        reflectors, tau = torch.geqrf(normal)  # QR in LAPACK's two halves: torch.linalg.qr takes twice as long
-        q = torch.linalg.householder_product(reflectors, tau)
-        q = q * reflectors.diagonal().sign()  # makes the draw uniform over orthogonal matrices (Mezzadri 2007)
-        weight = q if fan_out >= fan_in else q.T
-        parameters += [(gain * weight).contiguous(), torch.zeros(fan_out, device=generator.device)]
+    for (fan_in, fan_out), *normal in zip(itertools.pairwise(sizes), *draws, strict=True):
+        q = _orthonormal_columns(normal[0] if isinstance(generator, torch.Generator) else torch.stack(normal))
+        weight = q if fan_out >= fan_in else q.mT
+        parameters += [(gain * weight).contiguous(), torch.zeros(*q.shape[:-2], fan_out, device=device)]
     return parameters
+
+
+def _orthonormal_columns(normal: Tensor) -> Tensor:
+    """The Q of the QR decomposition whose R has a positive diagonal, of (…, m, n) normal numbers, m ≥ n.
+
+    It is uniform over such matrices (Mezzadri 2007). On a GPU a Householder QR is a long chain of tiny kernels, matrix
+    by matrix; Cholesky factors find the same Q in a few batched ones.
+    """
+    if normal.device.type != "cpu":
+        return _cholesky_qr(normal)
+    reflectors, tau = torch.geqrf(normal)  # QR in LAPACK's two halves: torch.linalg.qr takes twice as long
+    q = torch.linalg.householder_product(reflectors, tau)
+    return q * reflectors.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+
+
+def _cholesky_qr(normal: Tensor) -> Tensor:
+    """Q = X R⁻¹ with RᵀR = XᵀX, in float64, for forming XᵀX squares the condition number.
+
+    That is about n for a square normal matrix, but may be anything: a ridge far below what matters keeps the first
+    factorization from failing, and a second one makes exact what the ridge bent (shifted Cholesky QR, Fukaya et al.
+    2020). Nothing is asked back from the device.
+    """
+    x = normal.double()
+    for _ in range(2):
+        gram = x.mT @ x
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal += 1e-14 * diagonal.sum(-1, keepdim=True)
+        upper, _ = torch.linalg.cholesky_ex(gram, upper=True)  # cholesky would wait to see whether it succeeded
+        x = torch.linalg.solve_triangular(upper, x, upper=True, left=False)
+    return x.to(normal.dtype)
 
 
 class MLPPolicy(nn.Module):

@@ -30,12 +30,6 @@
 #include "sdw/knn_bounds.h"
 #include "sdw/knn_cuda.h"
 
-#ifdef __CUDACC__
-#define SDW_UNROLL _Pragma("unroll")
-#else
-#define SDW_UNROLL
-#endif
-
 namespace sdw {
 namespace {
 
@@ -98,7 +92,7 @@ __device__ inline float gap(float low, float high, float other_low, float other_
 // Squared distance between the box [low, high] of V float4 (a point: low = high) and box `box` of a pack.
 __device__ inline float box_distance(const float4* low, const float4* high, const float4* pack, int box, int V) {
     float sum = 0;
-    SDW_UNROLL
+#pragma unroll
     for (int i = 0; i < V; ++i) {
         const float4 a = low[i], b = high[i];
         const float4 c = __ldg(pack + i * kKnnFan + box), d = __ldg(pack + (V + i) * kKnnFan + box);
@@ -230,23 +224,25 @@ struct Searcher {
     // The leaves of a cell, the nearest first.
     __device__ void visit_cell(int64_t cell) {
         const float4* boxes = pack_at(s.p.leaf_boxes, cell, V);
-        float distance = box_distance(low, high, boxes, lane, V);
+        float distance = box_distance(low, high, boxes, lane, V), within = reach();
         for (;;) {
             const float nearest = warp_min(distance);
-            if (!(nearest < reach())) return;
+            if (!(nearest < within)) return;
             const int leaf = lowest_lane(__ballot_sync(kAll, distance == nearest));
             if (lane == leaf) distance = INFINITY;
-            visit_leaf(cell * kKnnFan + leaf, boxes, leaf);
+            if (visit_leaf(cell * kKnnFan + leaf, boxes, leaf)) within = reach();
         }
     }
 
-    __device__ void visit_leaf(int64_t leaf, const float4* boxes, int box) {
+    // Returns whether any query wanted the leaf.
+    __device__ bool visit_leaf(int64_t leaf, const float4* boxes, int box) {
         const float4* row = rows + lane * kStride;
         const float distance = box_distance(row, row, boxes, box, V);
         const unsigned wants = __ballot_sync(kAll, s.p.prune ? distance < limit : limit >= 0);
         ++tested;
         scanned += __popc(wants);
         for (int half = 0; half < 2 && wants; half += kTogether) scan(leaf, half * kLanes, wants);
+        return wants != 0;
     }
 
     // The points of a leaf from `offset` on, kTogether a lane, against each query that wants them.
@@ -254,20 +250,19 @@ struct Searcher {
         const float4* points = leaf_at(s.p.coordinates, leaf, V) + offset + lane;
         const auto place = static_cast<uint32_t>(leaf * kKnnLeaf + offset + lane);
         float4 x[kTogether][V];
-        SDW_UNROLL
-        for (int c = 0; c < kTogether; ++c) SDW_UNROLL
-        for (int i = 0; i < V; ++i) x[c][i] = __ldg(points + i * kKnnLeaf + c * kLanes);
+#pragma unroll
+        for (int i = 0; i < kTogether * V; ++i) x[i / V][i % V] = __ldg(points + i % V * kKnnLeaf + i / V * kLanes);
         for (; wants; wants &= wants - 1) {
             const int query = lowest_lane(wants);
             float squared[kTogether] = {};
-            SDW_UNROLL
+#pragma unroll
             for (int i = 0; i < V; ++i) {
                 const float4 y = rows[query * kStride + i];
-                SDW_UNROLL
+#pragma unroll
                 for (int c = 0; c < kTogether; ++c) squared[c] = add_squares(squared[c], minus(x[c][i], y));
             }
             const float least = __shfl_sync(kAll, limit, query);
-            SDW_UNROLL
+#pragma unroll
             for (int c = 0; c < kTogether; ++c)
                 offer(query, squared[c], squared[c] < least, place + static_cast<uint32_t>(c) * kLanes);
         }

@@ -62,3 +62,9 @@ def cuda_workspace(op: str, size: int, device: torch.device, advice: str) -> tor
         raise MemoryError(
             f"{op}: needs {size / 2**30:.2f} GiB on {device} and {free / 2**30:.2f} GiB are free; {advice}"
         ) from error
+
+
+def check_precision(op: str, precision: str) -> None:
+    """Raises ValueError unless `precision` is "tf32" or "ieee"."""
+    if precision not in ("tf32", "ieee"):
+        raise ValueError(f"{op}: precision must be 'tf32' or 'ieee', got {precision!r}")

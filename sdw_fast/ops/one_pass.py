@@ -34,6 +34,5 @@ class OnePassLoss(torch.autograd.Function):
             _, ctx.gradients = ctx.evaluate(ctx.saved_tensors, True)
         gradients, ctx.gradients = ctx.gradients, None
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # asking another device would wait for it
-            for gradient in gradients:
-                gradient *= grad_loss
+            torch._foreach_mul_(gradients, grad_loss)  # one launch for all
         return (None, *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[1:], strict=True)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdw_fast import _C
-from sdw_fast.ops.backend import resolve_backend
+from sdw_fast.ops.backend import cuda_stream, cuda_workspace, resolve_backend
 from sdw_fast.ops.mlp import check_floating, check_rows
 from sdw_fast.ops.one_pass import OnePassLoss
 
@@ -40,7 +40,7 @@ def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, *, backend: 
         )
     check_weights("weighted_bc_loss", weights, pred.shape[0], constants={"target": target})
     resolved = resolve_backend("weighted_bc_loss", backend, [pred, target, weights])
-    evaluate = {"torch": _torch, "cpu": _cpu}[resolved]
+    evaluate = {"torch": _torch, "cpu": _cpu, "cuda": _cuda}[resolved]
     return OnePassLoss.apply(partial(evaluate, target, weights), pred)
 
 
@@ -78,3 +78,19 @@ def _cpu(
     gradient = torch.empty(pred.shape) if want_gradient else None
     loss = _C.weighted_bc_loss(pred, target.detach().contiguous(), weights.detach().contiguous(), gradient)
     return torch.tensor(loss), None if gradient is None else [gradient]
+
+
+def _cuda(
+    target: Tensor, weights: Tensor, inputs: Sequence[Tensor], want_gradient: bool
+) -> tuple[Tensor, list[Tensor] | None]:
+    """The kernel of csrc/cuda/weighted_bc_loss.cu."""
+    pred = inputs[0].detach().contiguous()
+    gradient = torch.empty_like(pred) if want_gradient else None
+    loss = pred.new_empty(1)
+    with cuda_stream(pred) as stream:
+        size = _C.weighted_bc_loss_cuda_workspace(*pred.shape)
+        workspace = cuda_workspace("weighted_bc_loss", size, pred.device, "use smaller batches")
+        _C.weighted_bc_loss_cuda(
+            pred, target.detach().contiguous(), weights.detach().contiguous(), loss, gradient, workspace, stream
+        )
+    return loss[0], None if gradient is None else [gradient]

@@ -25,7 +25,8 @@ from sdw_fast import _C
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 # -U: checked longjmp takes a change of stack for an attack.
-FLAGS = "-O2 -fPIC -std=c++17 -fvisibility=hidden -DSDW_EMULATE_CUDA -U_FORTIFY_SOURCE -Wall -Wextra -Wshadow -Werror"
+FLAGS = "-O2 -fPIC -std=c++17 -fvisibility=hidden -DSDW_EMULATE_CUDA -U_FORTIFY_SOURCE "
+FLAGS += "-Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror"
 GUARD = 256  # bytes behind every workspace
 INCLUDES = [f"-I{ROOT / 'csrc' / 'include'}"]
 INCLUDES += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]

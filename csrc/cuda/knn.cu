@@ -35,6 +35,7 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kSearchWarps = 2;  // of a block: the two halves of a leaf in a self-join, which want the same leaves
+constexpr int kSearchBlocks = 8;  // a multiprocessor, that is up to 128 registers a thread; a guess, not measured
 constexpr int kFinishWarps = 4;
 constexpr int kShells = 8;  // squared radii in which cells are visited, as fractions of the group's reach
 constexpr unsigned kAll = 0xffffffffu;
@@ -313,7 +314,7 @@ struct Searcher {
 };
 
 template <int V>
-__global__ void __launch_bounds__(kSearchWarps* kLanes) search(Search s) {
+__global__ void __launch_bounds__(kSearchWarps* kLanes, kSearchBlocks) search(Search s) {
     const int warp = static_cast<int>(threadIdx.x) / kLanes;
     const int64_t group = static_cast<int64_t>(blockIdx.x) * kSearchWarps + warp;
     if (group * kLanes >= s.p.rows) return;

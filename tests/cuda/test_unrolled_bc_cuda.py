@@ -1,10 +1,12 @@
 """The CUDA kernels of unrolled_bc against the float64 twin: run by the emulator, and on a GPU where there is one."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdw_fast.ops import unrolled_bc
 
@@ -39,42 +41,62 @@ def test_ieee_agrees_with_float64(cuda_on_cpu, widths, rows, steps, window, tape
     assert_agree(actual, expected, 1e-5)
 
 
-def along_trajectory(widths, rows, steps, device, **options):
-    """The kernel's gradients (observations, actions, lr, params), and those of the float64 adjoint along its own θ_t."""
+class Tf32Products(TorchDispatchMode):
+    """Matrix products of operands rounded to tf32 (10 bits of mantissa, to nearest), whatever the dtype they are in.
+
+    The kernel's own trajectory includes which units its rounding switches off: near a kink, the exact product switches
+    others, and the two adjoints differ by that, not by an error.
+    """
+
+    PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.PRODUCTS:
+            args = (*args[:-2], *(self.rounded(operand) for operand in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        bits = x.float().contiguous().view(torch.int32)
+        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+
+def along_trajectory(widths, rows, steps, device, precision, rounding=nullcontext):
+    """The kernel's gradients (observations, actions, lr, params), and those of the float64 twin along its own θ_t."""
     observations, actions, params = random_problem(widths, rows, seed=0, dtype=torch.float32, gain=1.0)
     observations, actions, *params = (tensor.to(device) for tensor in (observations, actions, *params))
+    options = {"precision": precision, "backend": "cuda"}
     theta = [params]
     for t in range(1, steps + 1):
-        theta.append(unrolled_bc(observations, actions, params, steps=t, lr=0.1, backend="cuda", **options))
+        theta.append(unrolled_bc(observations, actions, params, steps=t, lr=0.1, **options))
     generator = torch.Generator().manual_seed(1)
     covectors = [torch.randn(p.shape, generator=generator).to(device) for p in params]
     adjoint = [v.double() for v in covectors]
-    sums = [torch.zeros_like(observations).double(), torch.zeros_like(actions).double(), adjoint[0].new_zeros(())]
+    sums = [0.0, 0.0, 0.0]
     for start in reversed(theta[:-1]):
         s, a, leaf, lr = leaves(observations.double(), actions.double(), [p.double() for p in start], 0.1)
-        lr = lr.detach().to(device).requires_grad_()
-        out = unrolled_bc(s, a, leaf, steps=1, lr=lr, backend="torch")
-        (
-            *data,
-            d_lr,
-        ) = torch.autograd.grad(out, [*leaf, s, a, lr], adjoint)
-        *adjoint, d_s, d_a = data
+        with rounding():
+            out = unrolled_bc(s, a, leaf, steps=1, lr=lr, backend="torch")
+            d_s, d_a, d_lr, *adjoint = torch.autograd.grad(out, [s, a, lr, *leaf], adjoint)
         sums = [total + d for total, d in zip(sums, (d_s, d_a, d_lr), strict=True)]
     s, a, leaf, lr = leaves(observations, actions, params, 0.1)
-    out = unrolled_bc(s, a, leaf, steps=steps, lr=lr, backend="cuda", **options)
-    actual = torch.autograd.grad(out, [s, a, lr, *leaf], covectors)
-    return actual, [*sums, *adjoint]
+    out = unrolled_bc(s, a, leaf, steps=steps, lr=lr, **options)
+    return torch.autograd.grad(out, [s, a, lr, *leaf], covectors), [*sums, *adjoint]
 
 
 def assert_groups_agree(actual, expected, tolerance):
     for i in range(3):
-        assert relative_error(actual[i : i + 1], [expected[i].to(actual[i].device)]) < tolerance, i
+        assert relative_error(actual[i : i + 1], expected[i : i + 1]) < tolerance, i
     assert relative_error(actual[3:], expected[3:]) < tolerance
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("ieee", 1e-5), ("tf32", 2e-3)])
-def test_adjoint_is_right_along_its_own_trajectory(cuda_on_cpu, precision, tolerance):
-    assert_groups_agree(*along_trajectory((17, 48, 48, 6), 40, 4, "cpu", precision=precision), tolerance)
+@pytest.mark.parametrize(
+    ("precision", "steps", "rounding", "tolerance"),
+    [("ieee", 4, nullcontext, 1e-5), ("tf32", 4, Tf32Products, 1e-4), ("tf32", 1, nullcontext, 2e-3)],
+)
+def test_adjoint_is_right_along_its_own_trajectory(cuda_on_cpu, precision, steps, rounding, tolerance):
+    # The last case has no unit near a kink.
+    assert_groups_agree(*along_trajectory((17, 48, 48, 6), 40, steps, "cpu", precision, rounding), tolerance)
 
 
 def test_tf32_rounds_and_ieee_does_not(cuda_on_cpu):
@@ -82,7 +104,7 @@ def test_tf32_rounds_and_ieee_does_not(cuda_on_cpu):
     double = [tensor.double() for tensor in (observations, actions, *params)]
     exact = unrolled_bc(double[0], double[1], double[2:], steps=1, lr=0.1, backend="torch")
     changes = [(after - before.double()) for after, before in zip(exact, params, strict=True)]
-    for precision, least, most in [("ieee", 0, 1e-6), ("tf32", 1e-5, 2e-3)]:
+    for precision, least, most in [("ieee", 0, 1e-5), ("tf32", 1e-4, 2e-3)]:
         result = unrolled_bc(observations, actions, params, steps=1, lr=0.1, precision=precision, backend="cuda")
         actual = [after.double() - before.double() for after, before in zip(result, params, strict=True)]
         assert least <= relative_error(actual, changes) < most
@@ -170,7 +192,9 @@ def test_too_deep_a_network_is_refused(cuda_on_cpu):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize(("precision", "tolerance"), [("ieee", 1e-5), ("tf32", 2e-3)])
+@pytest.mark.parametrize(
+    ("precision", "rounding", "tolerance"), [("ieee", nullcontext, 1e-5), ("tf32", Tf32Products, 2e-3)]
+)
 @pytest.mark.parametrize("widths", [(17, 256, 256, 256, 6), (11, 100, 31, 3)])
-def test_gpu_adjoint_is_right_along_its_own_trajectory(widths, precision, tolerance):
-    assert_groups_agree(*along_trajectory(widths, 256, 10, "cuda", precision=precision), tolerance)
+def test_gpu_adjoint_is_right_along_its_own_trajectory(widths, precision, rounding, tolerance):
+    assert_groups_agree(*along_trajectory(widths, 256, 10, "cuda", precision, rounding), tolerance)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import bench_knn
 from sdw_fast import _C
 from sdw_fast.ops import knn
 from sdw_fast.ops import knn_cuda as packing
@@ -188,7 +190,7 @@ def test_any_order_of_threads_gives_the_same_bits(search: Search, cuda_on_cpu: M
 
 @pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.usefixtures("cuda_on_cpu")
-def test_several_devices_and_slabs(devices: int, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_several_devices_and_slabs(devices: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     x = states(400, 7, 10)
     x[300:330] = x[20:50]  # ties across slabs
     free = 150 * 2 * (12 * 7 + 16 * 8 + 96)  # room for 150 references at a time, and 44 queries
@@ -329,3 +331,14 @@ def test_faiss_on_a_gpu_gets_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, expected_index = brute_force(x.numpy(), None, 4)
     np.testing.assert_array_equal(indices, expected_index)
     np.testing.assert_allclose(distances, np.sqrt(expected), rtol=2e-7)
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    (table,) = bench_knn.run_on_gpu("cpu", ["surface:5"], [600], 100, 0.1, tmp_path)
+    assert [row.name.split(",")[0].split(" (")[0] for row in table.rows] == ["sdw_fast", *bench_knn.GPU_PEERS]
+    assert all("recall 1.0000" in row.name for row in table.rows[1:] if not row.skipped)
+    points = torch.from_numpy(bench_knn.source("surface:5", 600))
+    assert "100 rows 0 differ" in bench_knn.agreement(points, 100)
+    assert "searched again: 0" in bench_knn.parts_of_the_time(points)
+    assert list(tmp_path.glob("*.json"))

@@ -134,7 +134,7 @@ __device__ inline void multiply_eight(Accumulators& acc, int limit, Left left, R
 }
 
 // x (32, columns) = left (32, depth) right, pieces of `right` fetched from W_l (rows of `stride` numbers) while the one
-// before is multiplied; x goes out by store(row, column, value). Ends without a barrier.
+// before is multiplied; x goes out by store(row, column, value). Ends with nobody reading the pieces.
 template <bool ieee, bool forward, typename Store>
 __device__ void product(const float* left, int depth, const float* weights, int stride, int columns, float* pieces,
                         Store store) {
@@ -253,8 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_tiles(const __grid_constant__
             });
         }
     }
-    __syncthreads();
-    loss = block_sum(loss, reinterpret_cast<double*>(pieces));
+    loss = block_sum(loss, reinterpret_cast<double*>(pieces));  // free since the barrier that ends every product
     if (threadIdx.x == 0) p.sums[blockIdx.x] = loss;
 }
 

@@ -62,7 +62,7 @@ def eager_chunks(problem: Problem) -> Run:
     outer = problem.outer
 
     def run() -> Any:
-        total, sums = torch.zeros((), dtype=problem.dtype), [torch.zeros_like(p) for p in params]
+        total, sums = params[0].new_zeros(()), [torch.zeros_like(p) for p in params]
         for states, targets, weights in zip(*(x.split(CHUNK) for x in outer), strict=True):
             loss = weighted_loss(mlp(params, states), targets, weights) * (len(states) / problem.batch)
             total += loss.detach()

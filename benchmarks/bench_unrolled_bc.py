@@ -23,6 +23,7 @@ from benchmarks.model import (
     Product,
     bc_loss,
     compiles,
+    cuda_graph,
     gradient_products,
     jax_functions,
     mlp,
@@ -55,11 +56,16 @@ def twin(problem: Problem) -> Run:
     return ours(problem, backend="torch")
 
 
+def twin_graph(problem: Problem) -> Run:
+    """The same captured as one CUDA graph: no launch costs are left, only the kernels and their dependences."""
+    return cuda_graph(twin(problem), problem.device)
+
+
 def _network(problem: Problem) -> torch.nn.Sequential:
     """The policy as a module, holding the problem's parameters."""
     layers: list[torch.nn.Module] = []
     for fan_in, fan_out in problem.layers:
-        layers += [torch.nn.Linear(fan_in, fan_out, dtype=problem.dtype), torch.nn.ReLU()]
+        layers += [torch.nn.Linear(fan_in, fan_out, dtype=problem.dtype, device=problem.device), torch.nn.ReLU()]
     network = torch.nn.Sequential(*layers[:-1], torch.nn.Tanh())
     with torch.no_grad():
         for parameter, value in zip(network.parameters(), problem.params, strict=True):
@@ -82,7 +88,7 @@ def autograd(problem: Problem) -> Run:
             optimizer.zero_grad()
             F.mse_loss(policy(observations.detach()), actions.detach()).backward()
             optimizer.step()
-        outer = torch.zeros((), dtype=problem.dtype)
+        outer = observations.new_zeros(())
         for states, targets, weights in zip(*(x.split(256) for x in problem.outer), strict=True):
             outer = outer + weighted_loss(policy(states), targets, weights) * (len(states) / problem.batch)
         adjoint = list(torch.autograd.grad(outer, list(policy.parameters())))

@@ -8,6 +8,7 @@
 
 #include "../dlpack.h"
 #include "sdw/behavior_matching.h"
+#include "sdw/scale.h"
 #include "sdw/weighted_bc_loss.h"
 
 namespace py = pybind11;
@@ -78,6 +79,17 @@ void bind_behavior_matching(py::module_& m) {
         py::arg("gradients"), py::arg("workspace"), py::arg("ieee"), py::arg("stream"));
 }
 
+void bind_scale(py::module_& m) {
+    m.def(
+        "scale_cuda",
+        [](const py::object& values, const py::object& factor, uintptr_t stream) {
+            const TensorView<float> x(values, "values", 1, kDevice), f(factor, "factor", 1, kDevice);
+            require(x.size(0) >= 1 && f.size(0) == 1, "values must not be empty, and factor must be one number");
+            scale_cuda(x.data(), x.size(0), f.data(), as_stream(stream));
+        },
+        py::arg("values"), py::arg("factor"), py::arg("stream"));
+}
+
 void bind_weighted_bc_loss(py::module_& m) {
     m.def("weighted_bc_loss_cuda_workspace", &weighted_bc_loss_cuda_workspace, py::arg("rows"), py::arg("columns"));
     m.def(
@@ -106,6 +118,7 @@ void bind_weighted_bc_loss(py::module_& m) {
 
 void bind_cuda(pybind11::module_& m) {
     bind_behavior_matching(m);
+    bind_scale(m);
     bind_weighted_bc_loss(m);
 }
 

@@ -27,13 +27,13 @@ Run = Callable[[], Any]
 CHUNK = 16_384
 
 
-def ours(problem: Problem, backend: str = "auto") -> Run:
-    """The package: loss and gradients in one pass over blocks that stay in cache."""
+def ours(problem: Problem, **options: Any) -> Run:
+    """The package: loss and gradients in one pass over blocks that stay in cache. Options of the op: backend …"""
     params = [p.clone().requires_grad_() for p in problem.params]
     outer = problem.outer
 
     def run() -> Any:
-        loss = sdw_fast.ops.behavior_matching(params, *outer, backend=backend)
+        loss = sdw_fast.ops.behavior_matching(params, *outer, **options)
         return loss, *torch.autograd.grad(loss, params)
 
     return run

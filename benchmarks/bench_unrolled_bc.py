@@ -37,16 +37,49 @@ from benchmarks.table import Table, bench, contender, contenders, measure, with_
 Run = Callable[[], Any]
 
 
-def ours(problem: Problem, backend: str = "auto") -> Run:
-    """The package: unrolled_bc, then behavior_matching, then .backward() through both."""
+def ours(problem: Problem, **options: Any) -> Run:
+    """The package: unrolled_bc, then behavior_matching, then .backward() through both. Options of both: backend …"""
     observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
 
     def run() -> Any:
         trained = sdw_fast.ops.unrolled_bc(
-            observations, actions, problem.params, steps=problem.steps, lr=problem.lr, backend=backend
+            observations, actions, problem.params, steps=problem.steps, lr=problem.lr, **options
         )
-        loss = sdw_fast.ops.behavior_matching(trained, *problem.outer, backend=backend)
+        loss = sdw_fast.ops.behavior_matching(trained, *problem.outer, **options)
         return loss, *torch.autograd.grad(loss, [observations, actions])
+
+    return run
+
+
+def ours_alone(problem: Problem, **options: Any) -> Run:
+    """unrolled_bc forward and backward, without the outer loss: of any gradient for the trained parameters."""
+    observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
+    covectors = [problem.normal(*p.shape, stream=7) for p in problem.params]
+
+    def run() -> Any:
+        trained = sdw_fast.ops.unrolled_bc(
+            observations, actions, problem.params, steps=problem.steps, lr=problem.lr, **options
+        )
+        return torch.autograd.grad(trained, [observations, actions], covectors)
+
+    return run
+
+
+def ours_together(problem: Problem, count: int, **options: Any) -> Run:
+    """`count` problems side by side, each with its own data, initialization and outer batch."""
+    problems = [replace(problem, seed=seed) for seed in range(count)]
+    observations, actions = (
+        torch.stack(x).requires_grad_() for x in zip(*(p.synthetic for p in problems), strict=True)
+    )
+    params = [torch.stack(x) for x in zip(*(p.params for p in problems), strict=True)]
+
+    def run() -> Any:
+        trained = sdw_fast.ops.unrolled_bc(observations, actions, params, steps=problem.steps, lr=problem.lr, **options)
+        policies = zip(*(p.unbind() for p in trained), strict=True)
+        losses = torch.stack(
+            [sdw_fast.ops.behavior_matching(x, *p.outer, **options) for x, p in zip(policies, problems, strict=True)]
+        )
+        return losses, *torch.autograd.grad(losses.sum(), [observations, actions])
 
     return run
 

@@ -54,6 +54,45 @@ def behavior_matching_cuda(
     stream: int,
 ) -> None: ...
 def scale_cuda(values: Tensor, factor: Tensor, stream: int) -> None: ...
+
+class UnrolledBCCudaProblem:
+    def __init__(
+        self,
+        *,
+        problems: int,
+        rows: int,
+        widths: Sequence[int],
+        steps: int,
+        window: int,
+        keep_tape: bool,
+        recompute: bool,
+        ieee: bool,
+    ) -> None: ...
+    @property
+    def workspace(self) -> int: ...
+
+def unrolled_bc_cuda(
+    problem: UnrolledBCCudaProblem,
+    observations: Tensor,
+    actions: Tensor,
+    params: Tensor,
+    lr: Tensor,
+    trained: Tensor,
+    workspace: Tensor,
+    stream: int,
+) -> None: ...
+def unrolled_bc_cuda_backward(
+    problem: UnrolledBCCudaProblem,
+    again: bool,
+    grad_trained: Tensor,
+    lr: Tensor,
+    grad_observations: Tensor | None,
+    grad_actions: Tensor | None,
+    grad_params: Tensor | None,
+    grad_lr: Tensor,
+    workspace: Tensor,
+    stream: int,
+) -> None: ...
 def weighted_bc_loss_cuda_workspace(rows: int, columns: int) -> int: ...
 def weighted_bc_loss_cuda(
     pred: Tensor,

@@ -9,6 +9,7 @@
 #include "../dlpack.h"
 #include "sdw/behavior_matching.h"
 #include "sdw/scale.h"
+#include "sdw/unrolled_bc_cuda.h"
 #include "sdw/weighted_bc_loss.h"
 
 namespace py = pybind11;
@@ -90,6 +91,71 @@ void bind_scale(py::module_& m) {
         py::arg("values"), py::arg("factor"), py::arg("stream"));
 }
 
+// The address of a tensor of `problems` parts of `size` numbers, or null for None.
+float* optional(const py::object& tensor, const char* name, int64_t problems, int64_t size) {
+    if (tensor.is_none()) return nullptr;
+    const TensorView<float> view(tensor, name, 2, kDevice);
+    require(view.size(0) == problems && view.size(1) == size, "tensors must have a row a problem");
+    return view.data();
+}
+
+void bind_unrolled_bc(py::module_& m) {
+    using Problem = UnrolledBCCudaProblem;
+    const auto flat = [](const Problem& p) {
+        int64_t size = 0;
+        for (size_t l = 0; l + 1 < p.widths.size(); ++l) size += p.widths[l + 1] * (p.widths[l] + 1);
+        return size;
+    };
+    py::class_<Problem>(m, "UnrolledBCCudaProblem")
+        .def(py::init([](int64_t problems, int64_t rows, std::vector<int64_t> widths, int64_t steps, int64_t window,
+                         bool keep_tape, bool recompute, bool ieee) {
+                 Problem p{problems, rows, std::move(widths), steps, window, keep_tape, recompute, ieee};
+                 unrolled_bc_cuda_workspace(p);  // refuses what the kernels do not take
+                 return p;
+             }),
+             py::kw_only(), py::arg("problems"), py::arg("rows"), py::arg("widths"), py::arg("steps"),
+             py::arg("window"), py::arg("keep_tape"), py::arg("recompute"), py::arg("ieee"))
+        .def_property_readonly("workspace", &unrolled_bc_cuda_workspace);
+    m.def(
+        "unrolled_bc_cuda",
+        [flat](const Problem& problem, const py::object& observations, const py::object& actions,
+               const py::object& params, const py::object& lr, const py::object& trained, const py::object& workspace,
+               uintptr_t stream) {
+            const auto matrix = [&](const py::object& tensor, const char* name, int64_t size) {
+                require(!tensor.is_none(), "a tensor is missing");
+                return optional(tensor, name, problem.problems, size);
+            };
+            const TensorView<uint8_t> space(workspace, "workspace", 1, kDevice);
+            unrolled_bc_cuda({problem, matrix(observations, "observations", problem.rows * problem.widths.front()),
+                              matrix(actions, "actions", problem.rows * problem.widths.back()),
+                              matrix(params, "params", flat(problem)), matrix(lr, "lr", 1),
+                              matrix(trained, "trained", flat(problem)),
+                              workspace_of(space, unrolled_bc_cuda_workspace(problem)), as_stream(stream)});
+        },
+        py::arg("problem"), py::arg("observations"), py::arg("actions"), py::arg("params"), py::arg("lr"),
+        py::arg("trained"), py::arg("workspace"), py::arg("stream"));
+    m.def(
+        "unrolled_bc_cuda_backward",
+        [flat](const Problem& problem, bool again, const py::object& grad_trained, const py::object& lr,
+               const py::object& grad_observations, const py::object& grad_actions, const py::object& grad_params,
+               const py::object& grad_lr, const py::object& workspace, uintptr_t stream) {
+            const auto matrix = [&](const py::object& tensor, const char* name, int64_t size) {
+                return optional(tensor, name, problem.problems, size);
+            };
+            require(!grad_trained.is_none() && !lr.is_none() && !grad_lr.is_none(), "a tensor is missing");
+            require(problem.keep_tape, "the forward pass kept no tape");
+            const TensorView<uint8_t> space(workspace, "workspace", 1, kDevice);
+            unrolled_bc_cuda_backward(
+                {problem, again, matrix(grad_trained, "grad_trained", flat(problem)), matrix(lr, "lr", 1),
+                 matrix(grad_observations, "grad_observations", problem.rows * problem.widths.front()),
+                 matrix(grad_actions, "grad_actions", problem.rows * problem.widths.back()),
+                 matrix(grad_params, "grad_params", flat(problem)), matrix(grad_lr, "grad_lr", 1),
+                 workspace_of(space, unrolled_bc_cuda_workspace(problem)), as_stream(stream)});
+        },
+        py::arg("problem"), py::arg("again"), py::arg("grad_trained"), py::arg("lr"), py::arg("grad_observations"),
+        py::arg("grad_actions"), py::arg("grad_params"), py::arg("grad_lr"), py::arg("workspace"), py::arg("stream"));
+}
+
 void bind_weighted_bc_loss(py::module_& m) {
     m.def("weighted_bc_loss_cuda_workspace", &weighted_bc_loss_cuda_workspace, py::arg("rows"), py::arg("columns"));
     m.def(
@@ -119,6 +185,7 @@ void bind_weighted_bc_loss(py::module_& m) {
 void bind_cuda(pybind11::module_& m) {
     bind_behavior_matching(m);
     bind_scale(m);
+    bind_unrolled_bc(m);
     bind_weighted_bc_loss(m);
 }
 

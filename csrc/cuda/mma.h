@@ -96,6 +96,15 @@ __device__ inline void copy_async_wait() {
 #endif
 }
 
+// Brings a line of 128 bytes to the second-level cache, without waiting.
+__device__ inline void prefetch_l2(const void* global) {
+#ifdef SDW_EMULATE_CUDA
+    static_cast<void>(global);
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#endif
+}
+
 // Adds for the whole device to see; what this thread wrote before (and what it saw, by a barrier, others write) comes
 // first.
 __device__ inline void add_release(unsigned* address, unsigned value) {

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdw_fast import _C
-from sdw_fast.ops.backend import resolve_backend
+from sdw_fast.ops.backend import check_precision, cuda_stream, cuda_workspace, resolve_backend
 from sdw_fast.ops.mlp import check_floating, check_mlp, check_rows, mlp_activations, mlp_deltas, mlp_gradients
 
 
@@ -33,6 +33,7 @@ def unrolled_bc(
     lr: float | Tensor,
     window: int | None = None,
     tape: str = "full",
+    precision: str = "tf32",
     backend: str = "auto",
 ) -> list[Tensor]:
     """Trains a ReLU policy with tanh output by full-batch behavior cloning and returns its parameters, differentiably.
@@ -42,18 +43,25 @@ def unrolled_bc(
     It cannot be differentiated a second time. At many steps the training itself is chaotic, so that hypergradients of
     different backends, each right along its own trajectory, may differ.
 
+    R independent problems of one shape (seeds, initializations, datasets) run side by side in backend "cuda", one after
+    another in the others, when every tensor has a leading dimension R: observations (R, N, D), actions (R, N, A), each
+    parameter (R, …), and so each result. `lr` may then be a tensor (R,).
+
     Args:
         observations: (N, D) states, normalized as the policy shall see them.
         actions: (N, A) targets in [-1, 1].
         params: [W1, b1, W2, b2, …] at the start, in `torch.nn.Linear` layout, W (out, in); depth ≥ 1.
         steps: T ≥ 1, inner SGD steps.
-        lr: α, the inner learning rate: a float, or a scalar tensor if its gradient is wanted.
+        lr: α, the inner learning rate: a float, or a scalar tensor (of any device) if its gradient is wanted.
         window: K: go back through the last K steps only (truncated backpropagation through time), with θ_{T−K}
             taken as a constant. `params` then receive λ_{T−K}, the gradient for θ_{T−K}, as first-order
             meta-learning takes it. None: all steps, the exact hypergradient.
         tape: "full" keeps every step's parameters and activations for the backward pass; "recompute" keeps
             parameters every ~√K steps and runs each stretch again: the same bits, about √K times less memory, a
             third more time.
+        precision: Of the products in backend "cuda": "tf32", operands rounded to 10 bits of mantissa for the tensor
+            cores, sums and parameters in float32; or "ieee", float32 throughout. The others compute in the tensors' own
+            precision.
         backend: "auto", "cpu", "cuda" or "torch"; "torch" also takes float64.
 
     Returns:
@@ -63,29 +71,62 @@ def unrolled_bc(
         TypeError, ValueError: shapes, dtypes, devices or options are not as said.
         MemoryError: a compiled backend's tape would not fit the memory available.
     """
-    check_floating("unrolled_bc", observations=observations, actions=actions)
-    check_rows("unrolled_bc", observations=observations, actions=actions)
-    check_mlp("unrolled_bc", params, observations, actions)
+    batched = isinstance(observations, Tensor) and observations.ndim == 3
+    if batched:
+        _check_batch(observations, actions, params)
+        _check_problem(observations[0], actions[0], [param[0] for param in params])
+    else:
+        _check_problem(observations, actions, params)
     if steps < 1:
         raise ValueError(f"unrolled_bc: steps must be at least 1, got {steps}")
     if window is not None and not 1 <= window <= steps:
         raise ValueError(f"unrolled_bc: window must be between 1 and steps = {steps}, or None, got {window}")
     if tape not in ("full", "recompute"):
         raise ValueError(f"unrolled_bc: tape must be 'full' or 'recompute', got {tape!r}")
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"unrolled_bc: lr must be a float or a scalar tensor, got shape {tuple(lr.shape)}")
-        lr = lr.reshape(()).to(observations)
+    check_precision("unrolled_bc", precision)
     resolved = resolve_backend("unrolled_bc", backend, [observations, actions, *params])
-    schedule = _Schedule(steps, window or steps, tape == "recompute")
+    schedule = _Schedule(steps, window or steps, tape == "recompute", precision == "ieee")
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 and not (batched and lr.shape == observations.shape[:1]):
+            expected = "a float, a scalar tensor or a tensor (R,)" if batched else "a float or a scalar tensor"
+            raise ValueError(f"unrolled_bc: lr must be {expected}, got shape {tuple(lr.shape)}")
+        lr = lr.reshape(()).to(observations) if lr.numel() == 1 else lr.to(observations)
+    if resolved == "cuda":
+        return _cuda(schedule, lr, observations, actions, params, batched)
     function = {"torch": _TorchUnrolledBC, "cpu": _CPUUnrolledBC}[resolved]
-    return list(function.apply(schedule, lr, observations, actions, *params))
+    if not batched:
+        return list(function.apply(schedule, lr, observations, actions, *params))
+    rates = lr.expand(len(observations)) if isinstance(lr, Tensor) else [lr] * len(observations)
+    trained = [
+        function.apply(schedule, rates[i], observations[i], actions[i], *(param[i] for param in params))
+        for i in range(len(observations))
+    ]
+    return [torch.stack(tensors) for tensors in zip(*trained, strict=True)]
+
+
+def _check_batch(observations: Tensor, actions: Tensor, params: Sequence[Tensor]) -> None:
+    tensors = {"actions": actions, **{f"params[{i}]": param for i, param in enumerate(params)}}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"unrolled_bc: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.ndim == 0 or tensor.shape[0] != observations.shape[0] or tensor.shape[0] == 0:
+            raise ValueError(
+                f"unrolled_bc: with observations {tuple(observations.shape)} of {observations.shape[0]} problems, "
+                f"{name} must have that leading dimension, at least 1; got shape {tuple(tensor.shape)}"
+            )
+
+
+def _check_problem(observations: Tensor, actions: Tensor, params: Sequence[Tensor]) -> None:
+    check_floating("unrolled_bc", observations=observations, actions=actions)
+    check_rows("unrolled_bc", observations=observations, actions=actions)
+    check_mlp("unrolled_bc", params, observations, actions)
 
 
 class _Schedule(NamedTuple):
     steps: int
     window: int
     recompute: bool
+    ieee: bool  # backend "cuda" only
 
     def segments(self) -> list[int]:
         """Lengths of the stretches of the window whose tape is held at one time, first to last."""
@@ -190,6 +231,101 @@ class _CPUUnrolledBC(torch.autograd.Function):
             *grad_data,
             *(grad if needed else None for grad, needed in zip(grad_start or grad_params, needs_params, strict=True)),
         )
+
+
+def _cuda(
+    schedule: _Schedule,
+    lr: float | Tensor,
+    observations: Tensor,
+    actions: Tensor,
+    params: Sequence[Tensor],
+    batched: bool,
+) -> list[Tensor]:
+    """All problems' data as the kernel takes it: a row a problem, its parameters one behind the other."""
+    problems = len(observations) if batched else 1
+    shapes = [param.shape[1:] if batched else param.shape for param in params]
+    rates = lr.expand(problems) if isinstance(lr, Tensor) else observations.new_full((problems,), lr)
+    trained = _CUDAUnrolledBC.apply(
+        schedule,
+        [observations.shape[-1], *(shape[0] for shape in shapes[1::2])],
+        rates.reshape(problems, 1),
+        observations.reshape(problems, -1),
+        actions.reshape(problems, -1),
+        torch.cat([param.reshape(problems, -1) for param in params], dim=1),
+    )
+    parts = trained.split([shape.numel() for shape in shapes], dim=1)
+    return [part.reshape(*([problems] if batched else []), *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class _CUDAUnrolledBC(torch.autograd.Function):
+    """The kernels of csrc/cuda/unrolled_bc.cu; the workspace holds the tape and lives as long as the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        schedule: _Schedule,
+        widths: list[int],
+        lr: Tensor,
+        observations: Tensor,
+        actions: Tensor,
+        params: Tensor,
+    ) -> Tensor:
+        ctx.problem = _C.UnrolledBCCudaProblem(
+            problems=len(observations),
+            rows=observations.shape[1] // widths[0],
+            widths=widths,
+            steps=schedule.steps,
+            window=schedule.window,
+            keep_tape=any(ctx.needs_input_grad),
+            recompute=schedule.recompute,
+            ieee=schedule.ieee,
+        )
+        ctx.lr = lr.detach().clone(memory_format=torch.contiguous_format)
+        ctx.shapes = observations.shape, actions.shape, params.shape
+        ctx.again = False
+        trained = torch.empty_like(params)
+        advice = (
+            f"a smaller window or fewer rows need less{'' if schedule.recompute else ', and so does tape=recompute'}"
+        )
+        with cuda_stream(observations) as stream:
+            ctx.workspace = cuda_workspace("unrolled_bc", ctx.problem.workspace, observations.device, advice)
+            _C.unrolled_bc_cuda(
+                ctx.problem,
+                observations.detach().contiguous(),
+                actions.detach().contiguous(),
+                params.detach().contiguous(),
+                ctx.lr,
+                trained,
+                ctx.workspace,
+                stream,
+            )
+        if not any(ctx.needs_input_grad):
+            ctx.workspace = None
+        return trained
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_trained: Tensor) -> tuple[Any, ...]:
+        grad_lr = torch.empty_like(ctx.lr)
+        grad_observations, grad_actions, grad_params = (
+            grad_trained.new_empty(shape) if needed else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[3:], strict=True)
+        )
+        with cuda_stream(grad_trained) as stream:
+            _C.unrolled_bc_cuda_backward(
+                ctx.problem,
+                ctx.again,
+                grad_trained.contiguous(),
+                ctx.lr,
+                grad_observations,
+                grad_actions,
+                grad_params,
+                grad_lr,
+                ctx.workspace,
+                stream,
+            )
+        ctx.again = True
+        return None, None, grad_lr, grad_observations, grad_actions, grad_params
 
 
 def _inner_step(theta: list[Tensor], observations: Tensor, actions: Tensor) -> _Step:

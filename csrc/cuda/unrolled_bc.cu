@@ -1,0 +1,517 @@
+// Behavior cloning unrolled, and its adjoint, on CUDA: one persistent kernel a pass.
+//
+//     theta_{t+1} = theta_t - alpha g_t,  g_t the gradient of 1/(N A) sum_i |pi(s_i) - a_i|^2
+//     lambda_t    = v - alpha (Hessian at theta_t) v,  v = lambda_{t+1}
+//
+// A problem is run by a group of blocks, one a tile of 16 rows (fewer if the chip is too small). A step is two stages
+// with a barrier of the group after each: a block takes its rows through all layers and back, by itself; then every
+// warp of the group takes tiles of the weight gradients over all rows, with the update in their epilogue. A tile has
+// one owner and a fixed order of summation: the result's bits do not depend on the number of blocks. Groups never wait
+// for each other. All operands come from the second-level cache, where a step's 1.1 MB of weights (twice, for both
+// ways) and 3.3 MB of activations stay; README.md has the arithmetic.
+#include "product.h"
+
+namespace sdw {
+namespace unrolled {
+namespace {
+
+struct Kernel {
+    Network net;
+    Plan plan;
+    Layout at;
+    Groups groups;
+    int problems;
+    float* workspace;
+    unsigned* counters;  // one a group, kCounterStride apart, zero at the start
+    const float* lr;
+};
+
+struct Forward {
+    Kernel kernel;
+    const float *observations, *actions, *params;
+    float* trained;
+};
+
+struct Backward {
+    Kernel kernel;
+    bool again;
+    const float* trained;
+    float *observations, *actions, *params, *lr_gradient;
+};
+
+// This block among those of its group.
+struct Member {
+    int rank, members, warp, lane;
+    unsigned* counter;
+    unsigned round;
+
+    __device__ explicit Member(const Kernel& kernel)
+        : rank(blockIdx.x % kernel.groups.members),
+          members(kernel.groups.members),
+          warp(threadIdx.x / 32),
+          lane(threadIdx.x % 32),
+          counter(kernel.counters + kCounterStride * (blockIdx.x / kernel.groups.members)),
+          round(0) {}
+
+    __device__ int thread() const { return rank * kThreads + static_cast<int>(threadIdx.x); }
+    __device__ int threads() const { return members * kThreads; }
+    __device__ void wait() { meet(counter, members, ++round); }
+};
+
+// A matrix in tiles and its transpose, in tiles of its own.
+struct Pair {
+    float* rows;     // (height, width)
+    float* columns;  // (width, height)
+    int height, width;
+
+    __device__ Pair(float* data, int height_, int width_)
+        : rows(data), columns(data + static_cast<int64_t>(height_) * width_), height(height_), width(width_) {}
+
+    __device__ float2 get(int row, int column) const {
+        return *reinterpret_cast<const float2*>(rows + tiled(row, column, width));
+    }
+    __device__ void put(int row, int column, float x0, float x1) const {
+        *reinterpret_cast<float2*>(rows + tiled(row, column, width)) = make_float2(x0, x1);
+        columns[tiled(column, row, height)] = x0;
+        columns[tiled(column + 1, row, height)] = x1;
+    }
+};
+
+// One problem's data in the workspace.
+struct Problem {
+    const Kernel& kernel;
+    const Network& net;
+    float* base;
+    float lr;
+    float scale;  // 2 / (N A)
+
+    __device__ Problem(const Kernel& k, int index)
+        : kernel(k),
+          net(k.net),
+          base(k.workspace + index * k.at.floats),
+          lr(k.lr[index]),
+          scale(2.0f / (static_cast<float>(k.net.rows) * static_cast<float>(k.net.layer[k.net.layers - 1].out))) {}
+
+    __device__ float* theta(int64_t step) const { return base + kernel.at.theta + step * net.theta; }
+    __device__ float* pass(int64_t step) const { return base + kernel.at.passes + step * net.pass; }
+    __device__ float* start(int64_t segment) const { return base + kernel.at.starts + segment * net.theta; }
+    __device__ float* adjoint() const { return base + kernel.at.adjoint; }
+    __device__ float* tangent() const { return base + kernel.at.tangent; }
+    __device__ float* actions() const { return base + kernel.at.actions; }
+
+    // Of a set of parameters: W of layer l (out, in), b.
+    __device__ Pair weights(float* theta, int l) const {
+        return {theta + net.layer[l].weights, net.layer[l].out_padded, net.layer[l].in_padded};
+    }
+    __device__ float* biases(float* theta, int l) const { return theta + net.layer[l].biases; }
+
+    // Of a pass: what goes into layer l (the observations, where l is 0; they are no part of a pass), what comes out of
+    // it, and the gradient before its nonlinearity.
+    __device__ Pair input(float* pass, int l) const {
+        return l == 0 ? Pair(base + kernel.at.observations, net.rows_padded, net.inputs()) : output(pass, l - 1);
+    }
+    __device__ Pair output(float* pass, int l) const {
+        return {pass + net.layer[l].h, net.rows_padded, net.layer[l].out_padded};
+    }
+    __device__ Pair delta(float* pass, int l) const {
+        return {pass + net.layer[l].delta, net.rows_padded, net.layer[l].out_padded};
+    }
+};
+
+// A block's product for 16 of its rows, (16, 16 chunks) x (16 chunks, columns), its columns shared out among the warps.
+template <typename Product, typename Fetch, typename Finish>
+__device__ void rows_product(const Terms& terms, int row_tile, int columns, const Member& me, Fetch fetch,
+                             Finish finish) {
+    const Span left{row_tile, row_tile + 1};
+    const int tiles = columns / 8, width = tiles_a_warp(tiles, kWarps);
+    for (int first = width * me.warp; first < tiles; first += width * kWarps) {
+        const Span right{first, tiles};
+        if (width == 1)
+            product_tiles<Product, true, 1, 1>(terms, left, right, me.lane, fetch, finish);
+        else if (width == 2)
+            product_tiles<Product, true, 1, 2>(terms, left, right, me.lane, fetch, finish);
+        else
+            product_tiles<Product, true, 1, 4>(terms, left, right, me.lane, fetch, finish);
+    }
+}
+
+__device__ inline float2 masked(float x0, float x1, float2 h) {
+    return make_float2(h.x > 0 ? x0 : 0.0f, h.y > 0 ? x1 : 0.0f);
+}
+
+// h of every layer, a = tanh(z), delta of the last: c (a - y)(1 - a^2), zero in rows of padding.
+template <typename Product>
+__device__ void forward_rows(const Problem& p, float* theta, float* pass, int row_tile, const Member& me) {
+    for (int l = 0; l < p.net.layers; ++l) {
+        const Pair in = p.input(pass, l), out = p.output(pass, l), delta = p.delta(pass, l);
+        const float* biases = p.biases(theta, l);
+        const bool hidden = l + 1 < p.net.layers;
+        const Terms terms{{{in.rows, p.weights(theta, l).rows}}, 1, in.width / 16};
+        rows_product<Product>(
+            terms, row_tile, out.width, me,
+            [&](int, int column) { return *reinterpret_cast<const float2*>(biases + column); },
+            [&](int row, int column, float x0, float x1, float2 bias) {
+                const float z0 = x0 + bias.x, z1 = x1 + bias.y;
+                if (hidden) return out.put(row, column, fmaxf(z0, 0.0f), fmaxf(z1, 0.0f));
+                const float a0 = tanhf(z0), a1 = tanhf(z1);
+                const float2 y = *reinterpret_cast<const float2*>(p.actions() + tiled(row, column, out.width));
+                const float scale = row < p.net.rows ? p.scale : 0.0f;
+                out.put(row, column, a0, a1);
+                delta.put(row, column, scale * (a0 - y.x) * (1 - a0 * a0), scale * (a1 - y.y) * (1 - a1 * a1));
+            });
+        __syncthreads();
+    }
+}
+
+// delta_{l-1} = m_{l-1} (delta_l W_l)
+template <typename Product>
+__device__ void backward_rows(const Problem& p, float* theta, float* pass, int row_tile, const Member& me) {
+    for (int l = p.net.layers - 1; l > 0; --l) {
+        const Pair from = p.delta(pass, l), to = p.delta(pass, l - 1), h = p.output(pass, l - 1);
+        const Terms terms{{{from.rows, p.weights(theta, l).columns}}, 1, from.width / 16};
+        rows_product<Product>(
+            terms, row_tile, to.width, me, [&](int row, int column) { return h.get(row, column); },
+            [&](int row, int column, float x0, float x1, float2 at) {
+                const float2 x = masked(x0, x1, at);
+                to.put(row, column, x.x, x.y);
+            });
+        __syncthreads();
+    }
+}
+
+// Every warp's tiles of `to` = `from` - lr x gradient; terms(l) are the operands of layer l's gradient, summed over
+// rows.
+template <typename Product, typename Operands>
+__device__ void descend_weights(const Problem& p, float* from, float* to, const Member& me, Operands operands) {
+    for (int index = me.rank;; index += me.members) {
+        const WeightTile tile = weight_tile(p.net, index, me.warp);
+        if (tile.layer == p.net.layers) return;
+        const Pair old = p.weights(from, tile.layer), updated = p.weights(to, tile.layer);
+        if (tile.row >= old.height || tile.column >= old.width) continue;
+        product_tiles<Product, false, kWeightRows / 16, kWeightColumns / 8>(
+            operands(tile.layer), Span{tile.row / 16, old.height / 16}, Span{tile.column / 8, old.width / 8}, me.lane,
+            [&](int row, int column) { return old.get(row, column); },
+            [&](int row, int column, float x0, float x1, float2 w) {
+                updated.put(row, column, w.x - p.lr * x0, w.y - p.lr * x1);
+            });
+    }
+}
+
+// The same of the biases: sums of `delta` over rows, eight features a warp.
+__device__ void descend_biases(const Problem& p, float* from, float* to, float* pass, const Member& me) {
+    const int chunks = p.net.row_tiles();
+    int task = 0;
+    for (int l = 0; l < p.net.layers; ++l) {
+        const Pair delta = p.delta(pass, l);
+        for (int first = 0; first < delta.width; first += 8, ++task) {
+            if (task % (me.members * kWarps) != me.warp * me.members + me.rank) continue;
+            const float* tiles = delta.columns + first / 8 * chunks * 128 + 4 * me.lane;
+            float sum = 0;
+#pragma unroll 4
+            for (int chunk = 0; chunk < chunks; ++chunk) {
+                const float4 x = load4(tiles + chunk * 128);
+                sum += (x.x + x.y) + (x.z + x.w);
+            }
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const int feature = first + me.lane / 4;
+            if (me.lane % 4 == 0) p.biases(to, l)[feature] = p.biases(from, l)[feature] - p.lr * sum;
+        }
+    }
+}
+
+// One SGD step: the pass at theta, and `next` = theta - alpha g. `next` may be theta.
+template <typename Product>
+__device__ void descend(const Problem& p, float* theta, float* next, float* pass, Member& me) {
+    for (int tile = me.rank; tile < p.net.row_tiles(); tile += me.members) {
+        forward_rows<Product>(p, theta, pass, tile, me);
+        backward_rows<Product>(p, theta, pass, tile, me);
+    }
+    me.wait();
+    descend_weights<Product>(p, theta, next, me, [&](int l) {
+        return Terms{{{p.delta(pass, l).columns, p.input(pass, l).columns}}, 1, p.net.row_tiles()};
+    });
+    descend_biases(p, theta, next, pass, me);
+    me.wait();
+}
+
+template <typename Product>
+__device__ void run_segment(const Problem& p, int64_t segment, Member& me) {
+    for (int64_t i = 0; i < p.kernel.plan.steps(segment); ++i)
+        descend<Product>(p, p.theta(i), p.theta(i + 1), p.pass(i), me);
+}
+
+// R h of every layer along v: R z = R h_in W + h_in V + v_b. From R z of the output: R a = (1 - a^2) R z,
+// R delta = c ((1 - a^2) - 2 (a - y) a) R a, and the gradients for the actions, += alpha c R a, and for alpha,
+// -= c (a - y) R a, each element's apart.
+template <typename Product>
+__device__ void tangent_rows(const Problem& p, float* theta, float* pass, int row_tile, const Member& me) {
+    struct Fetched {
+        float2 bias, h;
+    };
+    float *v = p.adjoint(), *tangent = p.tangent();
+    for (int l = 0; l < p.net.layers; ++l) {
+        const Pair in = p.input(pass, l), moved = p.input(tangent, l), h = p.output(pass, l);
+        const Pair out = p.output(tangent, l), delta = p.delta(tangent, l);
+        const float* biases = p.biases(v, l);
+        const bool hidden = l + 1 < p.net.layers;
+        const Terms terms{{{in.rows, p.weights(v, l).rows}, {moved.rows, p.weights(theta, l).rows}},
+                          l == 0 ? 1 : 2,  // the observations do not move
+                          in.width / 16};
+        rows_product<Product>(
+            terms, row_tile, out.width, me,
+            [&](int row, int column) {
+                return Fetched{*reinterpret_cast<const float2*>(biases + column), h.get(row, column)};
+            },
+            [&](int row, int column, float x0, float x1, Fetched at) {
+                const float z[2] = {x0 + at.bias.x, x1 + at.bias.y}, a[2] = {at.h.x, at.h.y};
+                if (hidden) {
+                    const float2 x = masked(z[0], z[1], at.h);
+                    return out.put(row, column, x.x, x.y);
+                }
+                const int offset = tiled(row, column, out.width);
+                float moved_delta[2] = {0, 0};
+                for (int i = 0; i < 2 && row < p.net.rows; ++i) {
+                    const float slope = 1 - a[i] * a[i], residual = a[i] - p.actions()[offset + i];
+                    const float moved_a = slope * z[i];
+                    moved_delta[i] = p.scale * (slope - 2 * residual * a[i]) * moved_a;
+                    p.base[p.kernel.at.actions_gradient + offset + i] += p.lr * p.scale * moved_a;
+                    p.base[p.kernel.at.lr_terms + offset + i] -= p.scale * residual * moved_a;
+                }
+                delta.put(row, column, moved_delta[0], moved_delta[1]);
+            });
+        __syncthreads();
+    }
+}
+
+// R delta_{l-1} = m_{l-1} (R delta_l W_l + delta_l V_l); at the observations, unmasked, their gradient.
+template <typename Product>
+__device__ void adjoint_rows(const Problem& p, float* theta, float* pass, int row_tile, bool want_observations,
+                             const Member& me) {
+    float *v = p.adjoint(), *tangent = p.tangent();
+    for (int l = p.net.layers - 1; l >= (want_observations ? 0 : 1); --l) {
+        const Pair moved = p.delta(tangent, l), from = p.delta(pass, l), h = p.input(pass, l);
+        const Terms terms{
+            {{moved.rows, p.weights(theta, l).columns}, {from.rows, p.weights(v, l).columns}}, 2, from.width / 16};
+        rows_product<Product>(
+            terms, row_tile, h.width, me, [&](int row, int column) { return h.get(row, column); },
+            [&](int row, int column, float x0, float x1, float2 at) {
+                if (l > 0) {
+                    const float2 x = masked(x0, x1, at);
+                    return p.delta(tangent, l - 1).put(row, column, x.x, x.y);
+                }
+                float* gradient = p.base + p.kernel.at.observations_gradient + tiled(row, column, h.width);
+                gradient[0] -= p.lr * x0;
+                gradient[1] -= p.lr * x1;
+            });
+        __syncthreads();
+    }
+}
+
+// The tape of the step before on its way to the second-level cache while this one's weights are computed.
+__device__ inline void prefetch(const float* data, int64_t floats, const Member& me) {
+    for (int64_t i = 32ll * me.thread(); i < floats; i += 32ll * me.threads()) prefetch_l2(data + i);
+}
+
+// lambda_t = v - alpha H v in place, with (H v)_l = R delta_l^T h_{l-1} + delta_l^T R h_{l-1}.
+template <typename Product>
+__device__ void adjoint_step(const Problem& p, int64_t i, bool want_observations, bool want_lambda, Member& me) {
+    float *theta = p.theta(i), *pass = p.pass(i), *tangent = p.tangent(), *v = p.adjoint();
+    for (int tile = me.rank; tile < p.net.row_tiles(); tile += me.members) {
+        tangent_rows<Product>(p, theta, pass, tile, me);
+        adjoint_rows<Product>(p, theta, pass, tile, want_observations, me);
+    }
+    if (!want_lambda) return;
+    me.wait();
+    if (i > 0) {
+        prefetch(p.theta(i - 1), p.net.theta, me);
+        prefetch(p.pass(i - 1), p.net.pass, me);
+    }
+    descend_weights<Product>(p, v, v, me, [&](int l) {
+        return Terms{{{p.delta(tangent, l).columns, p.input(pass, l).columns},
+                      {p.delta(pass, l).columns, p.input(tangent, l).columns}},
+                     l == 0 ? 1 : 2,
+                     p.net.row_tiles()};
+    });
+    descend_biases(p, v, v, tangent, me);
+    me.wait();
+}
+
+// (height, width) row by row into tiles, zeros where they are padding.
+__device__ void pack(const float* from, int height, int width, float* to, int padded_height, int padded_width,
+                     const Member& me) {
+    for (int i = me.thread(); i < padded_height * padded_width; i += me.threads()) {
+        const int row = i / padded_width, column = i % padded_width;
+        to[tiled(row, column, padded_width)] =
+            row < height && column < width ? from[static_cast<int64_t>(row) * width + column] : 0.0f;
+    }
+}
+
+__device__ void pack_pair(const float* from, int height, int width, const Pair& to, const Member& me) {
+    pack(from, height, width, to.rows, to.height, to.width, me);
+    for (int i = me.thread(); i < to.height * to.width; i += me.threads()) {
+        const int row = i / to.width, column = i % to.width;
+        to.columns[tiled(column, row, to.height)] =
+            row < height && column < width ? from[static_cast<int64_t>(row) * width + column] : 0.0f;
+    }
+}
+
+__device__ void unpack(const float* from, int padded_width, float* to, int height, int width, const Member& me) {
+    for (int i = me.thread(); i < height * width; i += me.threads())
+        to[i] = from[tiled(i / width, i % width, padded_width)];
+}
+
+__device__ void pack_params(const Problem& p, const float* flat, float* theta, const Member& me) {
+    for (int l = 0; l < p.net.layers; ++l) {
+        const Layer& layer = p.net.layer[l];
+        pack_pair(flat + layer.flat, layer.out, layer.in, p.weights(theta, l), me);
+        const float* biases = flat + layer.flat + static_cast<int64_t>(layer.out) * layer.in;
+        for (int i = me.thread(); i < layer.out_padded; i += me.threads())
+            p.biases(theta, l)[i] = i < layer.out ? biases[i] : 0.0f;
+    }
+}
+
+__device__ void unpack_params(const Problem& p, float* theta, float* flat, const Member& me) {
+    for (int l = 0; l < p.net.layers; ++l) {
+        const Layer& layer = p.net.layer[l];
+        unpack(p.weights(theta, l).rows, layer.in_padded, flat + layer.flat, layer.out, layer.in, me);
+        float* biases = flat + layer.flat + static_cast<int64_t>(layer.out) * layer.in;
+        for (int i = me.thread(); i < layer.out; i += me.threads()) biases[i] = p.biases(theta, l)[i];
+    }
+}
+
+__device__ void copy(const float* from, float* to, int64_t floats, Member& me) {
+    for (int64_t i = me.thread(); i < floats; i += me.threads()) to[i] = from[i];
+    me.wait();
+}
+
+__device__ void clear(float* data, int64_t floats, const Member& me) {
+    for (int64_t i = me.thread(); i < floats; i += me.threads()) data[i] = 0;
+}
+
+template <typename Product>
+__device__ void train(const Forward& f, int index, Member& me) {
+    const Problem p(f.kernel, index);
+    const Network& net = p.net;
+    const Plan& plan = f.kernel.plan;
+    const int64_t rows = net.rows, in = net.layer[0].in, out = net.layer[net.layers - 1].out;
+    pack_pair(f.observations + index * rows * in, net.rows, static_cast<int>(in), p.input(nullptr, 0), me);
+    pack(f.actions + index * rows * out, net.rows, static_cast<int>(out), p.actions(), net.rows_padded, net.outputs(),
+         me);
+    pack_params(p, f.params + index * net.flat, p.theta(0), me);
+    me.wait();
+    // Steps that leave no tape overwrite their own parameters.
+    for (int64_t step = 0; step < plan.lead_in; ++step) descend<Product>(p, p.theta(0), p.theta(0), p.pass(0), me);
+    for (int64_t segment = 0; segment < plan.segments; ++segment) {
+        if (segment > 0) copy(p.theta(plan.length), p.theta(0), net.theta, me);
+        if (plan.segments > 1) copy(p.theta(0), p.start(segment), net.theta, me);
+        run_segment<Product>(p, segment, me);
+    }
+    const int64_t last = plan.segments > 0 ? plan.steps(plan.segments - 1) : 0;
+    unpack_params(p, p.theta(last), f.trained + index * net.flat, me);
+}
+
+// The elements' terms of the gradient for alpha, in double and in a fixed order, by one warp.
+__device__ void sum_lr_terms(const Problem& p, float* gradient, const Member& me) {
+    if (me.rank != 0 || me.warp != 0) return;
+    double sum = 0;
+    for (int i = me.lane; i < p.net.rows_padded * p.net.outputs(); i += 32) sum += p.base[p.kernel.at.lr_terms + i];
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    if (me.lane == 0) *gradient = static_cast<float>(sum);
+}
+
+template <typename Product>
+__device__ void differentiate(const Backward& b, int index, Member& me) {
+    const Problem p(b.kernel, index);
+    const Network& net = p.net;
+    const Layout& at = b.kernel.at;
+    const Plan& plan = b.kernel.plan;
+    const bool want_observations = b.observations != nullptr, want_params = b.params != nullptr;
+    pack_params(p, b.trained + index * net.flat, p.adjoint(), me);
+    clear(p.base + at.observations_gradient, at.floats - at.observations_gradient, me);
+    me.wait();
+    int64_t held = b.again ? 0 : plan.segments - 1;  // the segment whose steps are on the tape
+    for (int64_t segment = plan.segments - 1; segment >= 0; --segment) {
+        if (segment != held) {
+            copy(p.start(segment), p.theta(0), net.theta, me);
+            run_segment<Product>(p, segment, me);
+            held = segment;
+        }
+        for (int64_t i = plan.steps(segment) - 1; i >= 0; --i)
+            adjoint_step<Product>(p, i, want_observations, segment + i > 0 || want_params, me);
+    }
+    me.wait();
+    const int64_t rows = net.rows, in = net.layer[0].in, out = net.layer[net.layers - 1].out;
+    if (want_params) unpack_params(p, p.adjoint(), b.params + index * net.flat, me);
+    if (want_observations)
+        unpack(p.base + at.observations_gradient, net.inputs(), b.observations + index * rows * in, net.rows,
+               static_cast<int>(in), me);
+    if (b.actions != nullptr)
+        unpack(p.base + at.actions_gradient, net.outputs(), b.actions + index * rows * out, net.rows,
+               static_cast<int>(out), me);
+    sum_lr_terms(p, b.lr_gradient + index, me);
+}
+
+template <typename Product>
+__global__ void __launch_bounds__(kThreads, 1) unrolled_bc_forward(const __grid_constant__ Forward f) {
+    Member me(f.kernel);
+    for (int index = blockIdx.x / me.members; index < f.kernel.problems; index += f.kernel.groups.groups)
+        train<Product>(f, index, me);
+}
+
+template <typename Product>
+__global__ void __launch_bounds__(kThreads, 1) unrolled_bc_backward(const __grid_constant__ Backward b) {
+    Member me(b.kernel);
+    for (int index = blockIdx.x / me.members; index < b.kernel.problems; index += b.kernel.groups.groups)
+        differentiate<Product>(b, index, me);
+}
+
+Kernel make_kernel(const UnrolledBCCudaProblem& problem, void* workspace, const float* lr) {
+    Kernel kernel{};
+    kernel.net = make_network(problem);
+    kernel.plan = make_plan(problem);
+    kernel.at = make_layout(kernel.net, kernel.plan);
+    kernel.problems = static_cast<int>(problem.problems);
+    kernel.workspace = static_cast<float*>(workspace);
+    kernel.counters = reinterpret_cast<unsigned*>(kernel.workspace + problem.problems * kernel.at.floats);
+    kernel.lr = lr;
+    return kernel;
+}
+
+template <typename Params>
+void run(void (*kernel)(Params), Params params, void* stream) {
+    Kernel& k = params.kernel;
+    k.groups = make_groups(k.problems, k.net, resident_blocks(kernel, kThreads, 0));
+    set_zero(k.counters, k.groups.groups * kCounterStride * sizeof(unsigned), stream);
+    launch_cooperative(kernel, dim3(k.groups.groups * k.groups.members), dim3(kThreads), 0, stream, params);
+}
+
+}  // namespace
+}  // namespace unrolled
+
+size_t unrolled_bc_cuda_workspace(const UnrolledBCCudaProblem& problem) {
+    using namespace unrolled;
+    const Layout at = make_layout(make_network(problem), make_plan(problem));
+    return problem.problems * (at.floats + kCounterStride) * sizeof(float);
+}
+
+void unrolled_bc_cuda(const UnrolledBCCudaParams& params) {
+    using namespace unrolled;
+    const Forward f{make_kernel(params.problem, params.workspace, params.lr), params.observations, params.actions,
+                    params.params, params.trained};
+    run(params.problem.ieee ? unrolled_bc_forward<Ieee> : unrolled_bc_forward<Tf32>, f, params.stream);
+}
+
+void unrolled_bc_cuda_backward(const UnrolledBCCudaGradients& gradients) {
+    using namespace unrolled;
+    const Backward b{make_kernel(gradients.problem, gradients.workspace, gradients.lr),
+                     gradients.again,
+                     gradients.trained,
+                     gradients.observations,
+                     gradients.actions,
+                     gradients.params,
+                     gradients.lr_gradient};
+    run(gradients.problem.ieee ? unrolled_bc_backward<Ieee> : unrolled_bc_backward<Tf32>, b, gradients.stream);
+}
+
+}  // namespace sdw

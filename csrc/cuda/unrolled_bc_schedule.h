@@ -1,0 +1,190 @@
+// unrolled_bc on CUDA: where everything lies and who computes what. Plain functions of integers, for host and device.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <utility>
+
+#include "launch.h"
+#include "sdw/unrolled_bc_cuda.h"
+
+namespace sdw::unrolled {
+
+constexpr int kWarps = 8;  // a block
+constexpr int kThreads = 32 * kWarps;
+constexpr int kMaxLayers = 32;      // the kernels' parameters hold a table of them
+constexpr int kCounterStride = 32;  // integers from one group's barrier counter to the next: a line of 128 bytes
+
+// A warp's tile of a weight gradient is 32 x 32, a block's 64 x 128: two by four warps.
+constexpr int kWeightRows = 32, kWeightColumns = 32;
+constexpr int kBlockRows = 2 * kWeightRows, kBlockColumns = 4 * kWeightColumns;
+
+SDW_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SDW_HOST_DEVICE constexpr int padded(int64_t n) { return static_cast<int>(ceil_div(n, 16) * 16); }
+// A number of floats rounded up to whole lines of 128 bytes.
+SDW_HOST_DEVICE constexpr int64_t lines(int64_t floats) { return ceil_div(floats, 32) * 32; }
+
+// All matrices are padded to multiples of 16 and lie in tiles of 8 x 16, 512 bytes each, one row of tiles behind the
+// other. Lane l of a warp finds its part of a tensor-core operand, row l / 4 and columns 4 (l % 4) to + 3, at float 4 l
+// of the tile: one 16-byte load a lane, all of them in one line after another.
+SDW_HOST_DEVICE constexpr int tiled(int row, int column, int columns) {
+    return (row / 8 * (columns / 16) + column / 16) * 128 + row % 8 * 16 + column % 16;
+}
+
+// What is an operand both ways is stored twice: the matrix, and right behind it its transpose.
+struct Layer {
+    int in, out;                // widths
+    int in_padded, out_padded;  // to 16
+    int64_t flat;               // of W in a problem's flat parameters; b lies behind
+    int64_t weights, biases;    // in a set of parameters: W (out, in) twice, b
+    int64_t h, delta;           // in a pass: the layer's output h (rows, out) and its delta, twice each
+};
+
+struct Network {
+    int rows, rows_padded, layers;
+    Layer layer[kMaxLayers];
+    int64_t flat;   // floats of a problem's flat parameters
+    int64_t theta;  // floats of a set of parameters
+    int64_t pass;   // floats of a pass: what one step leaves for its adjoint, besides the parameters
+
+    SDW_HOST_DEVICE int row_tiles() const { return rows_padded / 16; }
+    SDW_HOST_DEVICE int inputs() const { return layer[0].in_padded; }
+    SDW_HOST_DEVICE int outputs() const { return layer[layers - 1].out_padded; }
+};
+
+inline Network make_network(const UnrolledBCCudaProblem& problem) {
+    const auto& widths = problem.widths;
+    if (problem.problems < 1 || problem.rows < 1 || widths.size() < 2 ||
+        *std::min_element(widths.begin(), widths.end()) < 1)
+        throw std::invalid_argument("unrolled_bc: the CUDA kernel needs at least one problem, row, layer and column");
+    if (widths.size() > kMaxLayers + 1)
+        throw std::invalid_argument("unrolled_bc: the CUDA kernel takes at most 32 layers; use backend=\"torch\"");
+    const int64_t widest = *std::max_element(widths.begin(), widths.end());
+    if (2 * (std::max(problem.rows, widest) + 16) * (widest + 16) > INT32_MAX)
+        throw std::invalid_argument(
+            "unrolled_bc: the CUDA kernel takes matrices of up to 2^30 numbers; use fewer rows");
+    Network net{};
+    net.rows = static_cast<int>(problem.rows);
+    net.rows_padded = padded(problem.rows);
+    net.layers = static_cast<int>(widths.size()) - 1;
+    for (int l = 0; l < net.layers; ++l) {
+        Layer& layer = net.layer[l];
+        layer.in = static_cast<int>(widths[l]);
+        layer.out = static_cast<int>(widths[l + 1]);
+        layer.in_padded = padded(layer.in);
+        layer.out_padded = padded(layer.out);
+        layer.flat = net.flat;
+        net.flat += static_cast<int64_t>(layer.out) * (layer.in + 1);
+        layer.weights = net.theta;
+        layer.biases = net.theta + 2ll * layer.out_padded * layer.in_padded;
+        net.theta = lines(layer.biases + layer.out_padded);
+        layer.h = net.pass;
+        layer.delta = net.pass + 2ll * net.rows_padded * layer.out_padded;
+        net.pass = layer.delta + 2ll * net.rows_padded * layer.out_padded;
+    }
+    return net;
+}
+
+// How the window is cut: the tape holds the steps of one segment at a time, and parameters at the start of each.
+struct Plan {
+    int64_t lead_in;   // steps before the window, which leave no tape
+    int64_t window;    // steps of the window
+    int64_t length;    // steps of a segment, the last may be shorter
+    int64_t segments;  // one: all steps are on the tape, nothing is run again; none: no tape
+
+    SDW_HOST_DEVICE int64_t steps(int64_t segment) const {
+        const int64_t left = window - segment * length;
+        return left < length ? left : length;
+    }
+};
+
+inline Plan make_plan(const UnrolledBCCudaProblem& problem) {
+    if (problem.window < 1 || problem.window > problem.steps)
+        throw std::invalid_argument("unrolled_bc: 1 <= window <= steps is required");
+    if (!problem.keep_tape) return {problem.steps, 0, 0, 0};
+    int64_t length = problem.window;
+    if (problem.recompute) {
+        length = 1;
+        while (length * length < problem.window) ++length;
+    }
+    return {problem.steps - problem.window, problem.window, length, ceil_div(problem.window, length)};
+}
+
+// A problem's part of the workspace: offsets in floats.
+struct Layout {
+    int64_t observations;  // h of layer -1: (rows, inputs) twice
+    int64_t actions;       // (rows, outputs)
+    int64_t theta;         // parameters before each step of the segment, and after the last
+    int64_t passes;        // of each step of the segment
+    int64_t starts;        // parameters at the start of each segment, if there are several
+    int64_t adjoint;       // lambda, as parameters
+    int64_t tangent;       // R h and R delta, as a pass
+    int64_t observations_gradient, actions_gradient, lr_terms;  // (rows, inputs), (rows, outputs), (rows, outputs)
+    int64_t floats;
+};
+
+inline Layout make_layout(const Network& net, const Plan& plan) {
+    Layout at{};
+    int64_t next = 0;
+    const auto take = [&](int64_t floats) { return std::exchange(next, next + lines(floats)); };
+    const int64_t rows = net.rows_padded;
+    at.observations = take(2 * rows * net.inputs());
+    at.actions = take(rows * net.outputs());
+    at.theta = take((plan.length + 1) * net.theta);
+    at.passes = take(std::max<int64_t>(plan.length, 1) * net.pass);
+    at.starts = take(plan.segments > 1 ? plan.segments * net.theta : 0);
+    if (plan.segments > 0) {
+        at.adjoint = take(net.theta);
+        at.tangent = take(net.pass);
+        at.observations_gradient = take(rows * net.inputs());
+        at.actions_gradient = take(rows * net.outputs());
+        at.lr_terms = take(rows * net.outputs());
+    }
+    at.floats = next;
+    return at;
+}
+
+// A problem is run by a group of blocks; a group that has finished takes the next problem.
+struct Groups {
+    int groups;
+    int members;  // blocks of a group
+};
+
+inline Groups make_groups(int64_t problems, const Network& net, int resident) {
+    if (resident < 1) throw std::runtime_error("unrolled_bc: the device cannot hold one block of the kernel");
+    const int members = std::min(net.row_tiles(), resident);
+    return {static_cast<int>(std::min<int64_t>(problems, resident / members)), members};
+}
+
+// Column tiles (of 8) of a product that a warp takes at a time: as few as let `warps` take all in one round, up to 4.
+SDW_HOST_DEVICE constexpr int tiles_a_warp(int tiles, int warps) {
+    return tiles <= warps ? 1 : tiles <= 2 * warps ? 2 : 4;
+}
+
+// Block tiles of a layer's weight gradient.
+SDW_HOST_DEVICE inline int weight_blocks(const Layer& layer) {
+    return static_cast<int>(ceil_div(layer.out_padded, kBlockRows) * ceil_div(layer.in_padded, kBlockColumns));
+}
+
+// The tile of weight gradients of one warp in block tile `index`, counted through all layers.
+struct WeightTile {
+    int layer;        // net.layers: there is no such block tile
+    int row, column;  // of the first element; beyond the matrix: nothing for this warp
+};
+
+SDW_HOST_DEVICE inline WeightTile weight_tile(const Network& net, int index, int warp) {
+    for (int l = 0; l < net.layers; ++l) {
+        const Layer& layer = net.layer[l];
+        const int blocks = weight_blocks(layer);
+        if (index < blocks) {
+            const int across = static_cast<int>(ceil_div(layer.in_padded, kBlockColumns));
+            return {l, index / across * kBlockRows + warp / 4 * kWeightRows,
+                    index % across * kBlockColumns + warp % 4 * kWeightColumns};
+        }
+        index -= blocks;
+    }
+    return {net.layers, 0, 0};
+}
+
+}  // namespace sdw::unrolled

@@ -1,0 +1,176 @@
+"""The CUDA kernels of unrolled_bc against the float64 twin: run by the emulator, and on a GPU where there is one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdw_fast.ops import unrolled_bc
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+from oracle import assert_agree, hypergradient, leaves, random_problem, relative_error
+
+# widths, rows, steps, window: 1 to 4 layers, odd widths, one row to three tiles of rows and a bit; the last is wide
+# enough for every way in which columns are dealt out to warps, and for several blocks of weight tiles in a layer.
+CASES = [
+    ((1, 1), 1, 1, None),
+    ((3, 2), 5, 5, None),
+    ((17, 40, 6), 33, 3, 2),
+    ((11, 31, 7, 3), 17, 5, None),
+    ((5, 8, 19, 8, 2), 50, 4, None),
+    ((40, 300, 100), 20, 2, 1),
+]
+
+
+def unroll(backend, steps, **options):
+    return lambda s, a, theta, lr: (unrolled_bc(s, a, theta, steps=steps, lr=lr, backend=backend, **options), None)
+
+
+@pytest.mark.parametrize("tape", ["full", "recompute"])
+@pytest.mark.parametrize(("widths", "rows", "steps", "window"), CASES)
+def test_ieee_agrees_with_float64(cuda_on_cpu, widths, rows, steps, window, tape):
+    observations, actions, params = random_problem(widths, rows, seed=rows, dtype=torch.float32, gain=1.0)
+    options = {"window": window, "tape": tape, "precision": "ieee"}
+    actual = hypergradient(unroll("cuda", steps, **options), observations, actions, params, 0.1)
+    double = [tensor.double() for tensor in (observations, actions, *params)]
+    exactly = unroll("torch", steps, window=window)
+    expected = hypergradient(exactly, double[0], double[1], double[2:], float(torch.tensor(0.1)))
+    assert_agree(actual, expected, 1e-5)
+
+
+def along_trajectory(widths, rows, steps, device, **options):
+    """The kernel's gradients (observations, actions, lr, params), and the float64 adjoint's along its own θ_t."""
+    observations, actions, params = random_problem(widths, rows, seed=0, dtype=torch.float32, gain=1.0)
+    observations, actions, *params = (tensor.to(device) for tensor in (observations, actions, *params))
+    theta = [params]
+    for t in range(1, steps + 1):
+        theta.append(unrolled_bc(observations, actions, params, steps=t, lr=0.1, backend="cuda", **options))
+    generator = torch.Generator().manual_seed(1)
+    covectors = [torch.randn(p.shape, generator=generator).to(device) for p in params]
+    adjoint = [v.double() for v in covectors]
+    sums = [torch.zeros_like(observations).double(), torch.zeros_like(actions).double(), adjoint[0].new_zeros(())]
+    for start in reversed(theta[:-1]):
+        s, a, leaf, lr = leaves(observations.double(), actions.double(), [p.double() for p in start], 0.1)
+        lr = lr.detach().to(device).requires_grad_()
+        out = unrolled_bc(s, a, leaf, steps=1, lr=lr, backend="torch")
+        (
+            *data,
+            d_lr,
+        ) = torch.autograd.grad(out, [*leaf, s, a, lr], adjoint)
+        *adjoint, d_s, d_a = data
+        sums = [total + d for total, d in zip(sums, (d_s, d_a, d_lr), strict=True)]
+    s, a, leaf, lr = leaves(observations, actions, params, 0.1)
+    out = unrolled_bc(s, a, leaf, steps=steps, lr=lr, backend="cuda", **options)
+    actual = torch.autograd.grad(out, [s, a, lr, *leaf], covectors)
+    return actual, [*sums, *adjoint]
+
+
+def assert_groups_agree(actual, expected, tolerance):
+    for i in range(3):
+        assert relative_error(actual[i : i + 1], [expected[i].to(actual[i].device)]) < tolerance, i
+    assert relative_error(actual[3:], expected[3:]) < tolerance
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("ieee", 1e-5), ("tf32", 2e-3)])
+def test_adjoint_is_right_along_its_own_trajectory(cuda_on_cpu, precision, tolerance):
+    assert_groups_agree(*along_trajectory((17, 48, 48, 6), 40, 4, "cpu", precision=precision), tolerance)
+
+
+def test_tf32_rounds_and_ieee_does_not(cuda_on_cpu):
+    observations, actions, params = random_problem((17, 40, 6), 33, seed=0, dtype=torch.float32)
+    double = [tensor.double() for tensor in (observations, actions, *params)]
+    exact = unrolled_bc(double[0], double[1], double[2:], steps=1, lr=0.1, backend="torch")
+    changes = [(after - before.double()) for after, before in zip(exact, params, strict=True)]
+    for precision, least, most in [("ieee", 0, 1e-6), ("tf32", 1e-5, 2e-3)]:
+        result = unrolled_bc(observations, actions, params, steps=1, lr=0.1, precision=precision, backend="cuda")
+        actual = [after.double() - before.double() for after, before in zip(result, params, strict=True)]
+        assert least <= relative_error(actual, changes) < most
+
+
+def bits(seed=0, steps=3, **options):
+    problem = random_problem((17, 70, 40, 6), 100, seed=seed, dtype=torch.float32)
+    theta, gradients = hypergradient(unroll("cuda", steps, **options), *problem, 0.1)
+    return [*theta, *gradients]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_same_bits_for_every_order_of_threads_number_of_blocks_and_tape(cuda_on_cpu, precision):
+    first = bits(precision=precision)
+    for seed, blocks, tape in [(2, 4, "full"), (3, 1, "full"), (4, 7, "recompute"), (5, 3, "full")]:
+        cuda_on_cpu.set_seed(seed)
+        cuda_on_cpu.set_multiprocessors(blocks)
+        assert all(torch.equal(x, y) for x, y in zip(first, bits(precision=precision, tape=tape), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "cpu", "torch"])
+def test_problems_side_by_side_are_those_apart(request, backend):
+    if backend == "cuda":
+        request.getfixturevalue("cuda_on_cpu").set_multiprocessors(5)  # two groups of two blocks for three problems
+    problems = [random_problem((5, 20, 2), 20, seed=seed, dtype=torch.float32) for seed in range(3)]
+    rates = [0.1, 0.05, 0.2]
+    apart = [hypergradient(unroll(backend, 3), *problem, lr) for problem, lr in zip(problems, rates, strict=True)]
+    s, a, *theta = (
+        torch.stack(tensors).requires_grad_() for tensors in zip(*((s, a, *p) for s, a, p in problems), strict=True)
+    )
+    lr = torch.tensor(rates, requires_grad=True)
+    out = unrolled_bc(s, a, theta, steps=3, lr=lr, backend=backend)
+    generators = [torch.Generator().manual_seed(1) for _ in problems]
+    covectors = [
+        torch.stack([torch.randn(p.shape[1:], generator=g, dtype=torch.float64) for g in generators]).float()
+        for p in out
+    ]
+    gradients = torch.autograd.grad(out, [s, a, lr, *theta], covectors)
+    for i, (expected, expected_gradients) in enumerate(apart):
+        assert all(torch.equal(x[i], y) for x, y in zip(out, expected, strict=True))
+        assert all(torch.equal(x[i], y) for x, y in zip(gradients, expected_gradients, strict=True))
+
+
+def test_one_rate_for_all_problems_gets_the_sum_of_their_gradients(cuda_on_cpu):
+    problem = random_problem((3, 4, 2), 6, seed=0, dtype=torch.float32)
+    s, a, *theta = (torch.stack([tensor, 2 * tensor]) for tensor in (problem[0], problem[1] / 2, *problem[2]))
+
+    def gradient(lr):
+        out = unrolled_bc(s, a, theta, steps=2, lr=lr, backend="cuda")
+        return torch.autograd.grad(sum(p.sum() for p in out), lr)[0]
+
+    each = gradient(torch.full((2,), 0.1, requires_grad=True))
+    assert gradient(torch.tensor(0.1, requires_grad=True)).item() == pytest.approx(each.sum().item())
+
+
+@pytest.mark.parametrize("tape", ["full", "recompute"])
+def test_graph_kept_gives_the_same_gradient_twice(cuda_on_cpu, tape):
+    observations, actions, params = random_problem((3, 5, 2), 4, seed=0, dtype=torch.float32)
+    observations.requires_grad_()
+    outer = unrolled_bc(observations, actions, params, steps=5, lr=0.1, tape=tape, backend="cuda")[0].sum()
+    first = torch.autograd.grad(outer, observations, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(outer, observations)[0])
+
+
+def test_only_what_is_asked_for_gets_a_gradient(cuda_on_cpu):
+    observations, actions, params = random_problem((3, 5, 2), 4, seed=0, dtype=torch.float32)
+    actions.requires_grad_()
+    params[0].requires_grad_()
+    out = unrolled_bc(observations, actions, params, steps=3, lr=0.1, precision="ieee", backend="cuda")
+    sum(p.sum() for p in out).backward()
+    expected = [actions.grad, params[0].grad]
+    actions.grad = params[0].grad = None
+    sum(p.sum() for p in unrolled_bc(observations, actions, params, steps=3, lr=0.1, backend="cpu")).backward()
+    assert relative_error(expected, [actions.grad, params[0].grad]) < 1e-5
+    assert observations.grad is None
+    assert params[1].grad is None
+    still = unrolled_bc(observations, actions.detach(), [p.detach() for p in params], steps=3, lr=0.1, backend="cuda")
+    assert not still[0].requires_grad
+
+
+def test_too_deep_a_network_is_refused(cuda_on_cpu):
+    observations, actions, params = random_problem((2,) * 34, 4, seed=0, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r'at most 32 layers; use backend="torch"'):
+        unrolled_bc(observations, actions, params, steps=1, lr=0.1, backend="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("precision", "tolerance"), [("ieee", 1e-5), ("tf32", 2e-3)])
+@pytest.mark.parametrize("widths", [(17, 256, 256, 256, 6), (11, 100, 31, 3)])
+def test_gpu_adjoint_is_right_along_its_own_trajectory(widths, precision, tolerance):
+    assert_groups_agree(*along_trajectory(widths, 256, 10, "cuda", precision=precision), tolerance)

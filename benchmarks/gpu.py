@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,12 +28,13 @@ import sdw_fast as sdw
 from benchmarks import bench_behavior_matching, bench_unrolled_bc, bench_weighted_bc_loss
 from benchmarks.model import Problem, cuda_graph
 from benchmarks.profile_distill import random_dataset
-from benchmarks.table import Sampler, Table, contenders, format_seconds, machine, measure, write_json
+from benchmarks.table import Contender, Sampler, Table, contender, format_seconds, machine, measure, write_json
 from sdw_fast.policy import orthogonal_parameters
 
 Builders = dict[str, Callable[[Problem], Callable[[], Any]]]
 
 TOGETHER = 8  # problems in one launch
+failures: list[str] = []  # rows of ours that raised
 TINY = Problem(size=8, state=3, action=2, hidden=(8, 8), steps=3, batch=20)
 
 
@@ -49,12 +51,26 @@ def event_sample(run: Callable[[], object], repeats: int) -> float:
 
 
 def compare(title: str, builders: Builders, problem: Problem, budget: float) -> Table:
-    """Times all builders' calls in turns; the first is ours."""
+    """Times all builders' calls in turns; the first is ours. What raises is skipped, and remembered if it is ours."""
     sample: Sampler | None = event_sample if problem.device != "cpu" else None
-    rows = contenders(builders, builders, problem)
+    rows = [tried(name, build, problem) for name, build in builders.items()]
     if problem.device == "cpu":
         return measure(title, rows, budget=0, rounds=(2, 2), shortest=0, sample=sample)
     return measure(title, rows, budget=budget, shortest=0.02, warmup=3, sample=sample)
+
+
+def tried(name: str, build: Callable[[Problem], Callable[[], Any]], problem: Problem) -> Contender:
+    """The contender after a first call; one peer's failure (for one, out of memory) costs its own row only."""
+    try:
+        row = contender(name, build, problem)
+        if row.run is not None:
+            row.run()
+        return row
+    except Exception as error:  # whatever a peer's library raises
+        if name.startswith("sdw_fast"):
+            failures.append(f"{name}: {error}")
+            traceback.print_exc()
+        return Contender(name, None, skipped=f"{type(error).__name__}: {error}")
 
 
 def graphed(build: Callable[[Problem], Callable[[], Any]]) -> Callable[[Problem], Callable[[], Any]]:
@@ -191,6 +207,8 @@ def ops(out: Path, device: str) -> None:
     for name, table in op_tables(device):
         print(f"\n{table}", flush=True)
         write_json(table, out / f"{name}.json")
+    if failures:
+        raise SystemExit("failed: " + "; ".join(failures))
 
 
 def touch(out: Path, device: str) -> None:

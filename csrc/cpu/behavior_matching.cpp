@@ -58,14 +58,14 @@ void output_delta(const Mlp& mlp, const Layout& at, float scale, Range range, do
     });
 }
 
-void add_gradients(const Mlp& mlp, const Layout& at, const std::vector<Strip>& strips) {
+void add_gradients(const Mlp& mlp, const Layout& at, const std::vector<Strip>& strips, GateLists& lists) {
     for (const Strip& strip : strips) {
         const int l = strip.layer;
         const Matrix &gradient = at.gradient.matrices[l], &delta = at.pass.delta[l + 1];
-        transposed_product(
-            {Term{at.pass.h[l], delta, mlp.rows}}, strip.rows, strip.panel, strip.columns, gradient.stride,
+        mlp.multiply_columns(
+            lists, at.pass, strip, {Term{at.pass.h[l], delta, mlp.rows}}, gradient.stride,
             [&](Vec x, int64_t offset, int64_t) { store(gradient.data + offset, load(gradient.data + offset) + x); },
-            [](int64_t) {});
+            [](int64_t, int64_t) {});
         if (strip.rows.begin == 0) {
             mlp.for_each_bias(delta, strip, [&](Vec x, int64_t column) {
                 float* bias = at.gradient.biases[l] + column;
@@ -88,18 +88,20 @@ float behavior_matching(const BehaviorMatchingParams& p) {
     pack_weights(mlp, p.params, at.params, at.transposed);
 
     std::vector<double> losses(mlp.tiles * kRowTile);
+    std::deque<GateLists> gate_lists = mlp.gate_lists(mlp.useful_threads(p.threads));
     Team::run(mlp.useful_threads(p.threads), [&](int member, Team& team) {
         const FlushDenormals flush;
+        GateLists& lists = gate_lists[member];
         const std::vector<Strip> strips = mlp.strips(team.size())[member];
         const Range range = team.share(mlp.tiles, member, kRowTile);
         for (int64_t block = 0; block < blocks; ++block) {
             load_rows(p, at, block * mlp.rows, range);
-            mlp.forward(at.params, at.pass, range);
+            mlp.forward(lists, at.params, at.pass, range);
             output_delta(mlp, at, scale, range, losses.data());
             if (!want_gradients) continue;
-            mlp.backward(at.transposed, at.pass, range);
+            mlp.backward(lists, at.transposed, at.pass, range);
             team.wait();
-            add_gradients(mlp, at, strips);
+            add_gradients(mlp, at, strips, lists);
             team.wait();
         }
     });

@@ -9,10 +9,13 @@
 #pragma once
 
 #include <cstring>
+#include <deque>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
+#include "gated_product.h"
 #include "product.h"
 #include "team.h"
 
@@ -46,11 +49,11 @@ struct Pass {
     std::vector<Matrix> delta;  // L + 1, the first unused
 };
 
-// Rows of one panel of a layer's weight matrix, multiples of kColTile. The strip that begins at row 0 has the bias too.
+// A part of a layer's weight matrix: rows, multiples of kColTile, of one panel; or, if the layer's inputs are gated,
+// panels of one panel's height of rows. The strip that begins at row 0 has the bias too.
 struct Strip {
     int layer;
-    int64_t panel, columns;  // columns of the panel that are in use
-    Range rows;
+    Range rows, columns;
 };
 
 class Mlp {
@@ -101,40 +104,82 @@ class Mlp {
         return pass;
     }
 
-    // The strips of each member, about equal in work, in an order that keeps a panel of deltas in cache.
+    // Whether h[l] gates the products over its units, or over rows for its units, that have this many columns.
+    bool gated(int l, int64_t columns) const {
+        return kGatingPays && l > 0 && l < layers && std::min(widths[l], columns) >= kGateWidth;
+    }
+
+    // One for each member.
+    std::deque<GateLists> gate_lists(int members) const {
+        std::deque<GateLists> lists;
+        for (int member = 0; member < members; ++member)
+            lists.emplace_back(tiles * kRowTile, *std::max_element(widths.begin(), widths.end()));
+        return lists;
+    }
+
+    // The strips of each member, about equal in work, in an order that keeps a panel of deltas in cache, or of gates.
     std::vector<std::vector<Strip>> strips(int members) const {
-        std::vector<std::vector<Strip>> shares(members);
-        int64_t total = 0, done = 0;
-        for (const bool sharing : {false, true}) {
-            for (int l = 0; l < layers; ++l) {
-                for (int64_t panel = 0; panel < panels(widths[l + 1]); ++panel) {
-                    const int64_t columns = std::min<int64_t>(kPanel, widths[l + 1] - panel * kPanel);
-                    const int64_t cost = columns > kLanes ? 2 : 1;
-                    for (int64_t row = 0; row < widths[l]; row += kColTile) {
-                        if (!sharing) {
-                            total += cost;
-                            continue;
-                        }
-                        std::vector<Strip>& share = shares[done * members / total];
-                        done += cost;
-                        if (share.empty() || share.back().layer != l || share.back().panel != panel)
-                            share.push_back({l, panel, columns, {row, row}});
-                        share.back().rows.end = row + kColTile;
-                    }
+        std::vector<Strip> parts;
+        std::vector<int64_t> costs;
+        for (int l = 0; l < layers; ++l) {
+            const int64_t in = round_up(widths[l], kColTile), out = widths[l + 1];
+            const bool gate = gated(l, out);
+            const int64_t height = gate ? kPanel : kColTile, width = gate ? kGroup * kPanel : kPanel;
+            const int64_t outer = gate ? in : out, inner = gate ? out : in;
+            for (int64_t i = 0; i < outer; i += gate ? height : width) {
+                for (int64_t j = 0; j < inner; j += gate ? width : height) {
+                    const int64_t row = gate ? i : j, column = gate ? j : i;
+                    parts.push_back({l, {row, std::min(in, row + height)}, {column, std::min(out, column + width)}});
+                    const Strip& part = parts.back();
+                    costs.push_back((part.rows.end - part.rows.begin) *
+                                    round_up(part.columns.end - part.columns.begin, kLanes) * (gate ? 3 : 5));
                 }
             }
+        }
+        const int64_t total = std::accumulate(costs.begin(), costs.end(), int64_t{0});
+        std::vector<std::vector<Strip>> shares(members);
+        int64_t done = 0;
+        for (size_t i = 0; i < parts.size(); ++i) {
+            std::vector<Strip>& share = shares[done * members / total];
+            done += costs[i];
+            if (share.empty() || !joined(share.back(), parts[i])) share.push_back(parts[i]);
         }
         return shares;
     }
 
+    // product() of terms that sum over the units of h[l].
+    template <int Terms, typename Epilogue>
+    void multiply_rows(GateLists& lists, const Pass& pass, int l, const Term (&terms)[Terms], Range range,
+                       int64_t columns, const Epilogue& epilogue) const {
+        if (gated(l, columns)) {
+            gated_product(lists, pass.h[l], terms, range, columns, stride, epilogue);
+        } else {
+            product(terms, range, columns, stride, epilogue);
+        }
+    }
+
+    // transposed_product() of terms whose left operands are zero where h[strip.layer] is; done(row, panel).
+    template <int Terms, typename Epilogue, typename Done>
+    void multiply_columns(GateLists& lists, const Pass& pass, const Strip& strip, const Term (&terms)[Terms],
+                          int64_t result_stride, const Epilogue& epilogue, const Done& done) const {
+        if (gated(strip.layer, widths[strip.layer + 1])) {
+            gated_transposed_product(lists, pass.h[strip.layer], terms, strip.rows, strip.columns, result_stride,
+                                     epilogue, done);
+        } else {
+            const int64_t panel = strip.columns.begin / kPanel;
+            transposed_product(terms, strip.rows, panel, strip.columns.end - strip.columns.begin, result_stride,
+                               epilogue, [&](int64_t row) { done(row, panel); });
+        }
+    }
+
     // h[1 … L-1] for some rows, and into h[L] the pre-activation of the output.
-    void forward(const Weights& weights, const Pass& pass, Range range) const {
+    void forward(GateLists& lists, const Weights& weights, const Pass& pass, Range range) const {
         for (int l = 0; l < layers; ++l) {
             const float* bias = weights.biases[l];
             float* out = pass.h[l + 1].data;
             const Vec floor = broadcast(l + 1 < layers ? 0.0f : -std::numeric_limits<float>::infinity());
             const Term terms[] = {{pass.h[l], weights.matrices[l], widths[l]}};
-            product(terms, range, widths[l + 1], stride, [=](Vec x, int64_t offset, int64_t column) {
+            multiply_rows(lists, pass, l, terms, range, widths[l + 1], [=](Vec x, int64_t offset, int64_t column) {
                 x += load(bias + column);
                 store(out + offset, x < floor ? floor : x);
             });
@@ -142,13 +187,13 @@ class Mlp {
     }
 
     // delta[L-1 … 1] from delta[L] for some rows.
-    void backward(const std::vector<Matrix>& transposed, const Pass& pass, Range range) const {
+    void backward(GateLists& lists, const std::vector<Matrix>& transposed, const Pass& pass, Range range) const {
         for (int l = layers - 1; l > 0; --l) {
             const float* h = pass.h[l].data;
             float* out = pass.delta[l].data;
             const Term terms[] = {{pass.delta[l + 1], transposed[l], widths[l + 1]}};
-            product(terms, range, widths[l], stride,
-                    [=](Vec x, int64_t offset, int64_t) { store(out + offset, masked(x, load(h + offset))); });
+            multiply_rows(lists, pass, l + 1, terms, range, widths[l],
+                          [=](Vec x, int64_t offset, int64_t) { store(out + offset, masked(x, load(h + offset))); });
         }
     }
 
@@ -164,22 +209,35 @@ class Mlp {
         }
     }
 
-    // Σ over all rows of the columns of `delta`, for one panel; calls body(vector, its first column).
+    // Σ over all rows of the columns of `delta` that are the strip's; calls body(vector, its first column).
     template <typename Body>
     void for_each_bias(const Matrix& delta, const Strip& strip, const Body& body) const {
-        for (int64_t column = 0; column < strip.columns; column += kLanes) {
-            const float* at = delta.panel(strip.panel) + column;
+        for (int64_t column = strip.columns.begin; column < strip.columns.end; column += kLanes) {
+            const float* at = delta.at(0, column);
             Vec sum[4] = {};
             int64_t row = 0;
             for (; row + 4 <= rows; row += 4) {
                 for (int i = 0; i < 4; ++i) sum[i] += load(at + (row + i) * kPanel);
             }
             for (; row < rows; ++row) sum[0] += load(at + row * kPanel);
-            body((sum[0] + sum[1]) + (sum[2] + sum[3]), strip.panel * kPanel + column);
+            body((sum[0] + sum[1]) + (sum[2] + sum[3]), column);
         }
     }
 
   private:
+    // Appends a part to a strip if the two make one rectangle of the strip's kind.
+    bool joined(Strip& strip, const Strip& part) const {
+        if (strip.layer != part.layer) return false;
+        if (gated(part.layer, widths[part.layer + 1])) {
+            if (strip.rows.begin != part.rows.begin) return false;
+            strip.columns.end = part.columns.end;
+        } else {
+            if (strip.columns.begin != part.columns.begin) return false;
+            strip.rows.end = part.rows.end;
+        }
+        return true;
+    }
+
     static Matrix take_matrix(Arena& arena, int64_t matrix_rows, int64_t columns) {
         const int64_t matrix_stride = round_up(matrix_rows, kPanel) * kPanel;
         return {arena.take(panels(columns) * matrix_stride), matrix_stride};

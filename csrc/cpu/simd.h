@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__SSE__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace sdw::SDW_ISA {
@@ -24,8 +24,44 @@ typedef int32_t IntVec __attribute__((vector_size(4 * kLanes), may_alias));
 inline Vec load(const float* aligned) { return *reinterpret_cast<const Vec*>(aligned); }
 inline void store(float* aligned, Vec x) { *reinterpret_cast<Vec*>(aligned) = x; }
 inline Vec broadcast(float x) { return x - Vec{}; }
+// broadcast(*x) by way of an integer register, for loops that need every load of a vector for something else.
+inline Vec broadcast_scalar_load(const float* x) {
+    int32_t bits;
+    std::memcpy(&bits, x, sizeof bits);
+    __asm__("" : "+r"(bits));
+    const IntVec lanes = bits - IntVec{};
+    return reinterpret_cast<const Vec&>(lanes);
+}
 // x where the ReLU whose output is h is on, else 0.
 inline Vec masked(Vec x, Vec h) { return h > 0.0f ? x : Vec{}; }
+
+// Bit i: lane i is not zero (NaN is not).
+inline uint32_t nonzero_lanes(Vec x) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+#elif defined(__SSE__)
+    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpneq_ps((__m128)x, _mm_setzero_ps())));
+#else
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint32_t>(x[lane] != 0.0f) << lane;
+    return bits;
+#endif
+}
+
+// Writes scale * (first + i) for every bit i < kLanes that is on, in order, and up to kLanes numbers in all.
+inline void append_lanes(uint16_t* out, uint32_t bits, int first, int scale) {
+#if defined(__AVX512F__)
+    typedef uint16_t Line __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+    const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const IntVec numbers = (lanes + first) * scale;
+    const auto chosen = (IntVec)_mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)numbers);
+    *reinterpret_cast<Line*>(out) = __builtin_convertvector(chosen, Line);
+#else
+    for (; bits != 0; bits &= bits - 1) *out++ = static_cast<uint16_t>(scale * (first + __builtin_ctz(bits)));
+#endif
+}
 
 // Products of tiny numbers underflow to zero instead of to denormals, which cost a hundred cycles each on x86.
 class FlushDenormals {

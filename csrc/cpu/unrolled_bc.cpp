@@ -117,10 +117,12 @@ class Unroll final : public UnrolledBCTape {
     // One member's part of the team's work; each returns behind a barrier.
     void copy_weights(const Weights& from, const Weights& to, int member, Team& team) const;
     void transpose_weights(const Weights& theta, const Strips& strips, Team& team) const;
-    void descend(const Step& step, const Weights& next, const Strips& strips, int member, Team& team) const;
-    void run_segment(int64_t segment, const Strips& strips, int member, Team& team) const;
-    void adjoint_rows(const Step& step, bool want_observations, int member, Team& team);
-    void adjoint_weights(const Step& step, const Weights* previous, const Strips& strips, Team& team) const;
+    void descend(const Step& step, const Weights& next, const Strips& strips, GateLists& lists, int member,
+                 Team& team) const;
+    void run_segment(int64_t segment, const Strips& strips, GateLists& lists, int member, Team& team) const;
+    void adjoint_rows(const Step& step, bool want_observations, GateLists& lists, int member, Team& team);
+    void adjoint_weights(const Step& step, const Weights* previous, const Strips& strips, GateLists& lists,
+                         Team& team) const;
 
     void output_delta(const Pass& pass, Range range) const;
     void output_tangent(const Pass& pass, Range range);
@@ -149,8 +151,10 @@ void Unroll::copy_weights(const Weights& from, const Weights& to, int member, Te
 
 void Unroll::transpose_weights(const Weights& theta, const Strips& strips, Team& team) const {
     for (const Strip& strip : strips) {
-        for (int64_t row = strip.rows.begin; row < strip.rows.end; row += kColTile)
-            transpose_tile(theta.matrices[strip.layer], at_.transposed[strip.layer], row, strip.panel);
+        for (int64_t panel = strip.columns.begin / kPanel; panel < panels(strip.columns.end); ++panel) {
+            for (int64_t row = strip.rows.begin; row < strip.rows.end; row += kColTile)
+                transpose_tile(theta.matrices[strip.layer], at_.transposed[strip.layer], row, panel);
+        }
     }
     team.wait();
 }
@@ -167,20 +171,21 @@ void Unroll::output_delta(const Pass& pass, Range range) const {
 }
 
 // One SGD step: the pass at step.theta, and `next` = theta - alpha g with its transpose. `next` may be step.theta.
-void Unroll::descend(const Step& step, const Weights& next, const Strips& strips, int member, Team& team) const {
+void Unroll::descend(const Step& step, const Weights& next, const Strips& strips, GateLists& lists, int member,
+                     Team& team) const {
     const Range range = team.share(mlp_.tiles, member, kRowTile);
-    mlp_.forward(step.theta, step.pass, range);
+    mlp_.forward(lists, step.theta, step.pass, range);
     output_delta(step.pass, range);
-    mlp_.backward(at_.transposed, step.pass, range);
+    mlp_.backward(lists, at_.transposed, step.pass, range);
     team.wait();
     for (const Strip& strip : strips) {
         const int l = strip.layer;
         const Matrix &from = step.theta.matrices[l], &to = next.matrices[l], &delta = step.pass.delta[l + 1];
         const Term terms[] = {{step.pass.h[l], delta, mlp_.rows}};
-        transposed_product(
-            terms, strip.rows, strip.panel, strip.columns, to.stride,
+        mlp_.multiply_columns(
+            lists, step.pass, strip, terms, to.stride,
             [&](Vec x, int64_t offset, int64_t) { store(to.data + offset, load(from.data + offset) - lr_ * x); },
-            [&](int64_t row) { transpose_tile(to, at_.transposed[l], row, strip.panel); });
+            [&](int64_t row, int64_t panel) { transpose_tile(to, at_.transposed[l], row, panel); });
         if (strip.rows.begin == 0) {
             mlp_.for_each_bias(delta, strip, [&](Vec x, int64_t column) {
                 store(next.biases[l] + column, load(step.theta.biases[l] + column) - lr_ * x);
@@ -190,9 +195,9 @@ void Unroll::descend(const Step& step, const Weights& next, const Strips& strips
     team.wait();
 }
 
-void Unroll::run_segment(int64_t segment, const Strips& strips, int member, Team& team) const {
+void Unroll::run_segment(int64_t segment, const Strips& strips, GateLists& lists, int member, Team& team) const {
     for (int64_t i = 0; i < plan_.steps(segment); ++i)
-        descend(at_.steps[i], at_.steps[i + 1].theta, strips, member, team);
+        descend(at_.steps[i], at_.steps[i + 1].theta, strips, lists, member, team);
 }
 
 void Unroll::train(const UnrolledBCParams& params) {
@@ -202,17 +207,19 @@ void Unroll::train(const UnrolledBCParams& params) {
     pack_weights(mlp_, params.params, at_.steps[0].theta, at_.transposed);
 
     const int threads = mlp_.useful_threads(params.threads);
+    std::deque<GateLists> gate_lists = mlp_.gate_lists(threads);
     Team::run(threads, [&](int member, Team& team) {
         const FlushDenormals flush;
+        GateLists& lists = gate_lists[member];
         const Strips strips = mlp_.strips(team.size())[member];
         const Step& first = at_.steps[0];
         // Steps that leave no tape overwrite their own parameters.
         for (int64_t step = 0; step < params.steps - plan_.window; ++step)
-            descend(first, first.theta, strips, member, team);
+            descend(first, first.theta, strips, lists, member, team);
         for (int64_t segment = 0; segment < plan_.segments; ++segment) {
             if (segment > 0) copy_weights(at_.steps[plan_.length].theta, first.theta, member, team);
             if (plan_.segments > 1) copy_weights(first.theta, at_.starts[segment], member, team);
-            run_segment(segment, strips, member, team);
+            run_segment(segment, strips, lists, member, team);
         }
     });
     held_ = plan_.segments - 1;
@@ -237,7 +244,7 @@ void Unroll::output_tangent(const Pass& pass, Range range) {
 }
 
 // R h there, R delta back, and the gradients for the observations and actions, for a member's rows.
-void Unroll::adjoint_rows(const Step& step, bool want_observations, int member, Team& team) {
+void Unroll::adjoint_rows(const Step& step, bool want_observations, GateLists& lists, int member, Team& team) {
     const Range range = team.share(mlp_.tiles, member, kRowTile);
     const Pass &pass = step.pass, &tangent = at_.tangent;
     for (int l = 0; l < mlp_.layers; ++l) {
@@ -254,7 +261,7 @@ void Unroll::adjoint_rows(const Step& step, bool want_observations, int member, 
             product({moved_weights}, range, mlp_.widths[l + 1], mlp_.stride, epilogue);
         } else {
             const Term moved_inputs{tangent.h[l], step.theta.matrices[l], mlp_.widths[l]};
-            product({moved_inputs, moved_weights}, range, mlp_.widths[l + 1], mlp_.stride, epilogue);
+            mlp_.multiply_rows(lists, pass, l, {moved_inputs, moved_weights}, range, mlp_.widths[l + 1], epilogue);
         }
     }
     output_tangent(pass, range);
@@ -264,19 +271,22 @@ void Unroll::adjoint_rows(const Step& step, bool want_observations, int member, 
         const float* h = pass.h[l].data;
         if (l > 0) {
             float* out = tangent.delta[l].data;
-            product(terms, range, mlp_.widths[l], mlp_.stride,
-                    [=](Vec x, int64_t offset, int64_t) { store(out + offset, masked(x, load(h + offset))); });
+            mlp_.multiply_rows(lists, pass, l + 1, terms, range, mlp_.widths[l], [=](Vec x, int64_t offset, int64_t) {
+                store(out + offset, masked(x, load(h + offset)));
+            });
         } else {
             float* out = at_.observations_gradient.data;
-            product(terms, range, mlp_.widths[l], mlp_.stride,
-                    [=](Vec x, int64_t offset, int64_t) { store(out + offset, load(out + offset) - lr_ * x); });
+            mlp_.multiply_rows(lists, pass, l + 1, terms, range, mlp_.widths[l], [=](Vec x, int64_t offset, int64_t) {
+                store(out + offset, load(out + offset) - lr_ * x);
+            });
         }
     }
     team.wait();
 }
 
 // lambda_t = v - alpha H v in place, and the transpose of the parameters that the next step back needs.
-void Unroll::adjoint_weights(const Step& step, const Weights* previous, const Strips& strips, Team& team) const {
+void Unroll::adjoint_weights(const Step& step, const Weights* previous, const Strips& strips, GateLists& lists,
+                             Team& team) const {
     for (const Strip& strip : strips) {
         const int l = strip.layer;
         const Matrix& lambda = at_.adjoint.matrices[l];
@@ -284,18 +294,17 @@ void Unroll::adjoint_weights(const Step& step, const Weights* previous, const St
         const auto update = [&](Vec x, int64_t offset, int64_t) {
             store(lambda.data + offset, load(lambda.data + offset) - lr_ * x);
         };
-        const auto transpose_both = [&](int64_t row) {
-            transpose_tile(lambda, at_.adjoint_transposed[l], row, strip.panel);
-            if (previous != nullptr) transpose_tile(previous->matrices[l], at_.transposed[l], row, strip.panel);
+        const auto transpose_both = [&](int64_t row, int64_t panel) {
+            transpose_tile(lambda, at_.adjoint_transposed[l], row, panel);
+            if (previous != nullptr) transpose_tile(previous->matrices[l], at_.transposed[l], row, panel);
         };
         const Term moved_deltas{step.pass.h[l], tangent_delta, mlp_.rows};
         if (l == 0) {
-            transposed_product({moved_deltas}, strip.rows, strip.panel, strip.columns, lambda.stride, update,
-                               transpose_both);
+            mlp_.multiply_columns(lists, step.pass, strip, {moved_deltas}, lambda.stride, update, transpose_both);
         } else {
             const Term moved_inputs{at_.tangent.h[l], step.pass.delta[l + 1], mlp_.rows};
-            transposed_product({moved_inputs, moved_deltas}, strip.rows, strip.panel, strip.columns, lambda.stride,
-                               update, transpose_both);
+            mlp_.multiply_columns(lists, step.pass, strip, {moved_inputs, moved_deltas}, lambda.stride, update,
+                                  transpose_both);
         }
         if (strip.rows.begin == 0) {
             mlp_.for_each_bias(tangent_delta, strip, [&](Vec x, int64_t column) {
@@ -315,22 +324,24 @@ void Unroll::backward(UnrolledBCGradients& gradients, int threads) {
     lr_gradient_.assign(mlp_.tiles * kRowTile, 0.0);
 
     const bool want_observations = gradients.observations != nullptr, want_params = !gradients.params.empty();
+    std::deque<GateLists> gate_lists = mlp_.gate_lists(mlp_.useful_threads(threads));
     Team::run(mlp_.useful_threads(threads), [&](int member, Team& team) {
         const FlushDenormals flush;
+        GateLists& lists = gate_lists[member];
         const Strips strips = mlp_.strips(team.size())[member];
         int64_t held = held_;
         for (int64_t segment = plan_.segments - 1; segment >= 0; --segment) {
             if (segment != std::exchange(held, segment)) {
                 copy_weights(at_.starts[segment], at_.steps[0].theta, member, team);
                 transpose_weights(at_.steps[0].theta, strips, team);
-                run_segment(segment, strips, member, team);
+                run_segment(segment, strips, lists, member, team);
             }
             const int64_t last = plan_.steps(segment) - 1;
             transpose_weights(at_.steps[last].theta, strips, team);
             for (int64_t i = last; i >= 0; --i) {
-                adjoint_rows(at_.steps[i], want_observations, member, team);
+                adjoint_rows(at_.steps[i], want_observations, lists, member, team);
                 if (segment + i > 0 || want_params)
-                    adjoint_weights(at_.steps[i], i > 0 ? &at_.steps[i - 1].theta : nullptr, strips, team);
+                    adjoint_weights(at_.steps[i], i > 0 ? &at_.steps[i - 1].theta : nullptr, strips, lists, team);
             }
         }
     });

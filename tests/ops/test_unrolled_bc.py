@@ -106,6 +106,8 @@ COMPILED_CASES = [
     ((17, 256, 256, 256, 6), 256, 5, None),
     ((8, 1024, 3), 12, 2, 2),
     ((11, 128, 128, 3), 1, 20, 7),
+    ((5, 131, 260, 150, 40), 150, 4, None),  # zeros of the ReLU left out, at odd widths
+    ((3, 300, 129, 2), 65, 3, 2),
 ]
 
 
@@ -124,6 +126,29 @@ def test_compiled_agrees_with_float64(widths, rows, steps, window, tape):
     double = [tensor.double() for tensor in (observations, actions, *params)]
     expected = hypergradient(unroll("torch"), double[0], double[1], double[2:], float(torch.tensor(0.1)))
     assert_agree(actual, expected, 2e-5)
+
+
+@pytest.mark.parametrize("bias", [-0.2, 0.2, 3.0], ids=["few units on", "most units on", "every unit on"])
+def test_compiled_agrees_with_float64_however_many_units_are_on(bias):
+    # Products over hidden units leave out what is zero, or do not, as the share of zeros says.
+    observations, actions, params = random_problem((6, 128, 144, 130, 3), 70, seed=4, dtype=torch.float32, gain=0.5)
+    for layer in (1, 3, 5):
+        params[layer] += bias
+    expected = [tensor.double() for tensor in (observations, actions, *params)]
+
+    def unroll(backend):
+        return lambda s, a, theta, lr: (unrolled_bc(s, a, theta, steps=4, lr=lr, backend=backend), None)
+
+    actual = hypergradient(unroll("cpu"), observations, actions, params, 0.01)
+    exact = hypergradient(unroll("torch"), expected[0], expected[1], expected[2:], float(torch.tensor(0.01)))
+    assert_agree(actual, exact, 2e-5)
+
+
+def test_compiled_training_that_diverges_says_so():
+    observations, actions, params = random_problem((6, 128, 128, 3), 40, seed=5, dtype=torch.float32)
+    params[2][3, 7] = float("nan")
+    for tensor in unrolled_bc(observations, actions, params, steps=2, lr=0.1, backend="cpu"):
+        assert tensor.isnan().any()
 
 
 def test_compiled_adjoint_is_right_along_its_own_trajectory():
@@ -170,8 +195,9 @@ def test_compiled_error_after_100_steps_is_that_of_float32():
     assert sorted(ours)[5] <= 1.5 * sorted(twins)[5]
 
 
-def test_compiled_gives_the_same_bits_for_every_thread_count_and_tape():
-    observations, actions, params = random_problem((17, 70, 64, 6), 100, seed=2, dtype=torch.float32)
+@pytest.mark.parametrize("hidden", [(70, 64), (160, 200)])
+def test_compiled_gives_the_same_bits_for_every_thread_count_and_tape(hidden):
+    observations, actions, params = random_problem((17, *hidden, 6), 140, seed=2, dtype=torch.float32)
 
     def run(threads, tape):
         set_num_threads(threads)

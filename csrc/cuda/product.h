@@ -39,29 +39,31 @@ struct Tf32 {
     };
     using Right = float4;
 
-    __device__ static Left left(const float* low, const float* high, int lane) {
-        return {load4(low + 4 * lane), load4(high + 4 * lane)};
-    }
+    // Of a lane's first number in a tile.
+    __device__ static int left_offset(int lane) { return 4 * lane; }
+    __device__ static int right_offset(int lane) { return 4 * lane; }
+
+    __device__ static Left left(const float* low, const float* high) { return {load4(low), load4(high)}; }
     template <bool once>
-    __device__ static Right right(const float* tile, int lane) {
-        const float* address = tile + 4 * lane;
-        return once ? __ldcg(reinterpret_cast<const float4*>(address)) : load4(address);
+    __device__ static Right right(const float* tile) {
+        return once ? __ldcg(reinterpret_cast<const float4*>(tile)) : load4(tile);
     }
     __device__ static float4 round(float4 x) {
         return make_float4(to_tf32(x.x), to_tf32(x.y), to_tf32(x.z), to_tf32(x.w));
     }
     template <int kM, int kN>
-    __device__ static void multiply(float (&sum)[kM][kN][4], Left (&a)[kM], Right (&b)[kN], int) {
+    __device__ static void multiply(float (&sum)[kM][kN][4], const Left (&a)[kM], const Right (&b)[kN]) {
+        float4 right[kN];
 #pragma unroll
-        for (int j = 0; j < kN; ++j) b[j] = round(b[j]);
+        for (int j = 0; j < kN; ++j) right[j] = round(b[j]);
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
             const float4 low = round(a[i].low), high = round(a[i].high);
             const float first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
             for (int j = 0; j < kN; ++j) {
-                mma_tf32(sum[i][j], first, {b[j].x, b[j].y});
-                mma_tf32(sum[i][j], second, {b[j].z, b[j].w});
+                mma_tf32(sum[i][j], first, {right[j].x, right[j].y});
+                mma_tf32(sum[i][j], second, {right[j].z, right[j].w});
             }
         }
     }
@@ -74,25 +76,27 @@ struct Ieee {
     };
     using Right = const float*;
 
-    __device__ static Left left(const float* low, const float* high, int) { return {low, high}; }
+    __device__ static int left_offset(int lane) { return lane / 4 * 16; }
+    __device__ static int right_offset(int lane) { return lane % 4 * 32; }
+
+    __device__ static Left left(const float* low, const float* high) { return {low, high}; }
     template <bool>
-    __device__ static Right right(const float* tile, int) {
+    __device__ static Right right(const float* tile) {
         return tile;
     }
     __device__ static float dot(float sum, float4 x, float4 y) {
         return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
     }
     template <int kM, int kN>
-    __device__ static void multiply(float (&sum)[kM][kN][4], Left (&a)[kM], Right (&b)[kN], int lane) {
-        const int row = lane / 4 * 16, column = lane % 4 * 32;
+    __device__ static void multiply(float (&sum)[kM][kN][4], const Left (&a)[kM], const Right (&b)[kN]) {
 #pragma unroll
         for (int k = 0; k < 16; k += 4) {
 #pragma unroll
             for (int j = 0; j < kN; ++j) {
-                const float4 even = load4(b[j] + column + k), odd = load4(b[j] + column + 16 + k);
+                const float4 even = load4(b[j] + k), odd = load4(b[j] + 16 + k);
 #pragma unroll
                 for (int i = 0; i < kM; ++i) {
-                    const float4 low = load4(a[i].low + row + k), high = load4(a[i].high + row + k);
+                    const float4 low = load4(a[i].low + k), high = load4(a[i].high + k);
                     sum[i][j][0] = dot(sum[i][j][0], low, even);
                     sum[i][j][1] = dot(sum[i][j][1], low, odd);
                     sum[i][j][2] = dot(sum[i][j][2], high, even);
@@ -108,30 +112,37 @@ struct Ieee {
 template <typename Product, bool once, int kM, int kN>
 __device__ void accumulate(float (&sum)[kM][kN][4], const Terms& terms, Span left, Span right, int lane) {
     constexpr int ahead = 24 / (2 * kM + kN);
-    typename Product::Left a[ahead][kM];
-    typename Product::Right b[ahead][kN];
-    const int chunks = terms.chunks, total = chunks * terms.count;
-    const auto load = [&](int slot, int index) {
-        const bool second = index >= chunks;
-        const Term& term = terms.term[second];
-        const int chunk = second ? index - chunks : index;
+    // Set, so that no register of an earlier product seems in use until the first load.
+    typename Product::Left a[ahead][kM] = {};
+    typename Product::Right b[ahead][kN] = {};
+    const int chunks = terms.chunks, total = chunks * terms.count, stride = chunks * 128;
+    const float* rows = terms.term[0].left + Product::left_offset(lane);
+    const float* columns = terms.term[0].right + Product::right_offset(lane);
+    int loaded = 0;
+    const auto load = [&](int slot) {
+        if (loaded == total) return;
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
-            const float* tile = term.left + (2 * left.at(i) * chunks + chunk) * 128;
-            a[slot][i] = Product::left(tile, tile + chunks * 128, lane);
+            const float* tile = rows + 2 * left.at(i) * stride;
+            a[slot][i] = Product::left(tile, tile + stride);
         }
 #pragma unroll
-        for (int j = 0; j < kN; ++j)
-            b[slot][j] = Product::template right<once>(term.right + (right.at(j) * chunks + chunk) * 128, lane);
+        for (int j = 0; j < kN; ++j) b[slot][j] = Product::template right<once>(columns + right.at(j) * stride);
+        rows += 128;
+        columns += 128;
+        if (++loaded == chunks) {
+            rows = terms.term[1].left + Product::left_offset(lane);
+            columns = terms.term[1].right + Product::right_offset(lane);
+        }
     };
 #pragma unroll
-    for (int slot = 0; slot < ahead; ++slot)
-        if (slot < total) load(slot, slot);
+    for (int slot = 0; slot < ahead; ++slot) load(slot);
+#pragma unroll 1
     for (int first = 0; first < total; first += ahead) {
 #pragma unroll
         for (int slot = 0; slot < ahead; ++slot) {
-            if (first + slot < total) Product::multiply(sum, a[slot], b[slot], lane);
-            if (first + slot + ahead < total) load(slot, first + slot + ahead);
+            if (first + slot < total) Product::multiply(sum, a[slot], b[slot]);
+            load(slot);
         }
     }
 }

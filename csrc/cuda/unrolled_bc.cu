@@ -118,21 +118,22 @@ struct Problem {
     }
 };
 
+template <typename Product, int kN, typename Fetch, typename Finish>
+__device__ void columns_product(const Terms& terms, Span left, int tiles, const Member& me, Fetch fetch,
+                                Finish finish) {
+    for (int first = kN * me.warp; first < tiles; first += kN * kWarps)
+        product_tiles<Product, true, 1, kN>(terms, left, Span{first, tiles}, me.lane, fetch, finish);
+}
+
 // A block's product for 16 of its rows, (16, 16 chunks) x (16 chunks, columns), its columns shared out among the warps.
 template <typename Product, typename Fetch, typename Finish>
 __device__ void rows_product(const Terms& terms, int row_tile, int columns, const Member& me, Fetch fetch,
                              Finish finish) {
     const Span left{row_tile, row_tile + 1};
     const int tiles = columns / 8, width = tiles_a_warp(tiles, kWarps);
-    for (int first = width * me.warp; first < tiles; first += width * kWarps) {
-        const Span right{first, tiles};
-        if (width == 1)
-            product_tiles<Product, true, 1, 1>(terms, left, right, me.lane, fetch, finish);
-        else if (width == 2)
-            product_tiles<Product, true, 1, 2>(terms, left, right, me.lane, fetch, finish);
-        else
-            product_tiles<Product, true, 1, 4>(terms, left, right, me.lane, fetch, finish);
-    }
+    if (width == 1) return columns_product<Product, 1>(terms, left, tiles, me, fetch, finish);
+    if (width == 2) return columns_product<Product, 2>(terms, left, tiles, me, fetch, finish);
+    columns_product<Product, 4>(terms, left, tiles, me, fetch, finish);
 }
 
 __device__ inline float2 masked(float x0, float x1, float2 h) {

@@ -6,6 +6,7 @@
 
 #include "../../csrc/cuda/bindings.h"
 #include "../../csrc/cuda/mma.h"
+#include "../../csrc/cuda/unrolled_bc_schedule.h"
 
 namespace py = pybind11;
 
@@ -109,9 +110,46 @@ __global__ void count(CountParams p) {
     }
 }
 
+// What unrolled_bc_schedule.h decides for a problem, in plain numbers.
+py::dict unrolled_bc_schedule(const sdw::UnrolledBCCudaProblem& problem, int resident) {
+    using namespace sdw::unrolled;
+    const Network net = make_network(problem);
+    const Plan plan = make_plan(problem);
+    const Layout at = make_layout(net, plan);
+    const Groups groups = make_groups(problem.problems, net, resident);
+    py::list layers, weights;
+    for (int l = 0; l < net.layers; ++l) {
+        const Layer& x = net.layer[l];
+        layers.append(py::dict(py::arg("in_padded") = x.in_padded, py::arg("out_padded") = x.out_padded,
+                               py::arg("flat") = x.flat, py::arg("weights") = x.weights, py::arg("biases") = x.biases,
+                               py::arg("h") = x.h, py::arg("delta") = x.delta));
+    }
+    for (int rank = 0; rank < groups.members; ++rank) {
+        for (int index = rank; weight_tile(net, index, 0).layer < net.layers; index += groups.members) {
+            for (int warp = 0; warp < kWarps; ++warp) {
+                const WeightTile tile = weight_tile(net, index, warp);
+                weights.append(py::make_tuple(tile.layer, tile.row, tile.column));
+            }
+        }
+    }
+    std::vector<int> rows;
+    for (int rank = 0; rank < groups.members; ++rank)
+        for (int tile = rank; tile < net.row_tiles(); tile += groups.members) rows.push_back(tile);
+    const std::vector<int64_t> parts{at.observations,     at.actions,  at.theta,   at.passes,
+                                     at.starts,           at.adjoint,  at.tangent, at.observations_gradient,
+                                     at.actions_gradient, at.lr_terms, at.floats};
+    return py::dict(py::arg("layers") = layers, py::arg("theta") = net.theta, py::arg("pass") = net.pass,
+                    py::arg("flat") = net.flat, py::arg("length") = plan.length, py::arg("segments") = plan.segments,
+                    py::arg("groups") = groups.groups, py::arg("members") = groups.members,
+                    py::arg("weights") = weights, py::arg("rows") = rows, py::arg("parts") = parts);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(sdw_emulated, m) {
+    m.def("unrolled_bc_schedule", unrolled_bc_schedule);
+    m.def("tiled", sdw::unrolled::tiled);
+    m.def("tiles_a_warp", sdw::unrolled::tiles_a_warp);
     sdw::bind_cuda(m);
     m.def("set_seed", [](uint64_t seed) { sdw::emulator::state.seed = seed; });
     m.def("set_multiprocessors", [](int count) { sdw::emulator::state.multiprocessors = count; });

@@ -1,10 +1,12 @@
 """The CUDA kernels of unrolled_bc against the float64 twin: run by the emulator, and on a GPU where there is one."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdw_fast.ops import unrolled_bc
 
@@ -39,42 +41,62 @@ def test_ieee_agrees_with_float64(cuda_on_cpu, widths, rows, steps, window, tape
     assert_agree(actual, expected, 1e-5)
 
 
-def along_trajectory(widths, rows, steps, device, **options):
-    """The kernel's gradients (observations, actions, lr, params), and the float64 adjoint's along its own θ_t."""
+class Tf32Products(TorchDispatchMode):
+    """Matrix products of operands rounded to tf32 (10 bits of mantissa, to nearest), whatever the dtype they are in.
+
+    The kernel's own trajectory includes which units its rounding switches off: near a kink, the exact product switches
+    others, and the two adjoints differ by that, not by an error.
+    """
+
+    PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.PRODUCTS:
+            args = (*args[:-2], *(self.rounded(operand) for operand in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        bits = x.float().contiguous().view(torch.int32)
+        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+
+def along_trajectory(widths, rows, steps, device, precision, rounding=nullcontext):
+    """The kernel's gradients (observations, actions, lr, params), and those of the float64 twin along its own θ_t."""
     observations, actions, params = random_problem(widths, rows, seed=0, dtype=torch.float32, gain=1.0)
     observations, actions, *params = (tensor.to(device) for tensor in (observations, actions, *params))
+    options = {"precision": precision, "backend": "cuda"}
     theta = [params]
     for t in range(1, steps + 1):
-        theta.append(unrolled_bc(observations, actions, params, steps=t, lr=0.1, backend="cuda", **options))
+        theta.append(unrolled_bc(observations, actions, params, steps=t, lr=0.1, **options))
     generator = torch.Generator().manual_seed(1)
     covectors = [torch.randn(p.shape, generator=generator).to(device) for p in params]
     adjoint = [v.double() for v in covectors]
-    sums = [torch.zeros_like(observations).double(), torch.zeros_like(actions).double(), adjoint[0].new_zeros(())]
+    sums = [0.0, 0.0, 0.0]
     for start in reversed(theta[:-1]):
         s, a, leaf, lr = leaves(observations.double(), actions.double(), [p.double() for p in start], 0.1)
-        lr = lr.detach().to(device).requires_grad_()
-        out = unrolled_bc(s, a, leaf, steps=1, lr=lr, backend="torch")
-        (
-            *data,
-            d_lr,
-        ) = torch.autograd.grad(out, [*leaf, s, a, lr], adjoint)
-        *adjoint, d_s, d_a = data
+        with rounding():
+            out = unrolled_bc(s, a, leaf, steps=1, lr=lr, backend="torch")
+            d_s, d_a, d_lr, *adjoint = torch.autograd.grad(out, [s, a, lr, *leaf], adjoint)
         sums = [total + d for total, d in zip(sums, (d_s, d_a, d_lr), strict=True)]
     s, a, leaf, lr = leaves(observations, actions, params, 0.1)
-    out = unrolled_bc(s, a, leaf, steps=steps, lr=lr, backend="cuda", **options)
-    actual = torch.autograd.grad(out, [s, a, lr, *leaf], covectors)
-    return actual, [*sums, *adjoint]
+    out = unrolled_bc(s, a, leaf, steps=steps, lr=lr, **options)
+    return torch.autograd.grad(out, [s, a, lr, *leaf], covectors), [*sums, *adjoint]
 
 
 def assert_groups_agree(actual, expected, tolerance):
     for i in range(3):
-        assert relative_error(actual[i : i + 1], [expected[i].to(actual[i].device)]) < tolerance, i
+        assert relative_error(actual[i : i + 1], expected[i : i + 1]) < tolerance, i
     assert relative_error(actual[3:], expected[3:]) < tolerance
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("ieee", 1e-5), ("tf32", 2e-3)])
-def test_adjoint_is_right_along_its_own_trajectory(cuda_on_cpu, precision, tolerance):
-    assert_groups_agree(*along_trajectory((17, 48, 48, 6), 40, 4, "cpu", precision=precision), tolerance)
+@pytest.mark.parametrize(
+    ("precision", "steps", "rounding", "tolerance"),
+    [("ieee", 4, nullcontext, 1e-5), ("tf32", 4, Tf32Products, 1e-4), ("tf32", 1, nullcontext, 2e-3)],
+)
+def test_adjoint_is_right_along_its_own_trajectory(cuda_on_cpu, precision, steps, rounding, tolerance):
+    # The last case has no unit near a kink.
+    assert_groups_agree(*along_trajectory((17, 48, 48, 6), 40, steps, "cpu", precision, rounding), tolerance)
 
 
 def test_tf32_rounds_and_ieee_does_not(cuda_on_cpu):
@@ -82,7 +104,7 @@ def test_tf32_rounds_and_ieee_does_not(cuda_on_cpu):
     double = [tensor.double() for tensor in (observations, actions, *params)]
     exact = unrolled_bc(double[0], double[1], double[2:], steps=1, lr=0.1, backend="torch")
     changes = [(after - before.double()) for after, before in zip(exact, params, strict=True)]
-    for precision, least, most in [("ieee", 0, 1e-6), ("tf32", 1e-5, 2e-3)]:
+    for precision, least, most in [("ieee", 0, 1e-5), ("tf32", 1e-4, 2e-3)]:
         result = unrolled_bc(observations, actions, params, steps=1, lr=0.1, precision=precision, backend="cuda")
         actual = [after.double() - before.double() for after, before in zip(result, params, strict=True)]
         assert least <= relative_error(actual, changes) < most
@@ -169,8 +191,58 @@ def test_too_deep_a_network_is_refused(cuda_on_cpu):
         unrolled_bc(observations, actions, params, steps=1, lr=0.1, backend="cuda")
 
 
+def test_tiles_hold_a_warps_operand_in_one_line_after_another(emulated):
+    places = sorted(emulated.tiled(row, column, 48) for row in range(24) for column in range(48))
+    assert places == list(range(24 * 48))
+    for lane in range(32):
+        assert emulated.tiled(8 + lane // 4, 16 + lane % 4 * 4, 48) == (3 + 1) * 128 + 4 * lane
+
+
+def test_columns_are_dealt_out_in_one_round_where_they_can_be(emulated):
+    assert [emulated.tiles_a_warp(tiles, 8) for tiles in (2, 8, 10, 16, 18, 32, 34, 128)] == [1, 1, 2, 2, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("resident", [1, 5, 132])
+@pytest.mark.parametrize(
+    ("widths", "rows", "problems"),
+    [((1, 1), 1, 1), ((17, 256, 256, 256, 6), 256, 8), ((376, 100, 33, 300, 17), 1000, 3), ((5, 7, 3), 50, 40)],
+)
+def test_every_tile_has_one_owner_and_every_number_its_place(emulated, widths, rows, problems, resident):
+    options = {"rows": rows, "widths": widths, "steps": 9, "window": 7, "keep_tape": True, "ieee": False}
+    problem = emulated.UnrolledBCCudaProblem(problems=problems, recompute=True, **options)
+    plan = emulated.unrolled_bc_schedule(problem, resident)
+    assert sorted(plan["rows"]) == list(range(-(-rows // 16)))
+    assert plan["groups"] * plan["members"] <= resident
+    padded_rows = 16 * len(plan["rows"])
+    theta_end = pass_end = flat_end = 0
+    for i, layer in enumerate(plan["layers"]):
+        height, width = layer["out_padded"], layer["in_padded"]
+        owned = [(row, column) for l, row, column in plan["weights"] if l == i and row < height and column < width]
+        assert sorted(owned) == [(row, column) for row in range(0, height, 32) for column in range(0, width, 32)]
+        assert widths[i] <= width < widths[i] + 16
+        assert widths[i + 1] <= height < widths[i + 1] + 16
+        assert (layer["flat"], layer["weights"], layer["h"]) == (flat_end, theta_end, pass_end)
+        assert layer["biases"] == theta_end + 2 * height * width
+        assert layer["delta"] == pass_end + 2 * padded_rows * height
+        flat_end += widths[i + 1] * (widths[i] + 1)
+        theta_end = -(-(layer["biases"] + height) // 32) * 32
+        pass_end = layer["delta"] + 2 * padded_rows * height
+    assert (plan["flat"], plan["theta"], plan["pass"]) == (flat_end, theta_end, pass_end)
+    inputs, outputs = plan["layers"][0]["in_padded"], plan["layers"][-1]["out_padded"]
+    assert (plan["length"], plan["segments"]) == (3, 3)
+    sizes = [2 * inputs, outputs, 4 * theta_end, 3 * pass_end, 3 * theta_end, theta_end, pass_end]
+    sizes = [size * padded_rows if i < 2 else size for i, size in enumerate(sizes)]
+    sizes += [padded_rows * width for width in (inputs, outputs, outputs)]
+    assert plan["parts"][0] == 0
+    for begin, end, size in zip(plan["parts"][:-1], plan["parts"][1:], sizes, strict=True):
+        assert end - begin == -(-size // 32) * 32
+    assert problem.workspace == 4 * problems * (plan["parts"][-1] + 32)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize(("precision", "tolerance"), [("ieee", 1e-5), ("tf32", 2e-3)])
+@pytest.mark.parametrize(
+    ("precision", "rounding", "tolerance"), [("ieee", nullcontext, 1e-5), ("tf32", Tf32Products, 2e-3)]
+)
 @pytest.mark.parametrize("widths", [(17, 256, 256, 256, 6), (11, 100, 31, 3)])
-def test_gpu_adjoint_is_right_along_its_own_trajectory(widths, precision, tolerance):
-    assert_groups_agree(*along_trajectory(widths, 256, 10, "cuda", precision=precision), tolerance)
+def test_gpu_adjoint_is_right_along_its_own_trajectory(widths, precision, rounding, tolerance):
+    assert_groups_agree(*along_trajectory(widths, 256, 10, "cuda", precision, rounding), tolerance)

@@ -4,10 +4,12 @@ python -m benchmarks.bench_knn                                          # synthe
 python -m benchmarks.bench_knn states.npy uniform:64 --rows 1e5 1e6     # real states: an .npy file (M, D), normalized
 python -m benchmarks.bench_knn states.npy --rows 1e6 --verify 20000     # every index against float64 brute force
 python -m benchmarks.bench_knn states.npy --rows 1e7 --peers            # ours alone
+python -m benchmarks.bench_knn --device cuda --verify 20000             # on a GPU: 10^5 to 10^7 rows, its own peers
 
 A source is uniform:D, gaussian:D, surface:D (near a curved surface of dimension 2/3 D), an .npy file, or whatever
 `load_dataset` takes (its normalized observations). Peers that answer query by query are timed on 2% of the queries, at
-least 500, and scaled; building their index is not scaled. Approximate peers carry their measured recall.
+least 500, and scaled; building their index is not scaled. Approximate peers carry their measured recall. On a GPU the
+points lie there before the clock starts, ours is the median of three runs, and --verify compares with our CPU join.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,8 +29,11 @@ import numpy as np
 import torch
 
 import sdw_fast
-from benchmarks.table import Row, Table, machine, peak_memory, write_json
+from benchmarks.table import Row, Table, format_seconds, machine, peak_memory, write_json
 from sdw_fast.ops import knn
+from sdw_fast.ops.knn_cuda import CudaKnnIndex
+
+knn_module = sys.modules["sdw_fast.ops.knn"]  # the name in the package is the function's
 
 K = 10
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -61,9 +67,16 @@ def source(name: str, rows: int) -> np.ndarray:
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    _wait_for_gpu()
     begin = time.perf_counter()
     result = call()
+    _wait_for_gpu()
     return time.perf_counter() - begin, result
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _without_self(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -163,6 +176,45 @@ PEERS: dict[str, Peer] = {
     "PyNNDescent": pynndescent,
     "hnswlib": hnswlib,
 }
+
+
+def cdist_topk(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, float, np.ndarray]:
+    """What one writes in PyTorch: blocks of distances, at most 4 GiB of them, and the smallest of each row."""
+    block = max(1, (1 << 30) // len(points))
+
+    def search() -> torch.Tensor:
+        parts = [torch.cdist(points[some], points).topk(K + 1, largest=False).indices for some in rows.split(block)]
+        return torch.cat(parts)
+
+    query, found = _timed(search)
+    return 0.0, query, _without_self(found.cpu().numpy(), rows.cpu().numpy())
+
+
+def faiss_gpu_flat(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, float, np.ndarray]:
+    import faiss
+    import faiss.contrib.torch_utils  # teaches knn_gpu tensors
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise ImportError("this FAISS has no GPU support")
+    resources = faiss.StandardGpuResources()
+    faiss.knn_gpu(resources, points[:1000], points[:1000], K)  # allocates its memory
+    query, (_, found) = _timed(lambda: faiss.knn_gpu(resources, points[rows], points, K + 1))
+    return 0.0, query, _without_self(found.cpu().numpy(), rows.cpu().numpy())
+
+
+def ours_on_the_cpu(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, float, np.ndarray]:
+    """The whole join, however few rows are asked for."""
+    on_host = points.cpu()
+    knn(on_host[:2000], k=K)
+    seconds, (_, indices) = _timed(lambda: knn(on_host, k=K))
+    return seconds, 0.0, indices.numpy()[rows.cpu().numpy()]
+
+
+GPU_PEERS: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[float, float, np.ndarray]]] = {
+    "torch.cdist + topk": cdist_topk,
+    "FAISS GPU flat": faiss_gpu_flat,
+    "sdw_fast on the CPU": ours_on_the_cpu,
+}
 APPROXIMATE = ("FAISS IVF", "PyNNDescent", "hnswlib")
 
 
@@ -208,6 +260,76 @@ def compare(name: str, rows: int, peers: list[str], fraction: float = 0.02) -> T
     ours.median = statistics.median(ours.samples)
     ours.ratio = 1.0
     return table
+
+
+def compare_on_gpu(name: str, points: torch.Tensor, fraction: float) -> Table:
+    """The self-join of points that lie on a GPU: ours, and peers on a part of the queries."""
+    rows, device = len(points), points.device
+    count = max(500, min(round(fraction * rows), round(4e10 / rows)))  # brute force of 4e10 distances at most
+    sample = torch.from_numpy(np.random.default_rng(1).permutation(rows)[:count]).to(device)
+    share = len(sample) / rows
+    ours = Row("sdw_fast")
+    table = Table(f"knn self-join on {device.type}, {name}, M = {rows:.0e}, D = {points.shape[1]}, k = {K}", [ours])
+    knn(points[:2000], k=K)
+    if on_gpu := device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        seconds, (_, indices) = _timed(lambda: knn(points, k=K))
+        ours.samples.append(seconds)
+    if on_gpu:
+        ours.peak_bytes = torch.cuda.max_memory_allocated() - before
+    ours.median, ours.ratio = statistics.median(ours.samples), 1.0
+    exact = indices[sample].cpu().numpy()
+    for peer, run in GPU_PEERS.items():
+        row = Row(peer)
+        table.rows.append(row)
+        try:
+            build, query, found = run(points, sample)
+        except ImportError as error:
+            row.skipped = str(error)
+            continue
+        row.samples = [build + query / share]
+        row.median = row.samples[0]
+        row.ratio = row.median / ours.median
+        if query and share < 1:
+            row.name += f" ({len(sample)} queries scaled)"
+        row.name += f", recall {_recall(found, exact):.4f}"
+    return table
+
+
+def parts_of_the_time(points: torch.Tensor) -> str:
+    """Where the time of our CUDA kernel goes, and what pruning leaves to do."""
+    rows, device = len(points), points.device
+    axes, frame = _timed(lambda: knn_module._Frame(points, float(points.abs().max())))
+    rotation, coordinates = _timed(lambda: frame.coordinates(points))
+    tree, index = _timed(lambda: CudaKnnIndex(points, coordinates))
+    join = index.self_join(K)
+    row, found = (torch.empty(shape, dtype=torch.int64, device=device) for shape in [(rows,), (rows, K)])
+    squared = torch.empty((rows, K), dtype=torch.float64, device=device)
+    search, _ = _timed(lambda: join.search(0, join.groups, row, squared, found))
+    tested, scanned, again = join.counts.sum(0, dtype=torch.int64).tolist()
+    seconds = zip(("axes", "coordinates", "tree", "search"), (axes, rotation, tree, search), strict=True)
+    return (
+        f"  {', '.join(f'{part} {format_seconds(time)}' for part, time in seconds)}; leaf boxes tested a group of 32: "
+        f"{tested / join.groups:.0f}, points scanned a query: {64 * scanned / rows:.0f}, searched again: {again}"
+    )
+
+
+def agreement(points: torch.Tensor, count: int) -> str:
+    """Compares `count` sampled rows with those of our CPU join; a tie may go either way."""
+    rows, on_host = len(points), points.cpu().numpy()
+    sample = np.sort(np.random.default_rng(2).permutation(rows)[:count])
+    found = knn(points, k=K)[1].cpu().numpy()[sample]
+    expected = _without_self(knn(on_host[sample], on_host, k=K + 1)[1], sample)
+
+    def squared(indices: np.ndarray) -> np.ndarray:
+        return np.square(on_host[sample][:, None].astype(np.float64) - on_host[indices]).sum(-1)
+
+    different = found != expected
+    tie = np.isclose(squared(found), squared(expected), rtol=1e-13, atol=0)
+    wrong, ties = int((different & ~tie).any(1).sum()), int((different & tie).any(1).sum())
+    return f"  of {len(sample)} rows {wrong} differ from the CPU's ({ties} in ties only)"
 
 
 def growth(tables: list[Table]) -> str:
@@ -268,19 +390,53 @@ def tables(mode: str) -> Iterator[tuple[str, Callable[[], Table]]]:
         )
 
 
+def run_on_gpu(
+    device: str, sources: list[str], sizes: list[float], verified: int, fraction: float, out: Path
+) -> list[Table]:
+    """Prints every table as it comes, with where the time goes, and at the end one line each."""
+    done, lines = [], []
+    for name in sources:
+        for rows in sorted(map(int, sizes)):
+            points = torch.from_numpy(source(name, rows)).to(device)
+            table = compare_on_gpu(name, points, fraction)
+            print(f"\n{table}\n{parts_of_the_time(points)}", flush=True)
+            said = agreement(points, verified) if verified else ""
+            print(said, flush=True)
+            write_json(table, out / f"knn-{device}-{Path(name).stem.replace(':', '')}-{rows}.json")
+            done.append(table)
+            ratios = " ".join(f"{row.ratio:>9.3g}×" if row.ratio else f"{'skipped':>10}" for row in table.rows[1:])
+            seconds = format_seconds(table.rows[0].median or 0)
+            lines.append(f"{Path(name).stem:<20} {rows:>9.0e} {seconds:>10} {ratios}{said}")
+    heading = " ".join(f"{name.removeprefix('sdw_fast on ')[:10]:>10}" for name in GPU_PEERS)
+    print("\n" + "\n".join([f"{'points':<20} {'rows':>9} {'sdw_fast':>10} {heading}", *lines]), flush=True)
+    return done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", default=["surface:11", "surface:17"])
-    parser.add_argument("--rows", nargs="+", type=float, default=[1e4, 1e5])
+    parser.add_argument("--rows", nargs="+", type=float, help="default: 1e4 1e5; on a GPU 1e5 1e6 1e7")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="NAME")
     parser.add_argument("--fraction", type=float, default=0.02, help="of the queries that a slow peer is timed on")
     parser.add_argument("--memory", action="store_true", help="peak memory of our call, in a fresh process")
-    parser.add_argument("--verify", type=int, default=0, metavar="N", help="compare N rows with float64, time nothing")
+    parser.add_argument(
+        "--verify", type=int, default=0, metavar="N",
+        help="compare N rows with float64 brute force, time nothing; on a GPU: with our CPU join, besides the times",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files and the printed tables")
     options = parser.parse_args()
     torch.set_num_threads(sdw_fast.get_num_threads())
     os.environ.setdefault("OMP_NUM_THREADS", str(sdw_fast.get_num_threads()))
     print("\n".join(f"{key}: {value}" for key, value in machine().items()), flush=True)
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("no GPU: torch.cuda.is_available() is False")
+        print(f"gpu: {torch.cuda.get_device_name()}", flush=True)
+        sizes = options.rows or [1e5, 1e6, 1e7]
+        run_on_gpu("cuda", options.sources, sizes, options.verify, options.fraction, options.out)
+        return
+    options.rows = options.rows or [1e4, 1e5]
     for name in options.sources:
         if options.verify:
             for rows in options.rows:

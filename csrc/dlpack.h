@@ -37,8 +37,9 @@ struct DLManagedTensor {
     void (*deleter)(DLManagedTensor*);
 };
 
-// A C-contiguous tensor of type T (float, int64_t) borrowed from Python; keeps its owner alive. The constructor throws
-// a TypeError or ValueError that names the argument when type, rank, layout or device is not as said.
+// A C-contiguous tensor of type T (float, int64_t, uint8_t) borrowed from Python; keeps its owner alive. The
+// constructor throws a TypeError or ValueError that names the argument when type, rank, layout or device is not as
+// said.
 template <typename T>
 class TensorView {
   public:

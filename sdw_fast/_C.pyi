@@ -116,3 +116,34 @@ class KnnJoin:
     def scans(self) -> bool: ...
     def rows(self, first: int, last: int) -> int: ...
     def search(self, first: int, last: int, query: Any, squared: Any, index: Any) -> None: ...
+
+# The CUDA ops, where they were compiled: tensors on the device, a stream as its handle.
+knn_cuda_max_dims: int
+knn_cuda_max_k: int
+knn_cuda_leaf: int
+knn_cuda_fan: int
+knn_cuda_far: float
+
+def knn_cuda_width(dims: int) -> int: ...
+def knn_cuda_workspace(rows: int, k: int) -> int: ...
+def knn_cuda(
+    points: Tensor,
+    coordinates: Tensor,
+    row: Tensor,
+    first_row: Tensor,
+    leaf_boxes: Tensor,
+    cell_boxes: Tensor,
+    query_points: Tensor,
+    query_coordinates: Tensor,
+    query_row: Tensor,
+    *,
+    first: int,
+    k: int,
+    self_offset: int,
+    prune: bool,
+    workspace: Tensor,
+    counts: Tensor,
+    squared: Tensor,
+    index: Tensor,
+    stream: int,
+) -> None: ...

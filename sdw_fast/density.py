@@ -2,6 +2,9 @@
 
 Everything here works on whatever coordinates it is given, and distances mean something only where the coordinates have
 one scale: pass normalized states. The functions that take a `TransitionDataset` normalize by themselves.
+
+Tensors are worked on where they lie. Log-densities come back as the states went in: a NumPy array for an array, a
+tensor on the same device for a tensor.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def knn_log_density(
     seed: int = 0,
     backend: str = "auto",
     progress: bool = False,
-) -> np.ndarray:
+) -> States:
     """k-nearest-neighbor log-density of every state, leave-one-out.
 
         log d(s) = log k − log n − log V_m − m · log r_k(s)        (Loftsgaarden & Quesenberry, 1965)
@@ -54,13 +57,13 @@ def knn_log_density(
             their order alone; weights chosen by effective sample size do not depend on it.
         references: the states among which neighbors are searched. None: the observations. A number R: a random subset
             of the observations, without replacement, each member of it still left out of its own neighborhood.
-            An (R, D) array: other states; nothing is left out.
+            An (R, D) array or tensor, as the observations are: other states; nothing is left out.
         seed: of the random subset.
         backend: of `sdw_fast.ops.knn`.
         progress: show a bar.
 
     Returns:
-        (M,) float64 array of natural logarithms.
+        (M,) float64 natural logarithms, of the kind and device of `observations`.
 
     Raises:
         ValueError: wrong shape, NaN or infinite values, k out of range, or every state has k duplicates.
@@ -68,7 +71,7 @@ def knn_log_density(
     """
     states = _as_states(observations, "observations")
     distances, searched = _neighbor_distances(states, k, references, seed, backend, progress)
-    return _log_density_of_distances(distances, searched, _varying_columns(states), dimension)
+    return _like(_log_density_of_distances(distances, searched, _varying_columns(states), dimension), observations)
 
 
 def flow_log_density(
@@ -82,7 +85,7 @@ def flow_log_density(
     patience: int = 5,
     seed: int = 0,
     progress: bool = False,
-) -> np.ndarray:
+) -> States:
     """Log-density of every state under a masked autoregressive flow (Papamakarios et al., 2017) fitted to the states.
 
     Adam with gradients clipped to norm 1, on minibatches of nine tenths of the states; the parameters of the epoch
@@ -102,7 +105,7 @@ def flow_log_density(
         progress: show a bar.
 
     Returns:
-        (M,) float64 array of natural logarithms.
+        (M,) float64 natural logarithms, of the kind and device of `observations`.
 
     Raises:
         ImportError: zuko is not installed.
@@ -125,10 +128,10 @@ def flow_log_density(
         flow, x[order[len(x) // 10 :]], x[order[: len(x) // 10]], batch_size, learning_rate, max_epochs, patience,
         generator, progress,
     )  # fmt: skip
-    return _flow_log_prob(flow, x).double().cpu().numpy() - log_volume
+    return _like(_flow_log_prob(flow, x).double() - log_volume, observations)
 
 
-def kde_log_density(observations: States, *, bandwidth: str | float = "scott", progress: bool = False) -> np.ndarray:
+def kde_log_density(observations: States, *, bandwidth: str | float = "scott", progress: bool = False) -> States:
     """Log-density of every state under a Gaussian kernel density estimate, leave-one-out, for comparison at small M.
 
         d(s_i) = 1/(M − 1) · Σ_{j≠i} Π_c N(s_ic; s_jc, (h σ_c)²)
@@ -142,7 +145,7 @@ def kde_log_density(observations: States, *, bandwidth: str | float = "scott", p
         progress: show a bar.
 
     Returns:
-        (M,) float64 array of natural logarithms.
+        (M,) float64 natural logarithms, of the kind and device of `observations`.
 
     Raises:
         ValueError: wrong shape, one state, NaN or infinite values, no column varies, or a bandwidth not understood.
@@ -167,7 +170,7 @@ def kde_log_density(observations: States, *, bandwidth: str | float = "scott", p
         exponent[own, start + own] = -torch.inf
         log_kernels[start : start + rows] = torch.logsumexp(exponent, dim=1)
     normalization = math.log(count - 1) + columns * (math.log(h) + math.log(2 * math.pi) / 2) + log_volume
-    return log_kernels.cpu().numpy() - normalization
+    return _like(log_kernels - normalization, observations)
 
 
 def log_density(data: TransitionDataset, method: str = "knn", *, progress: bool = False, **options: Any) -> np.ndarray:
@@ -192,8 +195,9 @@ def log_density(data: TransitionDataset, method: str = "knn", *, progress: bool 
     if method == "knn":
         dimension = options.pop("dimension", "ambient")
         distances, searched = _cached_neighbor_distances(data, progress=progress, **options)
-        return _log_density_of_distances(distances, searched, _varying_columns(data.normalized_observations), dimension)
-    estimators: dict[str, Callable[..., np.ndarray]] = {"flow": flow_log_density, "kde": kde_log_density}
+        columns = _varying_columns(data.normalized_observations)
+        return _log_density_of_distances(distances, searched, columns, dimension).numpy()
+    estimators: dict[str, Callable[..., Any]] = {"flow": flow_log_density, "kde": kde_log_density}
     if method not in estimators:
         raise ValueError(f"method must be one of {['knn', *estimators]}, got {method!r}")
 
@@ -377,15 +381,15 @@ def diversity(source: TransitionDataset | States, k: int = 10, *, progress: bool
         states = _as_states(source, "observations")
         distances, _ = _neighbor_distances(states, k, None, 0, "auto", progress)
     count, columns = len(states), _varying_columns(states)
-    radius = _floored(distances[:, -1].astype(np.float64))
+    radius = _floored(distances[:, -1].double())
     digamma = torch.digamma(torch.tensor([count, k], dtype=torch.float64))
-    log_volume = _log_unit_ball(columns) + columns * float(np.log(radius).mean())
+    log_volume = _log_unit_ball(columns) + columns * float(radius.log().mean())
     return Diversity(
         states=count,
         dimension=columns,
         intrinsic_dimension=_dimension_of_distances(distances),
-        participation_ratio=_participation_ratio(_to_numpy(states)),
-        neighbor_distance=float(distances.mean(dtype=np.float64)),
+        participation_ratio=_participation_ratio(states),
+        neighbor_distance=float(distances.mean(dtype=torch.float64)),
         entropy=float(digamma[0] - digamma[1]) + log_volume,
     )
 
@@ -420,7 +424,7 @@ def coverage(of: TransitionDataset | States, by: TransitionDataset | States, k: 
         covered, covering = _as_states(of, "of"), _as_states(by, "by")
         distances, _ = _neighbor_distances(covered, k, None, 0, "auto", False)
     nearest, _ = _neighbor_distances(covered, 1, covering, 0, "auto", False)
-    return float(np.mean(nearest[:, 0] <= distances[:, -1]))
+    return float((nearest[:, 0] <= distances[:, -1]).double().mean())
 
 
 def _tau_for(ess: float, rarity: np.ndarray, clip: float) -> float:
@@ -498,18 +502,18 @@ def _flow_log_prob(flow: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([flow().log_prob(block) for block in x.split(1 << 14)])
 
 
-def _participation_ratio(states: np.ndarray) -> float:
+def _participation_ratio(states: States) -> float:
     """(tr C)² / tr C² of the covariance C of the columns."""
-    covariance = np.atleast_2d(np.cov(states, rowvar=False, dtype=np.float64))
-    return float(np.trace(covariance) ** 2 / np.square(covariance).sum())
+    covariance = torch.atleast_2d(torch.as_tensor(states).double().T.cov())
+    return float(covariance.trace() ** 2 / covariance.square().sum())
 
 
 def _log_density_of_distances(
-    distances: np.ndarray, searched: np.ndarray | int, columns: int, dimension: str | float
-) -> np.ndarray:
+    distances: torch.Tensor, searched: torch.Tensor | int, columns: int, dimension: str | float
+) -> torch.Tensor:
     """Log-densities from (M, k) neighbor distances found among `searched` states in `columns` varying columns."""
     k = distances.shape[1]
-    radius = _floored(distances[:, -1].astype(np.float64))
+    radius = _floored(distances[:, -1].double())
     if dimension == "ambient":
         m = float(columns)
     elif dimension == "intrinsic":
@@ -518,28 +522,29 @@ def _log_density_of_distances(
         m = float(dimension)
     else:
         raise ValueError(f"dimension must be 'ambient', 'intrinsic' or a positive number, got {dimension!r}")
-    return math.log(k) - np.log(searched) - _log_unit_ball(m) - m * np.log(radius)
+    log_searched = torch.as_tensor(searched, dtype=torch.float64, device=distances.device).log()
+    return math.log(k) - log_searched - _log_unit_ball(m) - m * radius.log()
 
 
-def _floored(radius: np.ndarray) -> np.ndarray:
+def _floored(radius: torch.Tensor) -> torch.Tensor:
     """Distances with half the smallest positive one in place of zeros."""
     positive = radius[radius > 0]
-    if positive.size == 0:
+    if positive.numel() == 0:
         raise ValueError(
             "every state has k or more exact duplicates, so every neighbor distance is zero: "
             "remove duplicates (numpy.unique(observations, axis=0)) or raise k"
         )
-    return np.maximum(radius, positive.min() / 2)
+    return radius.clamp(min=float(positive.min()) / 2)
 
 
-def _dimension_of_distances(distances: np.ndarray) -> float:
+def _dimension_of_distances(distances: torch.Tensor) -> float:
     """The Levina-Bickel estimate with MacKay-Ghahramani averaging, from (M, k) ascending distances."""
     if distances.shape[1] < 2:
         raise ValueError("the intrinsic dimension needs k >= 2 neighbors, got k = 1")
-    distinct = distances[distances[:, 0] > 0].astype(np.float64)
+    distinct = distances[distances[:, 0] > 0].double()
     if len(distinct) == 0:
         raise ValueError("no state without a duplicate: the intrinsic dimension cannot be estimated")
-    log_ratio = np.log(distinct[:, -1:]) - np.log(distinct[:, :-1])
+    log_ratio = distinct[:, -1:].log() - distinct[:, :-1].log()
     mean = float(log_ratio.mean())
     if mean == 0:
         raise ValueError("all neighbor distances are equal: the intrinsic dimension cannot be estimated")
@@ -553,11 +558,11 @@ def _log_unit_ball(m: float) -> float:
 
 def _neighbor_distances(
     states: States, k: int, references: int | States | None, seed: int, backend: str, progress: bool
-) -> tuple[np.ndarray, np.ndarray | int]:
+) -> tuple[torch.Tensor, torch.Tensor | int]:
     """Ascending distances (M, k) float32 to the neighbors, own row left out, and how many states were searched:
-    one number, or one for each state where only some of them are references themselves."""
+    one number, or one for each state where only some of them are references themselves. On the device of the states."""
     count = len(states)
-    searched: np.ndarray | int
+    searched: torch.Tensor | int
     if references is None:
         _check_k(k, count - 1, "the other observations")
         distances, _ = _knn(states, None, k, backend, progress)
@@ -565,8 +570,11 @@ def _neighbor_distances(
     elif isinstance(references, int | np.integer):
         rows = _reference_rows(count, int(references), seed)
         _check_k(k, len(rows) - 1, "references besides the state itself")
-        distances, indices = _knn(states, states[rows], k + 1, backend, progress)
-        distances, searched = _without_self(distances, indices, rows)
+        own_rows = torch.from_numpy(rows)
+        if isinstance(states, torch.Tensor):
+            own_rows = own_rows.to(states.device)
+        distances, indices = _knn(states, _take(states, own_rows), k + 1, backend, progress)
+        distances, searched = _without_self(distances, indices, own_rows)
     else:
         others = _as_states(references, "references")
         if others.shape[1] != states.shape[1]:
@@ -574,20 +582,24 @@ def _neighbor_distances(
         _check_k(k, len(others), "references")
         distances, _ = _knn(states, others, k, backend, progress)
         searched = len(others)
-    if not np.isfinite(distances).all():
+    if not bool(distances.isfinite().all()):
         raise ValueError(f"backend {backend!r} is approximate and found fewer than k = {k} neighbors of some states")
     return distances, searched
 
 
 def _knn(
     queries: States, references: States | None, k: int, backend: str, progress: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """`ops.knn` with a progress bar, as NumPy arrays."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.knn` with a progress bar, as tensors."""
     with tqdm(total=len(queries), desc="neighbors", unit="state", unit_scale=True, disable=not progress) as bar:
         found: Any = ops.knn(
             queries, references, k=k, backend=backend, progress=lambda done, _: bar.update(done - bar.n)
         )
-    return _to_numpy(found[0]), _to_numpy(found[1])
+    return torch.as_tensor(found[0]), torch.as_tensor(found[1])
+
+
+def _take(states: States, rows: torch.Tensor) -> States:
+    return states[rows] if isinstance(states, torch.Tensor) else states[rows.numpy()]
 
 
 def _reference_rows(count: int, references: int, seed: int) -> np.ndarray:
@@ -597,17 +609,19 @@ def _reference_rows(count: int, references: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, references, replace=False))
 
 
-def _without_self(distances: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _without_self(
+    distances: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Drops one of k + 1 neighbors of every state: itself where it is a reference, the farthest elsewhere.
 
     A state with k duplicates of lower index may not be among its own neighbors; the farthest is dropped there too,
     as all of the k + 1 distances are zero.
     """
-    own = np.full(len(distances), -1)
-    own[rows] = np.arange(len(rows))
+    own = torch.full_like(indices[:, 0], -1)
+    own[rows] = torch.arange(len(rows), device=own.device)
     drop = indices == own[:, None]  # (M, k + 1)
-    drop[~drop.any(axis=1), -1] = True
-    searched = len(rows) - (own >= 0)
+    drop[~drop.any(1), -1] = True
+    searched = len(rows) - (own >= 0).long()
     return distances[~drop].reshape(len(distances), -1), searched
 
 
@@ -625,7 +639,7 @@ def _cached_neighbor_distances(
     seed: int = 0,
     backend: str = "auto",
     progress: bool = False,
-) -> tuple[np.ndarray, np.ndarray | int]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`_neighbor_distances` of a dataset's normalized states, from the cache where it holds them."""
     if references is not None and not isinstance(references, int | np.integer):
         raise TypeError(f"references of a dataset's log-density must be a number, got {type(references).__name__}")
@@ -633,11 +647,11 @@ def _cached_neighbor_distances(
     def compute() -> dict[str, np.ndarray]:
         states = _as_states(data.normalized_observations, "observations")
         distances, searched = _neighbor_distances(states, k, references, seed, backend, progress)
-        return {"distances": distances, "searched": np.asarray(searched)}
+        return {"distances": distances.numpy(), "searched": np.asarray(searched)}
 
     key = f"knn k={k} references={references} seed={seed if references else None} backend={backend}"
     found = _cached(data, key, compute, {"distances": (len(data), k)})
-    return found["distances"], found["searched"]
+    return torch.from_numpy(found["distances"]), torch.from_numpy(found["searched"])
 
 
 def _cached(
@@ -687,8 +701,14 @@ def _save_quietly(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _varying_columns(states: States) -> int:
     """Columns that are not constant: a constant one has no part in any distance, so it is no dimension either."""
-    values = _to_numpy(states)
-    return max(1, int(np.count_nonzero(values.max(axis=0) != values.min(axis=0))))
+    if isinstance(states, torch.Tensor):
+        return max(1, int((states.amax(0) != states.amin(0)).sum()))
+    return max(1, int(np.count_nonzero(states.max(axis=0) != states.min(axis=0))))
+
+
+def _like(values: torch.Tensor, given: States) -> States:
+    """Of the kind that was given; tensors lie on its device already."""
+    return values if isinstance(given, torch.Tensor) else values.numpy()
 
 
 def _to_numpy(values: States) -> np.ndarray:
@@ -702,14 +722,14 @@ def _as_states(observations: States, name: str) -> States:
         raise ValueError(f"{name} must have shape (M, D) with M, D >= 1, got {tuple(states.shape)}")
     if isinstance(states, torch.Tensor):
         kind = "c" if states.is_complex() else "f" if states.is_floating_point() else "i"
-        finite = torch.isfinite(states).all(dim=1).cpu().numpy()
+        finite: Any = torch.isfinite(states).all(dim=1)
     else:
         kind = states.dtype.kind
         finite = np.isfinite(states).all(axis=1) if kind in "fiub" else np.ones(1, bool)
     if kind not in "fiub":
         raise TypeError(f"{name} must hold real numbers, got {states.dtype}")
-    if not finite.all():
-        rows = np.flatnonzero(~finite)
+    if not bool(finite.all()):
+        rows = np.flatnonzero(~_to_numpy(finite))
         raise ValueError(f"{name}: {rows.size} rows have NaN or infinite values, the first is row {rows[0]}")
     if kind == "f":
         return states

@@ -19,6 +19,8 @@ import sdw_fast as sdw
 from sdw_fast import density
 from sdw_fast.data import Normalizer, TransitionDataset
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 
 @pytest.fixture
 def rng() -> np.random.Generator:
@@ -47,6 +49,28 @@ def test_tensors_integers_and_half_precision_are_states_too(rng: np.random.Gener
         np.testing.assert_allclose(sdw.knn_log_density(other, k=5), expected, rtol=1e-6)
     strided = np.asfortranarray(states.astype(np.float32))
     np.testing.assert_allclose(sdw.knn_log_density(strided, k=5), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_tensors_stay_on_their_device(rng: np.random.Generator, device: str) -> None:
+    states = rng.standard_normal((300, 4)).astype(np.float32)
+    states[:, 2] = 7  # no dimension
+    others = rng.standard_normal((100, 4)).astype(np.float32)
+    x, y = torch.from_numpy(states).to(device), torch.from_numpy(others).to(device)
+    for options in ({}, {"k": 5, "dimension": "intrinsic"}, {"references": 120}, {"references": others}):
+        expected = sdw.knn_log_density(states, **options)
+        assert isinstance(expected, np.ndarray)
+        logd = sdw.knn_log_density(
+            x, **{**options, **({"references": y} if options.get("references") is others else {})}
+        )
+        assert isinstance(logd, torch.Tensor)
+        assert (logd.device, logd.dtype) == (x.device, torch.float64)
+        np.testing.assert_allclose(logd.cpu(), expected, rtol=1e-6)
+    assert isinstance(sdw.kde_log_density(x), torch.Tensor)
+    assert sdw.estimate_dimension(x) == pytest.approx(sdw.estimate_dimension(states), rel=1e-6)
+    assert sdw.coverage(x, y) == sdw.coverage(states, others)
+    for one, other in zip(sdw.diversity(x).to_dict().values(), sdw.diversity(states).to_dict().values(), strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
 
 
 def test_duplicates_are_densest_and_finite() -> None:
@@ -448,9 +472,11 @@ def test_intrinsic_dimension(rng: np.random.Generator, columns: int, tolerance: 
 
 def test_intrinsic_dimension_by_hand() -> None:
     # Neighbor distances (1, 2) and (1, 4): 1/m = mean(log 2, log 4). A row with a duplicate says nothing.
-    assert density._dimension_of_distances(np.array([[1.0, 2], [1, 4], [0, 3]])) == pytest.approx(1 / math.log(8**0.5))
+    assert density._dimension_of_distances(torch.tensor([[1.0, 2], [1, 4], [0, 3]])) == pytest.approx(
+        1 / math.log(8**0.5)
+    )
     with pytest.raises(ValueError, match="no state without a duplicate"):
-        density._dimension_of_distances(np.zeros((4, 3)))
+        density._dimension_of_distances(torch.zeros((4, 3)))
 
 
 # --- kernel density ---------------------------------------------------------------------------------------------------

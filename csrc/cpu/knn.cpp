@@ -9,8 +9,8 @@
 //
 // Exactness. The scan works on float coordinates; the answer is defined by double distances d of the points as given.
 // With τ the k-th smallest float squared distance, T(τ) = widen·τ + slack bounds the float squared distance of every
-// point whose true distance is not above the true k-th (`Bounds`). All candidates up to T are kept, in a list with room
-// for more than k, and ranked by d at the end. Where the room did not suffice (many ties, or neighbors closer than
+// point whose true distance is not above the true k-th (`KnnBounds`). All candidates up to T are kept, in a list with
+// room for more than k, and ranked by d at the end. Where the room did not suffice (many ties, or neighbors closer than
 // float resolves) the query is searched again by `exact`, which ranks by d from the start.
 #include "sdw/knn.h"
 
@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "sdw/isa.h"
+#include "sdw/knn_bounds.h"
 #include "sdw/memory.h"
 #include "simd.h"
 #if defined(__AVX2__) || defined(__SSE2__)
@@ -104,7 +105,7 @@ Aligned<T> allocate(int64_t count) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Points and bounds
+// Points
 
 inline const void* address(const KnnPoints& a, int64_t i) {
     return static_cast<const char*>(a.points) +
@@ -125,28 +126,6 @@ double squared_distance(const KnnPoints& a, int64_t i, const KnnPoints& b, int64
         add(static_cast<const float*>(address(a, i)), static_cast<const float*>(address(b, j)));
     return sum;
 }
-
-// T(τ) = widen·τ + slack·‖q‖² + floor.
-//
-// With u = 2^-24 the coordinates of a point x are off by at most u‖x‖ <= u(‖q‖ + d) in length, so the distance of two
-// by at most A + 2ud with A = 2u‖q‖; summing D squared differences in float adds a factor 1 ± (D + 3)u, once for the
-// k-th neighbor and once for the candidate, and a box's distance a third. The rounding is absolute as well as relative,
-// so (√τ + 2A)² is needed; (√τ + 2A)² <= (1 + γ)τ + (1 + 1/γ)(2A)² avoids the root. The product form of the distance,
-// ‖x‖² + ‖q‖² − 2qx, is off by at most cancel = 1.5(D + 16)u of (‖q‖ + ‖x‖)² instead. `floor` covers what underflows.
-struct Bounds {
-    float widen, slack, floor;
-
-    static Bounds differences(int64_t dims) {
-        const double u = std::ldexp(1, -24), gamma = 64 * u, r = static_cast<double>(dims + 8) * u;
-        return {static_cast<float>((1 + gamma) * (1 + 8 * r)), static_cast<float>((1 + 1 / gamma) * 16 * u * u * 1.5),
-                static_cast<float>(dims) * std::ldexp(1.0f, -100)};
-    }
-    static Bounds product(int64_t dims) {
-        const double cancel = 1.5 * static_cast<double>(dims + 16) * std::ldexp(1, -24);
-        return {static_cast<float>(1 + 16 * cancel), static_cast<float>(16 * cancel),
-                static_cast<float>(dims) * std::ldexp(1.0f, -100)};
-    }
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tree
@@ -373,7 +352,7 @@ class Searcher {
 
     // Takes up `count` queries, whose rows are `rows` and which lie in or next to block `home`: up to 16 for walk_tree,
     // up to 64 for scan_all.
-    void load_group(const uint32_t* rows, int count, uint32_t home, const Bounds& bounds);
+    void load_group(const uint32_t* rows, int count, uint32_t home, const KnnBounds& bounds);
     void walk_tree();
     void scan_all();
     void finish(int64_t* query, double* squared, int64_t* index);
@@ -404,7 +383,7 @@ class Searcher {
     const int64_t dims_, k_, self_offset_;
     const int64_t capacity_;  // of a list; a multiple of 8, with room beyond k
     const int64_t stride_;    // capacity_ and 8 in front, the last of which is a sentinel
-    Bounds bounds_{};
+    KnnBounds bounds_{};
     int count_ = 0;
     uint32_t home_ = 0;
     int64_t work_ = 0;  // operations on vectors of 16, about
@@ -454,7 +433,7 @@ Searcher::Searcher(const Tree& tree, const KnnPoints& queries, int64_t k, int64_
       high_(allocate<float>(dims_)),
       lists_(allocate<int64_t>(kBatch * stride_)) {}
 
-void Searcher::load_group(const uint32_t* rows, int count, uint32_t home, const Bounds& bounds) {
+void Searcher::load_group(const uint32_t* rows, int count, uint32_t home, const KnnBounds& bounds) {
     count_ = count;
     home_ = home;
     bounds_ = bounds;
@@ -779,7 +758,7 @@ void Searcher::exact_visit(int q, int level, int64_t pack) {
 
 void Searcher::exact(int q) {
     ranked_.clear();
-    bounds_ = Bounds::differences(dims_);
+    bounds_ = KnnBounds::differences(dims_);
     slack_[q] = bounds_.slack * norm_[q] + bounds_.floor;
     exact_visit(q, static_cast<int>(tree_.levels.size()) - 1, 0);
 }
@@ -828,7 +807,7 @@ class TreeJoin final : public KnnJoin {
     bool scans() const override { return scans_; }
 
     void search(int64_t first, int64_t last, int64_t* query, double* squared, int64_t* index) const override {
-        const Bounds bounds = scans_ ? Bounds::product(queries_.dims) : Bounds::differences(queries_.dims);
+        const KnnBounds bounds = scans_ ? KnnBounds::product(queries_.dims) : KnnBounds::differences(queries_.dims);
 #pragma omp parallel num_threads(num_threads())
         {
             Searcher searcher(tree_, queries_, k_, self_offset_);
@@ -846,7 +825,7 @@ class TreeJoin final : public KnnJoin {
     }
 
   private:
-    void load(Searcher& searcher, int64_t g, const Bounds& bounds) const {
+    void load(Searcher& searcher, int64_t g, const KnnBounds& bounds) const {
         searcher.load_group(order_.data() + begin_[g], static_cast<int>(begin_[g + 1] - begin_[g]), home_[g], bounds);
     }
 
@@ -905,7 +884,7 @@ class TreeJoin final : public KnnJoin {
         int64_t scan = 0;
         for (int64_t i = 0; i < samples; ++i) {
             const int64_t g = (2 * i + 1) * groups() / (2 * samples);
-            load(searcher, g, Bounds::differences(queries_.dims));
+            load(searcher, g, KnnBounds::differences(queries_.dims));
             searcher.walk_tree();
             searcher.finish(query.data(), squared.data(), index.data());
             scan += rows(g, g + 1) * tree_.blocks * queries_.dims;

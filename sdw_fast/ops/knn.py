@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from sdw_fast import _C
+from sdw_fast.ops.backend import cuda_stream
+from sdw_fast.ops.knn_cuda import CudaKnnIndex
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 Progress = Callable[[int, int], Any]
@@ -41,17 +45,22 @@ def knn(
         k: Neighbors a query, from 1 to N (to M − 1 in the self-join).
         backend: One of
 
-            - "auto": "native" for data on the CPU; for CUDA data "faiss" where it has a GPU, else "torch";
-            - "native": the compiled kernel, a join of blocks pruned by proof, in the threads of `set_num_threads`;
+            - "auto": "native" wherever it applies; else, for CUDA data, "faiss" where it has a GPU, else "torch";
+            - "native": the compiled kernel for the device on which the data lie: a join of blocks pruned by proof, on
+              the CPU in the threads of `set_num_threads`. The CUDA kernel takes up to 64 dimensions and k up to 256;
+            - "cuda": the CUDA kernel on all visible GPUs, wherever the data lie: every GPU gets all references, in
+              slabs if need be, and its share of the queries, so that neither has to fit on one of them;
             - "torch": blocked brute force in float64 on the data's device; slow, simple and right;
-            - "faiss": FAISS's flat index, on the GPU if the data lie there and FAISS has GPU support;
+            - "faiss": FAISS's flat search, on the GPU (`faiss.knn_gpu`) if the data lie there and FAISS has GPU
+              support (extra `gpu` for CUDA 12, `gpu-cu13` for CUDA 13);
             - "faiss:<factory>[;<parameters>]": any other FAISS index by its `index_factory` name and `ParameterSpace`
               settings, as "faiss:IVF4096,Flat;nprobe=16". Approximate: what it does not find is missing (where it finds
               fewer than k, index −1 at distance inf).
 
             The FAISS backends search centered float32 copies and rank what they find in float64; neighbors closer to
             each other than float32 resolves may be exchanged at the k-th place.
-        progress: Called as progress(queries done, M) after every block. An exception that it raises cancels the search.
+        progress: Called as progress(queries done, M) after every block, one call at a time. An exception that it raises
+            cancels the search. Without it a search of CUDA tensors returns before the GPU has finished.
         out: (distances, indices) to write to, block by block, instead of new arrays: (M, k) float32 and (M, k) int64 of
             the kind and device of `queries`, for example memory maps.
 
@@ -76,19 +85,29 @@ def knn(
     if not 1 <= k <= available:
         reason = f"{points.shape[0]} rows without the query itself" if self_join else f"{available} references"
         raise ValueError(f"knn: k must be between 1 and {available} ({reason}), got {k}")
-    name, factory = _resolve(backend, _device(queries).type)
+    name, factory = _resolve(backend, _device(queries).type, queries.shape[1], int(k))
     distances, indices = _outputs(queries, int(k), out)
 
     def write(rows: Any, block_distances: torch.Tensor, block_indices: torch.Tensor) -> None:
+        rows = rows.to(_device(queries)) if isinstance(rows, torch.Tensor) else rows
         distances[rows] = _like(block_distances.float(), distances)
         indices[rows] = _like(block_indices, indices)
 
     def report(done: int) -> None:
         if progress is not None:
+            if _device(queries).type == "cuda":
+                torch.cuda.current_stream(_device(queries)).synchronize()
             progress(done, queries.shape[0])
 
-    if name == "native":
-        _native_search(queries, points, int(k), self_join, write, report, magnitude)
+    if name in ("native", "cuda"):
+        frame = _Frame(points, magnitude)
+        self_offset = 0 if self_join else _NO_SELF
+        own = None if _device(queries).type == "cpu" else _device(queries)
+        devices = _cuda_devices() if name == "cuda" else [own]
+        if len(devices) == 1:
+            _native_search(queries, points, int(k), self_offset, write, report, frame, devices[0])
+        else:
+            _deal_out(queries, points, int(k), self_offset, write, report, frame, devices)
     elif name == "faiss":
         _faiss_search(queries, points, int(k), self_join, write, report, factory)
     else:
@@ -101,65 +120,172 @@ Write = Callable[[Any, torch.Tensor, torch.Tensor], None]
 Report = Callable[[int], None]
 
 
-def _resolve(backend: str, device: str) -> tuple[str, str]:
-    """Returns the search that `backend` names for data on `device`, and its FAISS factory string."""
+def _resolve(backend: str, device: str, dims: int, k: int) -> tuple[str, str]:
+    """Returns the search that `backend` names for such data on `device`, and its FAISS factory string."""
     name, _, factory = backend.partition(":")
     faiss = importlib.util.find_spec("faiss") is not None
     if name == "faiss" and not faiss:
         raise ImportError('knn: backend "faiss" needs FAISS: pip install "sdw_fast[faiss]"')
-    available = {"cpu": ["native", "torch"], "cuda": ["torch"]}.get(device, [])
+    cuda = hasattr(_C, "knn_cuda") and dims <= _C.knn_cuda_max_dims and k <= _C.knn_cuda_max_k
+    available: list[str] = {
+        "cpu": ["native", "torch", *["cuda"] * (cuda and bool(_cuda_devices()))],
+        "cuda": [*["native", "cuda"] * cuda, "torch"],
+    }.get(device, [])
     if faiss and available:
         available.append("faiss")
     if backend == "auto" and available:
-        name = "faiss" if device == "cuda" and faiss and _faiss_has_gpu() else available[0]
+        name = "faiss" if available[0] == "torch" and faiss and _faiss_has_gpu() else available[0]
     if name not in available or (factory and name != "faiss"):
         choices = ["auto", *available] + ["faiss:<factory>[;<parameters>]"] * ("faiss" in available)
-        raise ValueError(f"knn: backend {backend!r} is not available for data on {device}; choose one of {choices}")
+        reason = f" of {dims} dimensions with k = {k}" if hasattr(_C, "knn_cuda") and not cuda else ""
+        raise ValueError(
+            f"knn: backend {backend!r} is not available for data on {device}{reason}; choose one of {choices}"
+        )
     return name, factory or "Flat"
 
 
-def _native_search(
-    queries: Any, references: Any, k: int, self_join: bool, write: Write, report: Report, magnitude: float
-) -> None:
-    """The compiled join. What is mapped from disk passes through memory in slabs."""
-    frame = _Frame(references, magnitude)
-    rows, double = queries.shape[0], _is_double(queries) or _is_double(references)
-    slab = max(_SLAB_BYTES // (4 * queries.shape[1]), k + 1)
-    step = slab if isinstance(queries, np.memmap) else rows
-    if isinstance(references, np.memmap) and references.shape[0] > slab:
-        for start in range(0, rows, step):
-            block = _resident(queries[start : start + step], double)
-            self_offset = start if self_join else None
-            squared, found = _search_slabs(block, references, k, slab, self_offset, frame, _from(start, report))
-            write(slice(start, start + block.shape[0]), squared.sqrt(), found)
-        return
-    points = _resident(references, double)
-    coordinates = frame.coordinates(points)
-    index = _C.KnnIndex(points, coordinates, frame.scale)
-    if self_join:
-        _run(index.self_join(k), k, lambda row, squared, found: write(row, squared.sqrt(), found), report)
-        return
-    for start in range(0, rows, step):
-        block = _resident(queries[start : start + step], double)
-        join = index.join(block, frame.coordinates(block), k, _NO_SELF)
-        _run(join, k, _written_from(start, write), _from(start, report))
+def _cuda_devices() -> list[torch.device | None]:
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 _NO_SELF = -(1 << 62)  # an offset that meets no row
 
 
+def _deal_out(
+    queries: Any,
+    references: Any,
+    k: int,
+    self_offset: int,
+    write: Write,
+    report: Report,
+    frame: _Frame,
+    devices: list[torch.device | None],
+) -> None:
+    """The CUDA kernel on several devices at once: each searches all references for an equal share of the queries."""
+    bounds = [queries.shape[0] * i // len(devices) for i in range(len(devices) + 1)]
+    done, lock, stop = [0] * len(devices), threading.Lock(), threading.Event()
+
+    def search(number: int) -> None:
+        first, last = bounds[number], bounds[number + 1]
+
+        def report_share(rows: int) -> None:
+            with lock:
+                if stop.is_set():
+                    raise CancelledError
+                done[number] = rows
+                report(sum(done))
+
+        def write_share(rows: Any, squared: torch.Tensor, found: torch.Tensor) -> None:
+            write(_shifted(rows, first), squared, found)
+
+        if first < last:
+            share, offset = queries[first:last], self_offset + first
+            _native_search(share, references, k, offset, write_share, report_share, frame, devices[number])
+
+    _synchronize([_device(queries)])  # the threads have streams of their own
+    with ThreadPoolExecutor(len(devices)) as pool:
+        shares = [pool.submit(search, number) for number in range(len(devices))]
+        try:
+            wait(shares, return_when="FIRST_EXCEPTION")
+        finally:
+            stop.set()
+    _synchronize([_device(queries), *devices])
+    errors = [error for error in (share.exception() for share in shares) if error is not None]
+    for error in errors:
+        if not isinstance(error, CancelledError):
+            raise error
+
+
+def _synchronize(devices: list[torch.device | None]) -> None:
+    for device in devices:
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def _shifted(rows: Any, by: int) -> Any:
+    return slice(rows.start + by, rows.stop + by) if isinstance(rows, slice) else rows + by
+
+
+def _native_search(
+    queries: Any,
+    references: Any,
+    k: int,
+    self_offset: int,
+    write: Write,
+    report: Report,
+    frame: _Frame,
+    device: torch.device | None,
+) -> None:
+    """The compiled join on the CPU (device None) or a CUDA device. What does not fit there passes through in slabs.
+
+    Query i leaves out reference i + self_offset; where both are one and the offset is 0, the self-join.
+    """
+    rows, double = queries.shape[0], _is_double(queries) or _is_double(references)
+    slab, step = _slab_rows(queries, references, k, device)
+    if references.shape[0] > slab:
+        for start in range(0, rows, step):
+            block = _resident(queries[start : start + step], double, device)
+            squared, found = _search_slabs(
+                block, references, k, slab, self_offset + start, frame, device, _from(start, report)
+            )
+            write(slice(start, start + block.shape[0]), squared.sqrt(), found)
+        return
+    points = _resident(references, double, device)
+    index = _index(points, frame, device)
+    if queries is references and self_offset == 0:
+        _run(index.self_join(k), k, device, lambda row, squared, found: write(row, squared.sqrt(), found), report)
+        return
+    for start in range(0, rows, step):
+        block = _resident(queries[start : start + step], double, device)
+        join = index.join(block, frame.coordinates(block), k, self_offset + start)
+        _run(join, k, device, _written_from(start, write), _from(start, report))
+
+
+def _index(points: Any, frame: _Frame, device: torch.device | None) -> Any:
+    if device is None:
+        return _C.KnnIndex(points, frame.coordinates(points), frame.scale)
+    return CudaKnnIndex(points, frame.coordinates(points))
+
+
+def _slab_rows(queries: Any, references: Any, k: int, device: torch.device | None) -> tuple[int, int]:
+    """Rows of the references, and of the queries, that are brought to where they are searched at a time."""
+    dims = queries.shape[1]
+    if device is None:
+        slab = max(_SLAB_BYTES // (4 * dims), k + 1)
+        slab, step = (slab if isinstance(x, np.memmap) else x.shape[0] for x in (references, queries))
+        return slab, step
+    # Half of the free memory for references: points in double, coordinates, the packed and widened copies of these
+    # with a transient of each, sort keys. A quarter for queries and their results, before and after merging.
+    free, width = _free_bytes(device), _C.knn_cuda_width(dims)
+    slab = max(free // 2 // (12 * dims + 16 * width + 96), k + 1)
+    return slab, max(free // 4 // (12 * dims + 8 * width + 64 * k + 64), 1)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that PyTorch can still hand out: free on the device, or kept and unused."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def _search_slabs(
-    block: Any, references: Any, k: int, slab: int, self_offset: int | None, frame: _Frame, report: Report
+    block: Any,
+    references: Any,
+    k: int,
+    slab: int,
+    self_offset: int,
+    frame: _Frame,
+    device: torch.device | None,
+    report: Report,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Joins queries with one slab of the references after the other; returns their squared distances and indices."""
     coordinates = frame.coordinates(block)
     rows, double = block.shape[0], _is_double(block)
-    best = torch.full((rows, k), torch.inf, dtype=torch.float64)
-    best_index = torch.full((rows, k), -1, dtype=torch.int64)
+    best = torch.full((rows, k), torch.inf, dtype=torch.float64, device=device)
+    best_index = torch.full((rows, k), -1, dtype=torch.int64, device=device)
     slabs = references.shape[0] // slab  # the remainder is spread over them: each has more than k rows
     bounds = [references.shape[0] * i // slabs for i in range(slabs + 1)]
     for number, first in enumerate(bounds[:-1]):
-        points = _resident(references[first : bounds[number + 1]], double)
+        points = _resident(references[first : bounds[number + 1]], double, device)
 
         def merge(row: torch.Tensor, squared: torch.Tensor, found: torch.Tensor, first: int = first) -> None:
             # Slabs come in the order of their rows, so a stable sort leaves ties in the order of their index.
@@ -170,9 +296,8 @@ def _search_slabs(
         def report_share(done: int, number: int = number) -> None:
             report((number * rows + done) // slabs)
 
-        index = _C.KnnIndex(points, frame.coordinates(points), frame.scale)
-        offset = _NO_SELF if self_offset is None else self_offset - first
-        _run(index.join(block, coordinates, k, offset), k, merge, report_share)
+        join = _index(points, frame, device).join(block, coordinates, k, self_offset - first)
+        _run(join, k, device, merge, report_share)
     return best, best_index
 
 
@@ -184,29 +309,31 @@ def _written_from(start: int, write: Write) -> Write:
     return lambda row, squared, found: write(row + start, squared.sqrt(), found)
 
 
-def _run(join: Any, k: int, write: Write, report: Report) -> None:
-    """Runs a join in portions of about a quarter of a second, so that it can be watched and interrupted."""
-    first, portion, done = 0, 16, 0
+def _run(join: Any, k: int, device: torch.device | None, write: Write, report: Report) -> None:
+    """Runs a join in portions, so that it can be watched and interrupted: of about a quarter of a second on the CPU, of
+    as many queries as the workspace is meant to hold on a CUDA device."""
+    first, portion, done = 0, 16 if device is None else join.portion, 0
     while first < join.groups:
         last = min(first + portion, join.groups)
         rows = join.rows(first, last)
-        row = torch.empty(rows, dtype=torch.int64)
-        squared = torch.empty((rows, k), dtype=torch.float64)
-        found = torch.empty((rows, k), dtype=torch.int64)
+        row = torch.empty(rows, dtype=torch.int64, device=device)
+        squared = torch.empty((rows, k), dtype=torch.float64, device=device)
+        found = torch.empty((rows, k), dtype=torch.int64, device=device)
         began = time.perf_counter()
         join.search(first, last, row, squared, found)
         seconds = time.perf_counter() - began
         write(row, squared, found)
         first, done = last, done + rows
         report(done)
-        portion = max(1, int(portion * min(8.0, 0.25 / max(seconds, 1e-9))))
+        if device is None:
+            portion = max(1, int(portion * min(8.0, 0.25 / max(seconds, 1e-9))))
 
 
 class _Frame:
     """Coordinates fit for pruning: centered, along the principal axes, widest first, scaled by a power of two.
 
     Any center and any orthonormal axes give right answers; these, from a sample, give fast ones. The scale puts all
-    distances below 2^62, so that no square overflows.
+    distances below 2^62, so that no square overflows. Coordinates lie on the device of the points.
     """
 
     def __init__(self, references: Any, magnitude: float) -> None:
@@ -217,26 +344,34 @@ class _Frame:
         self.axes = None
         if rows >= max(1024, 2 * dimension):  # else too little to prune to be worth it
             sample = (sample - self.center) * self.scale
-            self.axes = torch.linalg.eigh(sample.T @ sample).eigenvectors.flip(1) * self.scale
+            covariance = (sample.T @ sample).cpu()  # a small matrix: LAPACK is quick and repeats its bits
+            self.axes = torch.linalg.eigh(covariance).eigenvectors.flip(1) * self.scale
 
     def coordinates(self, points: Any) -> torch.Tensor:
-        result = torch.empty(tuple(points.shape), dtype=torch.float32)
+        device = _device(points)
+        center, axes = self.center.to(device), None if self.axes is None else self.axes.to(device)
+        result = torch.empty(tuple(points.shape), dtype=torch.float32, device=device)
         for start in range(0, points.shape[0], _READ_ROWS):
-            centered = _rows(points, start, start + _READ_ROWS).sub_(self.center)
-            result[start : start + _READ_ROWS] = (
-                centered @ self.axes if self.axes is not None else centered * self.scale
-            )
+            centered = _rows(points, start, start + _READ_ROWS) - center
+            result[start : start + _READ_ROWS] = centered @ axes if axes is not None else centered * self.scale
         return result
 
 
-def _resident(x: Any, double: bool) -> Any:
-    """Rows in memory, contiguous, writable (which DLPack asks for), float64 or float32."""
+def _resident(x: Any, double: bool, device: torch.device | None) -> Any:
+    """Rows where they are searched, contiguous, writable (which DLPack asks for), float64 or float32."""
+    kind = torch.float64 if double else torch.float32
     if isinstance(x, torch.Tensor):
-        return x.detach().to(torch.float64 if double else torch.float32).contiguous()
+        return x.detach().to(device, kind).contiguous()
     dtype = np.float64 if double else np.float32
-    if isinstance(x, np.memmap):
-        return np.array(x, dtype=dtype, order="C", subok=False)
-    return np.require(x, dtype, ["C", "A", "W", "E"])
+    if device is None:
+        if isinstance(x, np.memmap):
+            return np.array(x, dtype=dtype, order="C", subok=False)
+        return np.require(x, dtype, ["C", "A", "W", "E"])
+    result = torch.empty(x.shape, dtype=kind, device=device)
+    for start in range(0, x.shape[0], _READ_ROWS):
+        block = np.array(x[start : start + _READ_ROWS], dtype=dtype, order="C", subok=False)
+        result[start : start + _READ_ROWS] = torch.from_numpy(block)
+    return result
 
 
 def _is_double(x: Any) -> bool:
@@ -282,37 +417,21 @@ def _faiss_search(
     queries: Any, references: Any, k: int, self_join: bool, write: Write, report: Report, factory: str
 ) -> None:
     """A FAISS index over float32 copies centered on the references' mean; its finds are ranked in float64."""
-    import faiss
-
-    name, _, parameters = factory.partition(";")
-    on_gpu = _device(queries).type == "cuda" and _faiss_has_gpu()
-    rows, dimension = references.shape
+    rows = references.shape[0]
     center = sum(_rows(references, r, r + _READ_ROWS).sum(0) for r in range(0, rows, _READ_ROWS)) / rows
-    try:
-        index = faiss.index_factory(dimension, name)
-        if on_gpu:
-            index = faiss.index_cpu_to_all_gpus(index)
-        space = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
-        if parameters:
-            space.set_index_parameters(index, parameters)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise ValueError(f"knn: FAISS does not know the index {factory!r}: {error}") from error
 
-    def centered(x: Any, start: int, stop: int) -> np.ndarray:
-        return (_rows(x, start, stop) - center).float().cpu().numpy()
-
-    if not index.is_trained:
-        index.train(centered(references, 0, rows))
-    for r in range(0, rows, _READ_ROWS):
-        index.add(centered(references, r, r + _READ_ROWS))
+    def centered(x: Any, start: int, stop: int) -> torch.Tensor:
+        return (_rows(x, start, stop) - center).float()
 
     # One more than asked: the query itself is usually among them. Duplicates can push it out; then the last one goes.
     wanted = min(k + self_join, rows)
-    for q in range(0, queries.shape[0], 4096):
-        x = _rows(queries, q, q + 4096)  # [B, D]
-        _, found_array = index.search(centered(queries, q, q + 4096), wanted)
-        found = torch.from_numpy(found_array).to(x.device)  # [B, k + 1]
-        found = found.sort(1).values
+    on_gpu = _device(queries).type == "cuda" and _faiss_has_gpu()
+    flat = on_gpu and factory == "Flat" and wanted <= _FAISS_GPU_MAX_K
+    find = (_faiss_gpu if flat else _faiss_index)(references, centered, wanted, factory, on_gpu)
+    step = 32768 if on_gpu else 4096
+    for q in range(0, queries.shape[0], step):
+        x = _rows(queries, q, q + step)  # [B, D]
+        found = find(centered(queries, q, q + step)).to(x.device).sort(1).values  # [B, k + 1]
         neighbors = _take(references, found.clamp(min=0))  # [B, k + 1, D]
         distance = (x[:, None] - neighbors).square().sum(-1).sqrt()
         missing = found < 0
@@ -323,6 +442,49 @@ def _faiss_search(
         order = distance.argsort(dim=1, stable=True)[:, :k]
         write(slice(q, q + x.shape[0]), distance.gather(1, order), found.gather(1, order))
         report(q + x.shape[0])
+
+
+_FAISS_GPU_MAX_K = 2048
+Centered = Callable[[Any, int, int], torch.Tensor]  # rows [start, stop) of an array, as FAISS gets them
+Find = Callable[[torch.Tensor], torch.Tensor]  # (B, D) queries -> (B, wanted) rows of the references
+
+
+def _faiss_gpu(references: Any, centered: Centered, wanted: int, factory: str, on_gpu: bool) -> Find:
+    """Brute force on the GPU where the tensors lie, without an index and without a copy through the host."""
+    import faiss
+    import faiss.contrib.torch_utils  # teaches knn_gpu tensors
+
+    resources = faiss.StandardGpuResources()
+    y = torch.empty(references.shape, dtype=torch.float32, device=references.device)
+    for r in range(0, y.shape[0], _READ_ROWS):
+        y[r : r + _READ_ROWS] = centered(references, r, r + _READ_ROWS)
+
+    def find(block: torch.Tensor) -> torch.Tensor:
+        with cuda_stream(block):
+            return faiss.knn_gpu(resources, block, y, wanted)[1]
+
+    return find
+
+
+def _faiss_index(references: Any, centered: Centered, wanted: int, factory: str, on_gpu: bool) -> Find:
+    import faiss
+
+    name, _, parameters = factory.partition(";")
+    rows, dimension = references.shape
+    try:
+        index = faiss.index_factory(dimension, name)
+        if on_gpu:
+            index = faiss.index_cpu_to_all_gpus(index)
+        space = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
+        if parameters:
+            space.set_index_parameters(index, parameters)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise ValueError(f"knn: FAISS does not know the index {factory!r}: {error}") from error
+    if not index.is_trained:
+        index.train(centered(references, 0, rows).cpu().numpy())
+    for r in range(0, rows, _READ_ROWS):
+        index.add(centered(references, r, r + _READ_ROWS).cpu().numpy())
+    return lambda block: torch.from_numpy(index.search(block.cpu().numpy(), wanted)[1])
 
 
 def _faiss_has_gpu() -> bool:
@@ -414,4 +576,4 @@ def _take(x: Any, index: torch.Tensor) -> torch.Tensor:
 
 
 def _like(block: torch.Tensor, target: Any) -> Any:
-    return block if isinstance(target, torch.Tensor) else block.numpy()
+    return block.to(target.device) if isinstance(target, torch.Tensor) else block.cpu().numpy()

@@ -100,6 +100,17 @@ def test_kinds_and_layouts(backend: str) -> None:
     np.testing.assert_array_equal(indices.numpy(), brute_force(x, None, 4)[1])
 
 
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_are_left_as_they_were(backend: str, dtype: torch.dtype) -> None:
+    x = torch.from_numpy(states(100, 3, 1)).to(dtype)
+    y = x[:40] + 0.25
+    before = x.clone(), y.clone()
+    knn(x, k=2, backend=backend)
+    knn(y, x, k=2, backend=backend)
+    torch.testing.assert_close((x, y), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_ties_go_to_the_lower_index(backend: str) -> None:
     grid = np.random.default_rng(2).integers(0, 3, (700, 2)).astype(np.float32)
@@ -323,11 +334,12 @@ def test_refusals() -> None:
         knn(x, k=1, out=(np.zeros((5, 2), np.float32), np.zeros((5, 1), np.int64)))
 
 
-def test_data_elsewhere() -> None:
+def test_data_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without CUDA there is no CUDA tensor to pass; what decides for one is asked directly.
+    monkeypatch.delattr(_C, "knn_cuda", raising=False)
     with pytest.raises(ValueError, match=r"'native' is not available for data on cuda; choose one of .*torch"):
-        knn_module._resolve("native", "cuda")
-    assert knn_module._resolve("auto", "cuda")[0] in ("torch", "faiss")
-    assert knn_module._resolve("auto", "cpu")[0] == "native"
+        knn_module._resolve("native", "cuda", 3, 1)
+    assert knn_module._resolve("auto", "cuda", 3, 1)[0] in ("torch", "faiss")
+    assert knn_module._resolve("auto", "cpu", 3, 1)[0] == "native"
     with pytest.raises(ValueError, match="meta"):
         knn(torch.zeros((5, 2), device="meta"), k=1)

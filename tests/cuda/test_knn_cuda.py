@@ -1,0 +1,344 @@
+"""The CUDA kernel of knn, emulated and on a GPU where there is one, against float64 brute force."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_knn
+from sdw_fast import _C
+from sdw_fast.ops import knn
+from sdw_fast.ops import knn_cuda as packing
+
+knn_module = sys.modules["sdw_fast.ops.knn"]
+
+HAS_GPU = torch.cuda.is_available() and hasattr(_C, "knn_cuda")
+DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="needs a GPU"))]
+NO_SELF = knn_module._NO_SELF
+
+# (queries, references or None, k) -> squared distances, indices, counts
+Search = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+@pytest.fixture(params=DEVICES)
+def search(request: pytest.FixtureRequest) -> Search:
+    """The kernel on packed references, with every row found."""
+    if request.param == "emulated":
+        request.getfixturevalue("cuda_on_cpu")
+    device = torch.device("cpu" if request.param == "emulated" else "cuda")
+
+    def run(x: np.ndarray, y: np.ndarray | None, k: int, prune: bool = True, portion: int | None = None):
+        queries = torch.from_numpy(x).to(device)
+        points = queries if y is None else torch.from_numpy(y).to(device)
+        frame = knn_module._Frame(points, float(points.abs().max()))
+        index = packing.CudaKnnIndex(points, frame.coordinates(points))
+        join = index.self_join(k) if y is None else index.join(queries, frame.coordinates(queries), k, NO_SELF)
+        join.prune = prune
+        squared = torch.full((len(x), k), torch.nan, dtype=torch.float64)
+        found = torch.full((len(x), k), -1)
+        for first in range(0, join.groups, portion or join.groups):
+            last = min(first + (portion or join.groups), join.groups)
+            rows = join.rows(first, last)
+            row, part = torch.empty(rows, dtype=torch.int64, device=device), torch.empty((rows, k), device=device)
+            some_squared, some_found = part.double(), part.long()
+            join.search(first, last, row, some_squared, some_found)
+            squared[row.cpu()], found[row.cpu()] = some_squared.cpu(), some_found.cpu()
+        return squared.numpy(), found.numpy(), join.counts.cpu().numpy()
+
+    return run
+
+
+def brute_force(queries: np.ndarray, references: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """All differences in float64; a stable sort breaks ties by index."""
+    x, y = queries.astype(np.float64), (queries if references is None else references).astype(np.float64)
+    squared = np.zeros((len(x), len(y)))
+    for d in range(x.shape[1]):
+        squared += (x[:, None, d] - y[None, :, d]) ** 2
+    if references is None:
+        np.fill_diagonal(squared, np.inf)
+    index = np.argsort(squared, 1, kind="stable")[:, :k]
+    return np.take_along_axis(squared, index, 1), index
+
+
+def check(search: Search, x: np.ndarray, y: np.ndarray | None, k: int) -> np.ndarray:
+    """Indices identical to brute force; where they are not, a tie within the last digits of a float64 sum."""
+    squared, found, counts = search(x, y, k)
+    expected, expected_index = brute_force(x, y, k)
+    np.testing.assert_allclose(squared, expected, rtol=1e-13, atol=0)
+    different = found != expected_index
+    assert different.mean() < 0.01
+    points = (x if y is None else y).astype(np.float64)
+    truth = ((x[:, None].astype(np.float64) - points[found]) ** 2).sum(-1)
+    np.testing.assert_allclose(truth[different], expected[different], rtol=1e-13, atol=0)
+    assert all(len(set(row)) == k for row in found.tolist())
+    return counts
+
+
+def states(rows: int, dimension: int, seed: int) -> np.ndarray:
+    """Points near a curved surface of dimension 3, as the states of a robot are."""
+    rng = np.random.default_rng(seed)
+    latent = rng.standard_normal((rows, 3)) @ rng.standard_normal((3, dimension))
+    return (np.sin(latent) + 0.3 * latent + 0.02 * rng.standard_normal((rows, dimension))).astype(np.float32)
+
+
+def test_by_hand(search: Search) -> None:
+    # Four corners of a 3 by 4 rectangle: from (0, 0) the others lie at 3, 4 and 5.
+    corners = np.array([[0, 0], [3, 0], [0, 4], [3, 4]], np.float32)
+    squared, found, counts = search(corners, None, 3)
+    np.testing.assert_array_equal(squared, [[9, 16, 25]] * 4)
+    np.testing.assert_array_equal(found, [[1, 2, 3], [0, 3, 2], [3, 0, 1], [2, 1, 0]])
+    np.testing.assert_array_equal(counts, [[1, 4, 0]])  # one leaf, wanted by four queries, none searched again
+    # From the middle of the lower side: (0, 0) and (3, 0) tie at 1.5, the lower index first.
+    squared, found, _ = search(np.array([[1.5, 0]], np.float32), corners, 2)
+    np.testing.assert_array_equal(squared, [[2.25, 2.25]])
+    np.testing.assert_array_equal(found, [[0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "dimension", "k"),
+    [
+        *[(2, 1, 1), (31, 3, 30), (32, 3, 4), (33, 3, 4), (63, 2, 7), (64, 3, 10), (65, 11, 10), (129, 17, 10)],
+        *[(257, 1, 5), (320, 17, 40), (300, 11, 256), (150, 33, 5), (200, 64, 10), (2049, 3, 1), (2113, 11, 3)],
+    ],
+)
+def test_sizes(search: Search, rows: int, dimension: int, k: int) -> None:
+    check(search, states(rows, dimension, 0), None, k)
+
+
+@pytest.mark.parametrize(
+    ("queries", "references", "dimension", "k"),
+    [(1, 1, 1, 1), (1, 700, 17, 10), (33, 63, 3, 63), (97, 301, 20, 10), (100, 2049, 5, 20), (5, 4, 24, 4)],
+)
+def test_queries_against_references(search: Search, queries: int, references: int, dimension: int, k: int) -> None:
+    x = np.random.default_rng(1).standard_normal((queries, dimension), dtype=np.float32)
+    check(search, x, states(references, dimension, 2), k)
+
+
+def test_ties_go_to_the_lower_index(search: Search) -> None:
+    grid = np.random.default_rng(2).integers(0, 3, (300, 2)).astype(np.float32)
+    for x, y, k in [(grid, None, 50), (grid[:40], grid, 90), (np.full((200, 3), 5.3, np.float32), None, 20)]:
+        squared, found, counts = search(x, y, k)
+        expected, expected_index = brute_force(x, y, k)
+        np.testing.assert_array_equal(squared, expected)
+        np.testing.assert_array_equal(found, expected_index)
+        assert counts[:, 2].sum() > 0  # lists overflowed
+
+
+def test_data_far_from_the_origin_keep_their_digits(search: Search) -> None:
+    # With close pairs: 2^-13 apart at 1000, the last digits float32 has there.
+    x = states(400, 17, 3) + 1000
+    x[200:] = x[:200]
+    x[200:, 3] += 2.0**-13
+    counts = check(search, x, None, 5)
+    assert counts[:, 2].sum() == 0
+
+
+def test_neighbors_closer_than_float32_resolves(search: Search) -> None:
+    rng = np.random.default_rng(4)
+    centers = rng.standard_normal((5, 6))
+    x = centers[rng.integers(0, 5, 300)] + 1e-11 * rng.standard_normal((300, 6))  # float64
+    assert check(search, x, None, 7)[:, 2].sum() == 300
+    outlier = states(200, 4, 5)
+    outlier[17] = 3e30
+    check(search, outlier, None, 4)
+    for scale in (1e-30, 1e34):
+        check(search, (states(100, 5, 6) * scale).astype(np.float64), None, 4)
+
+
+def test_pruning_changes_the_work_and_not_the_answer(search: Search) -> None:
+    rng = np.random.default_rng(7)
+    x = (10 * rng.standard_normal((30, 6)))[rng.integers(0, 30, 1500)] + rng.standard_normal((1500, 6))
+    x = x.astype(np.float32)
+    squared, found, counts = search(x, None, 5)
+    all_squared, all_found, all_counts = search(x, None, 5, prune=False)
+    np.testing.assert_array_equal(squared, all_squared)
+    np.testing.assert_array_equal(found, all_found)
+    leaves = -(-len(x) // 64)
+    np.testing.assert_array_equal(all_counts.sum(0)[:2], [leaves * len(counts), leaves * len(x)])
+    assert counts[:, 0].sum() < 0.3 * leaves * len(counts)  # boxes tested
+    assert counts[:, 1].sum() < 0.1 * leaves * len(x)  # leaves scanned
+
+
+def test_portions_are_independent(search: Search) -> None:
+    x = states(330, 5, 8)
+    whole, parts = search(x, None, 4), search(x, None, 4, portion=3)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("search", ["emulated"], indirect=True)
+def test_any_order_of_threads_gives_the_same_bits(search: Search, cuda_on_cpu: ModuleType) -> None:
+    x = states(500, 11, 9)
+    results = []
+    for seed in (1, 2, 3):
+        cuda_on_cpu.set_seed(seed)
+        results.append(search(x, None, 6))
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Around the kernel, with the host as its device
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_several_devices_and_slabs(devices: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    x = states(400, 7, 10)
+    x[300:330] = x[20:50]  # ties across slabs
+    free = 150 * 2 * (12 * 7 + 16 * 8 + 96)  # room for 150 references at a time, and 44 queries
+    monkeypatch.setattr(knn_module, "_free_bytes", lambda device: free)
+    monkeypatch.setattr(knn_module, "_cuda_devices", lambda: [torch.device("cpu")] * devices)
+    seen: list[tuple[int, int]] = []
+    distances, indices = knn(x, k=5, backend="cuda", progress=lambda done, total: seen.append((done, total)))
+    expected, expected_index = brute_force(x, None, 5)
+    np.testing.assert_allclose(distances, np.sqrt(expected), rtol=2e-7)
+    np.testing.assert_array_equal(indices, expected_index)
+    assert seen == sorted(seen)
+    assert seen[-1] == (400, 400)
+
+    np.save(tmp_path / "states.npy", x)
+    mapped = np.load(tmp_path / "states.npy", mmap_mode="r")
+    np.testing.assert_array_equal(knn(mapped[:90], mapped, k=3, backend="cuda")[1], brute_force(x[:90], x, 3)[1])
+
+    def cancel(done: int, total: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        knn(x, k=3, backend="cuda", progress=cancel)
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_one_device_that_holds_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn_module, "_free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(packing, "_LIST_BYTES", 1)  # a group a portion
+    monkeypatch.setattr(knn_module, "_cuda_devices", lambda: [torch.device("cpu")])
+    x = torch.from_numpy(states(200, 5, 11)).to(torch.float16)
+    seen: list[int] = []
+    distances, indices = knn(x, k=4, backend="cuda", progress=lambda done, total: seen.append(done))
+    assert seen == [*range(32, 200, 32), 200]
+    assert distances.dtype == torch.float32
+    np.testing.assert_array_equal(indices, brute_force(x.numpy(), None, 4)[1])
+    y = torch.from_numpy(states(150, 5, 12)).double()
+    np.testing.assert_array_equal(knn(y, x, k=4, backend="cuda")[1], brute_force(y.numpy(), x.numpy(), 4)[1])
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = knn_module._resolve
+    monkeypatch.setattr(knn_module, "_cuda_devices", lambda: [])
+    assert resolve("auto", "cuda", 17, 10)[0] == "native"
+    assert resolve("cuda", "cuda", 64, 256)[0] == "cuda"
+    assert resolve("auto", "cuda", 65, 10)[0] in ("torch", "faiss")
+    assert resolve("auto", "cuda", 17, 257)[0] in ("torch", "faiss")
+    with pytest.raises(ValueError, match="'native' is not available for data on cuda of 65 dimensions with k = 10"):
+        resolve("native", "cuda", 65, 10)
+    with pytest.raises(ValueError, match="'cuda' is not available for data on cpu"):
+        resolve("cuda", "cpu", 17, 10)
+    monkeypatch.setattr(knn_module, "_cuda_devices", lambda: [torch.device("cuda", 0)])
+    assert resolve("cuda", "cpu", 17, 10)[0] == "cuda"
+    assert resolve("auto", "cpu", 17, 10)[0] == "native"
+
+
+def test_widths_and_workspace(emulated: ModuleType) -> None:
+    widths = [emulated.knn_cuda_width(dims) for dims in range(1, 67)]
+    assert widths[16] == 20
+    assert widths[64:] == [0, 0]
+    assert all(width >= dims and width % 4 == 0 for dims, width in enumerate(widths[:64], 1))
+    assert sorted(set(widths[:64])) == [4, 8, 12, 16, 20, 24, 32, 48, 64]
+    # k = 10: lists of 16 keys of 8 bytes, and a threshold a query.
+    assert emulated.knn_cuda_workspace(1000, 10) == 1000 * (16 * 8 + 4)
+
+
+def test_tree_order() -> None:
+    # On a line it is the sorted order of blocks, and within one that of the index.
+    x = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).float()[:, None]
+    order = packing.tree_order(x, 32)
+    for block, expected in zip(x[order, 0].split(32), torch.arange(1000.0).split(32), strict=True):
+        np.testing.assert_array_equal(block.sort().values, expected)
+    # Rows of equal value stay in the order of their index; negative zero and zero are neighbors.
+    np.testing.assert_array_equal(packing.tree_order(torch.zeros(500, 2), 32), torch.arange(500))
+    mixed = torch.tensor([-1.0, 3.0, -0.0, 0.0, -2.0, 2.0, 1.0, -3.0]).repeat_interleave(16)[:, None]
+    by_value = mixed[packing.tree_order(mixed, 16), 0].view(8, 16)
+    np.testing.assert_array_equal(by_value, mixed.sort(0).values.view(8, 16))
+    # Every block is a subtree: halves of a node do not overlap along the axis that splits it.
+    y = torch.from_numpy(states(5 * 32 + 3, 3, 13))
+    order = packing.tree_order(y, 32)
+    assert sorted(order.tolist()) == list(range(len(y)))
+    left, right = y[order[:128]], y[order[128:]]
+    assert any(left[:, d].max() <= right[:, d].min() for d in range(3))
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_boxes_hold_their_points_and_nothing_else() -> None:
+    x = torch.from_numpy(states(2200, 5, 14))
+    index = packing.CudaKnnIndex(x, x)
+    assert index.coordinates.shape == (35, 2, 64, 4)
+    assert index.leaf_boxes.shape == (2, 2, 2, 32, 4)
+    assert index.cell_boxes.shape == (1, 2, 2, 32, 4)
+    leaf_boxes = index.leaf_boxes.permute(1, 0, 3, 2, 4).reshape(2, 64, 8)[:, :, :5]
+    cell_boxes = index.cell_boxes.permute(1, 0, 3, 2, 4).reshape(2, 32, 8)[:, :, :5]
+    for boxes, size, count in [(leaf_boxes, 64, 35), (cell_boxes, 2048, 2)]:
+        for number in range(count):
+            inside = x[index.order[number * size : (number + 1) * size]]
+            np.testing.assert_array_equal(boxes[0, number], inside.amin(0))
+            np.testing.assert_array_equal(boxes[1, number], inside.amax(0))
+        assert (boxes[0, count:] == 1e30).all()
+        assert (boxes[1, count:] == -1e30).all()
+    np.testing.assert_array_equal(index.row[:2200], index.order)
+    assert (index.row[2200:] == -1).all()
+    assert index.first_row[34] == index.order[34 * 64 :].min()
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_the_binding_refuses_what_does_not_fit() -> None:
+    x = torch.from_numpy(states(100, 5, 15))
+    join = packing.CudaKnnIndex(x, x).self_join(3)
+    good = (torch.empty(100, dtype=torch.int64), torch.empty(100, 3).double(), torch.empty(100, 3).long())
+    join.search(0, 4, *good)
+    with pytest.raises(ValueError, match="outputs must have shape"):
+        join.search(0, 4, good[0], torch.empty(100, 4).double(), good[2])
+    with pytest.raises(TypeError, match="squared must be float64"):
+        join.search(0, 4, good[0], torch.empty(100, 3), good[2])
+    join.points = x.double()
+    with pytest.raises(ValueError, match="queries and references must agree"):
+        join.search(0, 4, *good)
+
+
+def test_faiss_on_a_gpu_gets_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What knn hands to faiss.knn_gpu and makes of its answer, with the product form in its place.
+    pytest.importorskip("faiss.contrib.torch_utils")
+    import faiss
+
+    def knn_gpu(resources: object, x: torch.Tensor, y: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert x.dtype == y.dtype == torch.float32
+        distances, indices = (y.square().sum(1) - 2 * x @ y.T).topk(k, largest=False)
+        return distances, indices
+
+    monkeypatch.setattr(faiss, "knn_gpu", knn_gpu, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", SimpleNamespace, raising=False)
+    monkeypatch.setattr(knn_module, "_faiss_index", knn_module._faiss_gpu)
+    monkeypatch.setattr(knn_module, "cuda_stream", lambda tensor: torch.no_grad())
+    x = torch.from_numpy(states(300, 9, 16)) + 1000
+    distances, indices = knn(x, k=4, backend="faiss")
+    expected, expected_index = brute_force(x.numpy(), None, 4)
+    np.testing.assert_array_equal(indices, expected_index)
+    np.testing.assert_allclose(distances, np.sqrt(expected), rtol=2e-7)
+
+
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    (table,) = bench_knn.run_on_gpu("cpu", ["surface:5"], [600], 100, 0.1, tmp_path)
+    assert [row.name.split(",")[0].split(" (")[0] for row in table.rows] == ["sdw_fast", *bench_knn.GPU_PEERS]
+    assert all("recall 1.0000" in row.name for row in table.rows[1:] if not row.skipped)
+    points = torch.from_numpy(bench_knn.source("surface:5", 600))
+    assert "100 rows 0 differ" in bench_knn.agreement(points, 100)
+    assert "searched again: 0" in bench_knn.parts_of_the_time(points)
+    assert list(tmp_path.glob("*.json"))

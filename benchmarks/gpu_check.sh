@@ -79,11 +79,11 @@ sanitize() { # tool of compute-sanitizer
 }
 
 check() {
-    local knn_rows="1e5 1e6 1e7"
+    local knn=(--device cuda --rows 1e5 1e6 --verify 20000)
     device=cuda
     if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         echo "NO GPU: a dry run on the CPU with tiny shapes; no figure below means anything"
-        device=cpu knn_rows=2e3
+        device=cpu knn=(--rows 2e3)
     else
         nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
         nvcc --version | tail -2
@@ -96,8 +96,7 @@ check() {
     stage "tests" 150 "$PYTHON" -m pytest -q --maxfail=10 -p no:cacheprovider tests/cuda
     stage "every op once" 60 "$PYTHON" -m benchmarks.gpu touch --out "$OUT" --device "$device"
     stage "ops" 150 "$PYTHON" -m benchmarks.gpu ops --out "$OUT" --device "$device"
-    # shellcheck disable=SC2086  # several numbers
-    stage "knn" 90 "$PYTHON" -m benchmarks.bench_knn surface:11 surface:17 --rows $knn_rows --device "$device" --out "$OUT"
+    stage "knn" 90 "$PYTHON" -m benchmarks.bench_knn surface:11 surface:17 "${knn[@]}" --out "$OUT"
     stage "distill" 120 "$PYTHON" -m benchmarks.gpu distill --out "$OUT" --device "$device"
     if [ "$device" = cuda ]; then
         stage "memcheck" 90 bash -c 'sanitize memcheck'

@@ -239,7 +239,7 @@ def check_finite(*results: Any) -> None:
 def distill(out: Path, device: str) -> None:
     """Collects hopper-medium, distills it with SDW, and runs clones of the result and of random real pairs."""
     real = device != "cpu"
-    os.environ["MINARI_DATASETS_PATH"] = str(out / "minari")
+    os.environ.setdefault("MINARI_DATASETS_PATH", str(out / "minari"))
     transitions, steps, clones, episodes = (50_000, 400, 10, 20) if real else (2_000, 3, 1, 1)
     settings: dict[str, Any] = (
         {"size": 256, "inner_steps": 50} if real else {"size": 8, "hidden": (8,), "inner_steps": 3}

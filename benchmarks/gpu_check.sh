@@ -4,8 +4,8 @@
 # builds the extension in place for this GPU, runs the CUDA tests, runs compute-sanitizer over small shapes, times every op
 # beside its peers, distills hopper-medium, and prints one table last. The log and the JSON files go to OUT.
 #
-# Needs nvcc, CMake, a C++ compiler, and a Python (PYTHON, default python3) with torch (CUDA), pybind11, setuptools, pip,
-# pytest, hypothesis, and what sdw_fast imports. Packages that this Python lacks are taken as wheels from SDW_WHEELS:
+# Needs nvcc, CMake, a C++ compiler, and a Python (PYTHON, default python3) with torch (CUDA), pybind11, pip, pytest,
+# hypothesis, and what sdw_fast imports. Packages that this Python lacks are taken as wheels from SDW_WHEELS:
 #   pip download "gymnasium[mujoco]" "minari[hdf5]" h5py safetensors tqdm matplotlib typer --dest wheels
 # run with that Python's version and platform; without MuJoCo the last stage fails and the others run. JAX is timed where
 # it is installed.
@@ -14,14 +14,15 @@
 # GPU the same stages run on the CPU with tiny shapes, which shows that they run and nothing else; the exit status is 3.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
+PYTHON=$(command -v "${PYTHON:-python3}")
 OUT=${OUT:-benchmarks/results/gpu}
 SECONDS_IN_ALL=460 # of all stages but the summary
-PATH=$PATH:/usr/local/cuda/bin
+PATH=$(dirname "$PYTHON"):$PATH:/usr/local/cuda/bin
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-packages=$OUT/packages # wheels unpacked
+packages=$PWD/build/gpu_check-packages # wheels unpacked
 export PYTHONPATH=$PWD:$packages
+export MINARI_DATASETS_PATH=$PWD/build/gpu_check-datasets
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # JAX would take three quarters of the memory
 export TQDM_MININTERVAL=10
 failed=()
@@ -58,14 +59,16 @@ wheels() { # those of SDW_WHEELS whose package this Python lacks
     [ ${#missing[@]} -eq 0 ] || "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$packages" "${missing[@]}"
 }
 
-build() {
-    local capability=0
-    [ "$device" = cpu ] || capability=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-    if [ "$capability" = 0 ]; then
-        SDW_CUDA=0 "$PYTHON" setup.py --quiet build_ext --inplace
-    else
-        CUDAARCHS=$capability-real SDW_CUDA=1 "$PYTHON" setup.py --quiet build_ext --inplace
+build() { # by CMake alone: needs neither setuptools nor what pyproject.toml asks for
+    local options=(-DSDW_CUDA=0)
+    if [ "$device" = cuda ]; then
+        options=(-DSDW_CUDA=1 -DCMAKE_CUDA_ARCHITECTURES="$(
+            "$PYTHON" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())'
+        )")
     fi
+    cmake -S . -B "build/gpu_check-$device" -DCMAKE_BUILD_TYPE=Release "${options[@]}" -DPython_EXECUTABLE="$PYTHON" \
+        -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/sdw_fast" &&
+        cmake --build "build/gpu_check-$device" --parallel "$(nproc)"
 }
 
 sanitize() { # tool of compute-sanitizer

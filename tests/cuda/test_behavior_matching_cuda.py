@@ -113,7 +113,7 @@ def test_activations_beyond_shared_memory(cuda_on_cpu, precision):
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_activations_that_leave_little_shared_memory(cuda_on_cpu, precision):
-    check(*random_case((4, 600, 600, 2), 33, seed=0), precision)
+    check(*random_case((4, 600, 600, 2), 35, seed=1), precision)
 
 
 def test_by_hand(cuda_on_cpu):

@@ -16,6 +16,8 @@ inline Vec load_unaligned(const float* at) { return *reinterpret_cast<const Unal
 inline void store_unaligned(float* at, Vec x) { *reinterpret_cast<UnalignedVec*>(at) = x; }
 
 constexpr int64_t kChunk = 1 << 16;  // elements whose sum is one term of the loss, whatever the threads
+// Elements from which on a gradient is larger than a second-level cache and is better written past it.
+constexpr int64_t kStreamFrom = 1 << 20;
 
 // A vector of elements that begins `phase` columns into a row holds parts of several rows. Lane i belongs to the row
 // (phase + i) / columns further on: its weight is a permutation of the next kLanes weights, one of `columns` patterns.
@@ -35,7 +37,10 @@ std::vector<Phase> phases(int64_t columns) {
     return result;
 }
 
+enum class Gradient { kNone, kStored, kStreamed };
+
 // Σ over elements [begin, end) of w e², and their gradient 2 scale w e. A weight of zero makes the error zero.
+template <Gradient kGradient>
 double loss_of(const WeightedBCLossParams& p, const std::vector<Phase>& table, float scale, int64_t begin,
                int64_t end) {
     const float twice = 2.0f * scale;
@@ -48,7 +53,8 @@ double loss_of(const WeightedBCLossParams& p, const std::vector<Phase>& table, f
         const Vec error = weight == 0.0f ? Vec{} : difference;
         const Vec weighted = weight * error;
         sum += weighted * error;
-        if (p.gradient != nullptr) store_unaligned(p.gradient + i, twice * weighted);
+        if (kGradient == Gradient::kStored) store_unaligned(p.gradient + i, twice * weighted);
+        if (kGradient == Gradient::kStreamed) stream(p.gradient + i, twice * weighted);
         phase = now.next;
         row += now.step;
     }
@@ -59,8 +65,9 @@ double loss_of(const WeightedBCLossParams& p, const std::vector<Phase>& table, f
         const float error = weight == 0.0f ? 0.0f : p.pred[i] - p.target[i];
         const float weighted = weight * error;
         loss += weighted * error;
-        if (p.gradient != nullptr) p.gradient[i] = twice * weighted;
+        if (kGradient != Gradient::kNone) p.gradient[i] = twice * weighted;
     }
+    if (kGradient == Gradient::kStreamed) end_streaming();
     return loss;
 }
 
@@ -72,11 +79,15 @@ float weighted_bc_loss(const WeightedBCLossParams& p) {
     const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(p.columns));
     const std::vector<Phase> table = phases(p.columns);
     std::vector<double> losses(chunks);
+    const bool aligned = reinterpret_cast<uintptr_t>(p.gradient) % sizeof(Vec) == 0;
+    const auto chunk_loss = p.gradient == nullptr              ? loss_of<Gradient::kNone>
+                            : aligned && elements >= kStreamFrom ? loss_of<Gradient::kStreamed>
+                                                               : loss_of<Gradient::kStored>;
     // Below half a million elements the whole takes no longer than starting a thread.
     Team::run(static_cast<int>(std::min<int64_t>(p.threads, 1 + chunks / 8)), [&](int member, Team& team) {
         const Range share = team.share(chunks, member);
         for (int64_t chunk = share.begin; chunk < share.end; ++chunk)
-            losses[chunk] = loss_of(p, table, scale, chunk * kChunk, std::min(elements, (chunk + 1) * kChunk));
+            losses[chunk] = chunk_loss(p, table, scale, chunk * kChunk, std::min(elements, (chunk + 1) * kChunk));
     });
     double loss = 0.0;
     for (const double part : losses) loss += part;

@@ -13,13 +13,14 @@
 # A stage that fails, or that runs out of its time, is reported and the next begins; the exit status is then 1. Without a
 # GPU the same stages run on the CPU with tiny shapes, which shows that they run and nothing else; the exit status is 3.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-PYTHON=$(command -v "${PYTHON:-python3}")
-OUT=${OUT:-benchmarks/results/gpu}
+PYTHON=$(command -v "${PYTHON:-python3}") || { echo "no Python: set PYTHON to one that has torch" >&2; exit 2; }
+root=$(cd "$(dirname "$0")/.." && pwd)
+OUT=${OUT:-$root/benchmarks/results/gpu}
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+SDW_WHEELS=${SDW_WHEELS:+$(cd "$SDW_WHEELS" && pwd)}
 SECONDS_IN_ALL=460 # of all stages but the summary
 PATH=$(dirname "$PYTHON"):$PATH:/usr/local/cuda/bin
-mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd)
+cd "$root" || exit 2
 packages=$PWD/build/gpu_check-packages # wheels unpacked
 export PYTHONPATH=$PWD:$packages
 export MINARI_DATASETS_PATH=$PWD/build/gpu_check-datasets
@@ -92,9 +93,9 @@ check() {
         nvcc --version | tail -2
     fi
     export -f wheels build sanitize
-    export PYTHON OUT device packages
+    export PYTHON OUT SDW_WHEELS device packages
     rm -f "$OUT"/*.json
-    [ -z "${SDW_WHEELS:-}" ] || stage "wheels" 60 bash -c wheels
+    [ -z "$SDW_WHEELS" ] || stage "wheels" 60 bash -c wheels
     stage "build" 240 bash -c build
     stage "tests" 150 "$PYTHON" -m pytest -q --maxfail=10 -p no:cacheprovider tests/cuda
     stage "every op once" 60 "$PYTHON" -m benchmarks.gpu touch --out "$OUT" --device "$device"

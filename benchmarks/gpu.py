@@ -266,11 +266,12 @@ def distill(out: Path, device: str) -> None:
     (out / "distill.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
-def summary(out: Path, device: str) -> None:
-    """Prints every row of every JSON file in the folder: median, and its ratio to ours."""
+def summary(out: Path, device: str, since: float = 0) -> None:
+    """Prints every row of every JSON file in the folder that is younger than `since`: median, and its ratio to ours."""
     if device == "cpu":
         print("a dry run on the CPU, tiny shapes: no figure here means anything")
-    for path in sorted(out.glob("*.json"), key=lambda path: path.stat().st_mtime):
+    young = [path for path in out.glob("*.json") if path.stat().st_mtime >= since]
+    for path in sorted(young, key=lambda path: path.stat().st_mtime):
         content = json.loads(path.read_text())
         if "rows" not in content:
             continue
@@ -280,7 +281,7 @@ def summary(out: Path, device: str) -> None:
             median = format_seconds(row["median"]) if row["median"] else median
             ratio = f"{row['ratio']:.3g}×" if row["ratio"] else ""
             print(f"  {row['name'][:60]:<60} {median:>10} {ratio:>8}")
-    if (out / "distill.json").exists():
+    if out / "distill.json" in young:
         results = json.loads((out / "distill.json").read_text())
         print(f"\nhopper-medium, {results['steps']} outer steps at {results['steps_per_second']:.1f} a second")
         for name in ("random_pairs", "distilled"):
@@ -296,11 +297,13 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the JSON files")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--since", type=float, default=0, help="of the summary: leave out files older than this time")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU: torch.cuda.is_available() is False")
     options.out.mkdir(parents=True, exist_ok=True)
-    STAGES[options.stage](options.out, options.device)
+    arguments = {"since": options.since} if options.stage == "summary" else {}
+    STAGES[options.stage](options.out, options.device, **arguments)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ sanitize() { # tool of compute-sanitizer
 }
 
 check() {
-    local knn=(--device cuda --rows 1e5 1e6 --verify 20000)
+    local began knn=(--device cuda --rows 1e5 1e6 --verify 20000)
+    began=$(date +%s)
     device=cuda
     if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         echo "NO GPU: a dry run on the CPU with tiny shapes; no figure below means anything"
@@ -94,7 +95,6 @@ check() {
     fi
     export -f wheels build sanitize
     export PYTHON OUT SDW_WHEELS device packages
-    rm -f "$OUT"/*.json
     [ -z "$SDW_WHEELS" ] || stage "wheels" 60 bash -c wheels
     stage "build" 240 bash -c build
     stage "tests" 150 "$PYTHON" -m pytest -q --maxfail=10 -p no:cacheprovider tests/cuda
@@ -103,11 +103,13 @@ check() {
     stage "knn" 90 "$PYTHON" -m benchmarks.bench_knn surface:11 surface:17 "${knn[@]}" --out "$OUT"
     stage "distill" 120 "$PYTHON" -m benchmarks.gpu distill --out "$OUT" --device "$device"
     if [ "$device" = cuda ]; then
+        stage "knn, 10,000,000 rows" 90 "$PYTHON" -m benchmarks.bench_knn surface:17 --device cuda --rows 1e7 \
+            --verify 20000 --out "$OUT"
         stage "memcheck" 90 bash -c 'sanitize memcheck'
         stage "racecheck" 90 bash -c 'sanitize racecheck'
     fi
     printf '\n== summary\n'
-    "$PYTHON" -m benchmarks.gpu summary --out "$OUT" --device "$device"
+    "$PYTHON" -m benchmarks.gpu summary --out "$OUT" --device "$device" --since "$began"
     printf '\n%s s in all; ' "$SECONDS"
     if [ ${#failed[@]} -gt 0 ]; then
         (IFS=,; echo "FAILED: ${failed[*]}")

@@ -110,8 +110,14 @@ struct Warp {
     Fiber* lanes[32] = {};
 };
 
+struct Cluster {
+    std::vector<Fiber*> waiting;  // at meet_cluster
+    size_t threads = 0;
+};
+
 struct Block {
     uint3 index;
+    Cluster* cluster = nullptr;
     std::vector<unsigned char> shared;
     std::vector<Warp> warps;
     std::vector<Fiber*> waiting;  // at __syncthreads
@@ -198,6 +204,16 @@ inline int barrier(bool vote) {
     if (static_cast<int>(block.waiting.size()) == block.alive) release(block);
     suspend();
     return block.outcome;
+}
+
+inline void cluster_barrier() {
+    Cluster& cluster = *state.current->block->cluster;
+    cluster.waiting.push_back(state.current);
+    if (cluster.waiting.size() == cluster.threads) {
+        for (Fiber* fiber : std::exchange(cluster.waiting, {})) state.ready.push_back(fiber);
+        state.spins = 0;
+    }
+    suspend();
 }
 
 // The lanes of `mask` meet; the last to come computes all outputs: function(inputs, outputs), 32 pointers each.
@@ -310,10 +326,11 @@ inline void start_fiber(Fiber& fiber, size_t number, Block& block, unsigned thre
     makecontext(&fiber.start, run_fiber, 0);
 }
 
-// Runs the blocks first to last - 1, all alive at once.
-inline void run_blocks(const std::vector<unsigned>& numbers, size_t shared_bytes) {
+// Runs these blocks, all alive at once, neighbors in clusters.
+inline void run_blocks(const std::vector<unsigned>& numbers, unsigned cluster, size_t shared_bytes) {
     const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
     std::vector<Block> blocks(numbers.size());
+    std::vector<Cluster> clusters(gridDim.x * gridDim.y * gridDim.z / cluster + 1);
     reserve_stacks(blocks.size() * threads);
     state.ready.clear();
     state.fibers.clear();
@@ -324,6 +341,8 @@ inline void run_blocks(const std::vector<unsigned>& numbers, size_t shared_bytes
         block.index.x = numbers[b] % gridDim.x;
         block.index.y = numbers[b] / gridDim.x % gridDim.y;
         block.index.z = numbers[b] / gridDim.x / gridDim.y;
+        block.cluster = &clusters[numbers[b] / cluster];
+        block.cluster->threads = cluster * threads;
         block.shared.assign(shared_bytes + kGuard, kPoison);
         block.warps.resize((threads + 31) / 32);
         block.alive = static_cast<int>(threads);
@@ -339,7 +358,8 @@ inline void run_blocks(const std::vector<unsigned>& numbers, size_t shared_bytes
 }
 
 template <typename... Params, typename... Args>
-void run_grid(bool cooperative, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args... args) {
+void run_grid(bool cooperative, unsigned cluster, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+              Args... args) {
     const std::lock_guard<std::mutex> lock(state.mutex);
     require(block.x * block.y * block.z <= 1024, "emulator: more than 1024 threads a block");
     require(block.x * block.y * block.z > 0 && grid.x * grid.y * grid.z > 0, "emulator: an empty grid or block");
@@ -353,8 +373,9 @@ void run_grid(bool cooperative, void (*kernel)(Params...), dim3 grid, dim3 block
         order[i] = i;
         std::swap(order[i], order[draw(i + 1)]);
     }
-    if (cooperative) return run_blocks(order, shared_bytes);
-    for (unsigned number : order) run_blocks({number}, shared_bytes);
+    require(gridDim.x % cluster == 0, "emulator: a grid of broken clusters");
+    if (cooperative) return run_blocks(order, cluster, shared_bytes);
+    for (unsigned number : order) run_blocks({number}, 1, shared_bytes);
 }
 
 // A cp.async may land at any time until it is waited for: at once or at the last moment, by draw.
@@ -383,11 +404,16 @@ inline void copy_async_wait(size_t pending) {
 // What launch.h offers, see there. The stream is ignored: a launch returns when the grid has run.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void*, Args... args) {
-    emulator::run_grid(false, kernel, grid, block, shared_bytes, args...);
+    emulator::run_grid(false, 1, kernel, grid, block, shared_bytes, args...);
 }
 template <typename... Params, typename... Args>
 void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void*, Args... args) {
-    emulator::run_grid(true, kernel, grid, block, shared_bytes, args...);
+    emulator::run_grid(true, 1, kernel, grid, block, shared_bytes, args...);
+}
+template <typename... Params, typename... Args>
+void launch_clusters(int cluster, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+                     Args... args) {
+    emulator::run_grid(true, static_cast<unsigned>(cluster), kernel, grid, block, shared_bytes, args...);
 }
 inline void use_device(int) {}
 inline int multiprocessors() { return emulator::state.multiprocessors; }
@@ -395,6 +421,10 @@ inline size_t shared_limit() { return 227 * 1024; }
 template <typename... Params>
 int resident_blocks(void (*)(Params...), int, size_t) {
     return emulator::state.multiprocessors;
+}
+template <typename... Params>
+int resident_blocks(int cluster, void (*)(Params...), int, size_t) {
+    return emulator::state.multiprocessors / cluster * cluster;
 }
 inline void set_zero(void* data, size_t bytes, void*) { std::memset(data, 0, bytes); }
 

@@ -48,20 +48,35 @@ void allow_shared(void (*kernel)(Params...), size_t shared_bytes) {
                "cudaFuncSetAttribute");
 }
 
-template <typename... Params, typename... Args>
-void launch_with(bool cooperative, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-                 Args... args) {
-    allow_shared(kernel, shared_bytes);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
+// The launch's configuration; `attributes` must outlive it. cluster: blocks of a cluster (sm_90), 1: none.
+inline cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], bool cooperative, int cluster, dim3 grid,
+                                    dim3 block, size_t shared_bytes, void* stream) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = cooperative ? 1 : 0;
+    config.attrs = attributes;
+    if (cooperative) {
+        cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+        attribute.id = cudaLaunchAttributeCooperative;
+        attribute.val.cooperative = 1;
+    }
+    if (cluster > 1) {
+        cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+    return config;
+}
+
+template <typename... Params, typename... Args>
+void launch_with(bool cooperative, int cluster, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                 void* stream, Args... args) {
+    allow_shared(kernel, shared_bytes);
+    cudaLaunchAttribute attributes[2];
+    const auto config = configure(attributes, cooperative, cluster, grid, block, shared_bytes, stream);
     const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
     if (status != cudaSuccess) check_cuda(status, kernel_name(kernel).c_str());
 }
@@ -69,14 +84,21 @@ void launch_with(bool cooperative, void (*kernel)(Params...), dim3 grid, dim3 bl
 // Enqueues `kernel` on `stream` (a cudaStream_t, null: the default one). Blocks may run in any order.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, Args... args) {
-    launch_with(false, kernel, grid, block, shared_bytes, stream, args...);
+    launch_with(false, 1, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 // The same with all blocks on the chip at once, so that they may wait for each other; at most resident_blocks().
 template <typename... Params, typename... Args>
 void launch_cooperative(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                         Args... args) {
-    launch_with(true, kernel, grid, block, shared_bytes, stream, args...);
+    launch_with(true, 1, kernel, grid, block, shared_bytes, stream, args...);
+}
+
+// The same in clusters of `cluster` blocks, neighbors in x, which may meet_cluster().
+template <typename... Params, typename... Args>
+void launch_clusters(int cluster, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                     Args... args) {
+    launch_with(true, cluster, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 // Makes `device` current for this thread: a call for a binding, before it launches.
@@ -107,6 +129,23 @@ int resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes)
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return per_multiprocessor * multiprocessors();
+}
+
+// The same in clusters of `cluster` blocks; none on devices that have no clusters.
+template <typename... Params>
+int resident_blocks(int cluster, void (*kernel)(Params...), int threads, size_t shared_bytes) {
+    int device = 0, major = 0, clusters = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    if (cluster == 1) return resident_blocks(kernel, threads, shared_bytes);
+    if (major < 9) return 0;
+    allow_shared(kernel, shared_bytes);
+    cudaLaunchAttribute attributes[2];
+    const auto config = configure(attributes, false, cluster, dim3(static_cast<unsigned>(cluster)),
+                                  dim3(static_cast<unsigned>(threads)), shared_bytes, nullptr);
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &config),
+               "cudaOccupancyMaxActiveClusters");
+    return clusters * cluster;
 }
 
 inline void set_zero(void* data, size_t bytes, void* stream) {

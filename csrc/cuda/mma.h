@@ -145,4 +145,19 @@ __device__ inline void meet(unsigned* counter, unsigned members, unsigned round)
     __syncthreads();
 }
 
+// The blocks of a cluster meet, all threads of all of them; what any wrote before is seen by all after. Not in code for
+// devices before sm_90, where launch_cooperative() takes no clusters.
+__device__ inline void meet_cluster() {
+#ifdef SDW_EMULATE_CUDA
+    emulator::cluster_barrier();
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+#else
+    __trap();
+#endif
+}
+
 }  // namespace sdw

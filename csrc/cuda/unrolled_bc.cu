@@ -7,8 +7,8 @@
 // with a barrier of the group after each: a block takes its rows through all layers and back, by itself; then every
 // warp of the group takes tiles of the weight gradients over all rows, with the update in their epilogue. A tile has
 // one owner and a fixed order of summation: the result's bits do not depend on the number of blocks. Groups never wait
-// for each other. All operands come from the second-level cache, where a step's 1.1 MB of weights (twice, for both
-// ways) and 3.3 MB of activations stay; README.md has the arithmetic.
+// for each other. All operands come from the second-level cache, where a step's 0.6 MB of weights (twice, for both
+// ways) and 3.2 MB of activations stay; README.md has the arithmetic.
 #include "product.h"
 
 namespace sdw {
@@ -39,23 +39,36 @@ struct Backward {
     float *observations, *actions, *params, *lr_gradient;
 };
 
-// This block among those of its group.
+// This block among those of its group, and of its team.
 struct Member {
-    int rank, members, warp, lane;
+    int rank, members;  // of the group
+    int part, parts;    // of the team
+    int warp, lane;
     unsigned* counter;
     unsigned round;
 
     __device__ explicit Member(const Kernel& kernel)
         : rank(blockIdx.x % kernel.groups.members),
           members(kernel.groups.members),
+          part(rank % kernel.groups.parts),
+          parts(kernel.groups.parts),
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32),
           counter(kernel.counters + kCounterStride * (blockIdx.x / kernel.groups.members)),
           round(0) {}
 
+    __device__ int team() const { return rank / parts; }
+    __device__ int teams() const { return members / parts; }
     __device__ int thread() const { return rank * kThreads + static_cast<int>(threadIdx.x); }
     __device__ int threads() const { return members * kThreads; }
+
     __device__ void wait() { meet(counter, members, ++round); }
+    __device__ void wait_team() const {
+        if (parts == 1)
+            __syncthreads();
+        else
+            meet_cluster();
+    }
 };
 
 // A matrix in tiles and its transpose, in tiles of its own.
@@ -121,16 +134,16 @@ struct Problem {
 template <typename Product, int kN, typename Fetch, typename Finish>
 __device__ void columns_product(const Terms& terms, Span left, int tiles, const Member& me, Fetch fetch,
                                 Finish finish) {
-    for (int first = kN * me.warp; first < tiles; first += kN * kWarps)
+    for (int first = kN * (me.part * kWarps + me.warp); first < tiles; first += kN * kWarps * me.parts)
         product_tiles<Product, true, 1, kN>(terms, left, Span{first, tiles}, me.lane, fetch, finish);
 }
 
-// A block's product for 16 of its rows, (16, 16 chunks) x (16 chunks, columns), its columns shared out among the warps.
+// A team's product for 16 of its rows, (16, 16 chunks) x (16 chunks, columns), its columns shared out among the warps.
 template <typename Product, typename Fetch, typename Finish>
 __device__ void rows_product(const Terms& terms, int row_tile, int columns, const Member& me, Fetch fetch,
                              Finish finish) {
     const Span left{row_tile, row_tile + 1};
-    const int tiles = columns / 8, width = tiles_a_warp(tiles, kWarps);
+    const int tiles = columns / 8, width = tiles_a_warp(tiles, kWarps * me.parts);
     if (width == 1) return columns_product<Product, 1>(terms, left, tiles, me, fetch, finish);
     if (width == 2) return columns_product<Product, 2>(terms, left, tiles, me, fetch, finish);
     columns_product<Product, 4>(terms, left, tiles, me, fetch, finish);
@@ -160,7 +173,7 @@ __device__ void forward_rows(const Problem& p, float* theta, float* pass, int ro
                 out.put(row, column, a0, a1);
                 delta.put(row, column, scale * (a0 - y.x) * (1 - a0 * a0), scale * (a1 - y.y) * (1 - a1 * a1));
             });
-        __syncthreads();
+        me.wait_team();
     }
 }
 
@@ -176,26 +189,33 @@ __device__ void backward_rows(const Problem& p, float* theta, float* pass, int r
                 const float2 x = masked(x0, x1, at);
                 to.put(row, column, x.x, x.y);
             });
-        __syncthreads();
+        me.wait_team();
     }
 }
 
-// Every warp's tiles of `to` = `from` - lr x gradient; terms(l) are the operands of layer l's gradient, summed over
-// rows.
-template <typename Product, typename Operands>
-__device__ void descend_weights(const Problem& p, float* from, float* to, const Member& me, Operands operands) {
+// Every warp's tiles of `to` = `from` - lr x gradient; operands(l) are those of layer l's gradient, summed over rows.
+template <typename Product, int kRows, int kColumns, typename Operands>
+__device__ void descend_tiles(const Problem& p, float* from, float* to, const Member& me, Operands operands) {
     for (int index = me.rank;; index += me.members) {
-        const WeightTile tile = weight_tile(p.net, index, me.warp);
+        const WeightTile tile = weight_tile(p.net, {kRows, kColumns}, index, me.warp);
         if (tile.layer == p.net.layers) return;
         const Pair old = p.weights(from, tile.layer), updated = p.weights(to, tile.layer);
         if (tile.row >= old.height || tile.column >= old.width) continue;
-        product_tiles<Product, false, kWeightRows / 16, kWeightColumns / 8>(
+        product_tiles<Product, false, kRows / 16, kColumns / 8>(
             operands(tile.layer), Span{tile.row / 16, old.height / 16}, Span{tile.column / 8, old.width / 8}, me.lane,
             [&](int row, int column) { return old.get(row, column); },
             [&](int row, int column, float x0, float x1, float2 w) {
                 updated.put(row, column, w.x - p.lr * x0, w.y - p.lr * x1);
             });
     }
+}
+
+template <typename Product, typename Operands>
+__device__ void descend_weights(const Problem& p, float* from, float* to, const Member& me, Operands operands) {
+    if (p.kernel.groups.fine)
+        descend_tiles<Product, kFine.rows, kFine.columns>(p, from, to, me, operands);
+    else
+        descend_tiles<Product, kCoarse.rows, kCoarse.columns>(p, from, to, me, operands);
 }
 
 // The same of the biases: sums of `delta` over rows, eight features a warp.
@@ -224,7 +244,7 @@ __device__ void descend_biases(const Problem& p, float* from, float* to, float* 
 // One SGD step: the pass at theta, and `next` = theta - alpha g. `next` may be theta.
 template <typename Product>
 __device__ void descend(const Problem& p, float* theta, float* next, float* pass, Member& me) {
-    for (int tile = me.rank; tile < p.net.row_tiles(); tile += me.members) {
+    for (int tile = me.team(); tile < p.net.row_tiles(); tile += me.teams()) {
         forward_rows<Product>(p, theta, pass, tile, me);
         backward_rows<Product>(p, theta, pass, tile, me);
     }
@@ -281,7 +301,7 @@ __device__ void tangent_rows(const Problem& p, float* theta, float* pass, int ro
                 }
                 delta.put(row, column, moved_delta[0], moved_delta[1]);
             });
-        __syncthreads();
+        me.wait_team();
     }
 }
 
@@ -305,7 +325,7 @@ __device__ void adjoint_rows(const Problem& p, float* theta, float* pass, int ro
                 gradient[0] -= p.lr * x0;
                 gradient[1] -= p.lr * x1;
             });
-        __syncthreads();
+        me.wait_team();
     }
 }
 
@@ -318,7 +338,7 @@ __device__ inline void prefetch(const float* data, int64_t floats, const Member&
 template <typename Product>
 __device__ void adjoint_step(const Problem& p, int64_t i, bool want_observations, bool want_lambda, Member& me) {
     float *theta = p.theta(i), *pass = p.pass(i), *tangent = p.tangent(), *v = p.adjoint();
-    for (int tile = me.rank; tile < p.net.row_tiles(); tile += me.members) {
+    for (int tile = me.team(); tile < p.net.row_tiles(); tile += me.teams()) {
         tangent_rows<Product>(p, theta, pass, tile, me);
         adjoint_rows<Product>(p, theta, pass, tile, want_observations, me);
     }
@@ -482,9 +502,12 @@ Kernel make_kernel(const UnrolledBCCudaProblem& problem, void* workspace, const 
 template <typename Params>
 void run(void (*kernel)(Params), Params params, void* stream) {
     Kernel& k = params.kernel;
-    k.groups = make_groups(k.problems, k.net, resident_blocks(kernel, kThreads, 0));
+    const int resident[] = {resident_blocks(1, kernel, kThreads, 0), resident_blocks(2, kernel, kThreads, 0),
+                            resident_blocks(4, kernel, kThreads, 0)};
+    k.groups = make_groups(k.problems, k.net, resident);
     set_zero(k.counters, k.groups.groups * kCounterStride * sizeof(unsigned), stream);
-    launch_cooperative(kernel, dim3(k.groups.groups * k.groups.members), dim3(kThreads), 0, stream, params);
+    launch_clusters(k.groups.parts, kernel, dim3(k.groups.groups * k.groups.members), dim3(kThreads), 0, stream,
+                    params);
 }
 
 }  // namespace

@@ -16,10 +16,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxLayers = 32;      // the kernels' parameters hold a table of them
 constexpr int kCounterStride = 32;  // integers from one group's barrier counter to the next: a line of 128 bytes
 
-// A warp's tile of a weight gradient is 32 x 32, a block's 64 x 128: two by four warps.
-constexpr int kWeightRows = 32, kWeightColumns = 32;
-constexpr int kBlockRows = 2 * kWeightRows, kBlockColumns = 4 * kWeightColumns;
-
 SDW_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 SDW_HOST_DEVICE constexpr int padded(int64_t n) { return static_cast<int>(ceil_div(n, 16) * 16); }
 // A number of floats rounded up to whole lines of 128 bytes.
@@ -50,6 +46,11 @@ struct Network {
 
     SDW_HOST_DEVICE int row_tiles() const { return rows_padded / 16; }
     SDW_HOST_DEVICE int inputs() const { return layer[0].in_padded; }
+    SDW_HOST_DEVICE int widest() const {
+        int widest = inputs();
+        for (int l = 0; l < layers; ++l) widest = widest < layer[l].out_padded ? layer[l].out_padded : widest;
+        return widest;
+    }
     SDW_HOST_DEVICE int outputs() const { return layer[layers - 1].out_padded; }
 };
 
@@ -145,26 +146,25 @@ inline Layout make_layout(const Network& net, const Plan& plan) {
     return at;
 }
 
-// A problem is run by a group of blocks; a group that has finished takes the next problem.
-struct Groups {
-    int groups;
-    int members;  // blocks of a group
+// A warp's tile of a weight gradient, and a block's: two by four warps. The coarse one reads less, the fine one shares
+// out better among many blocks.
+struct WeightShape {
+    int rows, columns;
+
+    SDW_HOST_DEVICE constexpr int block_rows() const { return 2 * rows; }
+    SDW_HOST_DEVICE constexpr int block_columns() const { return 4 * columns; }
 };
+constexpr WeightShape kCoarse{32, 32}, kFine{16, 16};
 
-inline Groups make_groups(int64_t problems, const Network& net, int resident) {
-    if (resident < 1) throw std::runtime_error("unrolled_bc: the device cannot hold one block of the kernel");
-    const int members = std::min(net.row_tiles(), resident);
-    return {static_cast<int>(std::min<int64_t>(problems, resident / members)), members};
+// Block tiles of a layer's weight gradient, and of all layers'.
+SDW_HOST_DEVICE constexpr int weight_blocks(const Layer& layer, WeightShape shape) {
+    return static_cast<int>(ceil_div(layer.out_padded, shape.block_rows()) *
+                            ceil_div(layer.in_padded, shape.block_columns()));
 }
-
-// Column tiles (of 8) of a product that a warp takes at a time: as few as let `warps` take all in one round, up to 4.
-SDW_HOST_DEVICE constexpr int tiles_a_warp(int tiles, int warps) {
-    return tiles <= warps ? 1 : tiles <= 2 * warps ? 2 : 4;
-}
-
-// Block tiles of a layer's weight gradient.
-SDW_HOST_DEVICE inline int weight_blocks(const Layer& layer) {
-    return static_cast<int>(ceil_div(layer.out_padded, kBlockRows) * ceil_div(layer.in_padded, kBlockColumns));
+SDW_HOST_DEVICE constexpr int weight_blocks(const Network& net, WeightShape shape) {
+    int blocks = 0;
+    for (int l = 0; l < net.layers; ++l) blocks += weight_blocks(net.layer[l], shape);
+    return blocks;
 }
 
 // The tile of weight gradients of one warp in block tile `index`, counted through all layers.
@@ -173,18 +173,48 @@ struct WeightTile {
     int row, column;  // of the first element; beyond the matrix: nothing for this warp
 };
 
-SDW_HOST_DEVICE inline WeightTile weight_tile(const Network& net, int index, int warp) {
+SDW_HOST_DEVICE constexpr WeightTile weight_tile(const Network& net, WeightShape shape, int index, int warp) {
     for (int l = 0; l < net.layers; ++l) {
         const Layer& layer = net.layer[l];
-        const int blocks = weight_blocks(layer);
+        const int blocks = weight_blocks(layer, shape);
         if (index < blocks) {
-            const int across = static_cast<int>(ceil_div(layer.in_padded, kBlockColumns));
-            return {l, index / across * kBlockRows + warp / 4 * kWeightRows,
-                    index % across * kBlockColumns + warp % 4 * kWeightColumns};
+            const int across = static_cast<int>(ceil_div(layer.in_padded, shape.block_columns()));
+            return {l, index / across * shape.block_rows() + warp / 4 * shape.rows,
+                    index % across * shape.block_columns() + warp % 4 * shape.columns};
         }
         index -= blocks;
     }
     return {net.layers, 0, 0};
+}
+
+// A problem is run by a group of blocks; a group that has finished takes the next problem. Within a group, a team of
+// blocks (a cluster) shares tiles of rows: each computes a part of the columns of every product, and they meet after
+// each.
+struct Groups {
+    int groups;
+    int members;  // blocks of a group
+    int parts;    // blocks of a team: 1, 2 or 4
+    bool fine;    // the smaller tiles of weight gradients
+};
+
+// resident[i]: blocks that the device holds in clusters of 2^i.
+inline Groups make_groups(int64_t problems, const Network& net, const int (&resident)[3]) {
+    if (resident[0] < 1) throw std::runtime_error("unrolled_bc: the device cannot hold one block of the kernel");
+    const int teams = std::min(net.row_tiles(), resident[0]);
+    Groups result{static_cast<int>(std::min<int64_t>(problems, resident[0] / teams)), teams, 1, false};
+    for (int i = 1; i < 3; ++i) {
+        const int parts = 1 << i;
+        // Worth it where all problems still run at once and no warp stays without columns in the widest layer.
+        if (net.row_tiles() * parts * problems <= resident[i] && net.widest() >= 8 * kWarps * parts)
+            result = {static_cast<int>(problems), net.row_tiles() * parts, parts, false};
+    }
+    result.fine = result.members >= 2 * weight_blocks(net, kCoarse);
+    return result;
+}
+
+// Column tiles (of 8) of a product that a warp takes at a time: as few as let `warps` take all in one round, up to 4.
+SDW_HOST_DEVICE constexpr int tiles_a_warp(int tiles, int warps) {
+    return tiles <= warps ? 1 : tiles <= 2 * warps ? 2 : 4;
 }
 
 }  // namespace sdw::unrolled

@@ -116,7 +116,8 @@ py::dict unrolled_bc_schedule(const sdw::UnrolledBCCudaProblem& problem, int res
     const Network net = make_network(problem);
     const Plan plan = make_plan(problem);
     const Layout at = make_layout(net, plan);
-    const Groups groups = make_groups(problem.problems, net, resident);
+    const Groups groups = make_groups(problem.problems, net, {resident, resident / 2 * 2, resident / 4 * 4});
+    const WeightShape shape = groups.fine ? kFine : kCoarse;
     py::list layers, weights;
     for (int l = 0; l < net.layers; ++l) {
         const Layer& x = net.layer[l];
@@ -125,22 +126,23 @@ py::dict unrolled_bc_schedule(const sdw::UnrolledBCCudaProblem& problem, int res
                                py::arg("h") = x.h, py::arg("delta") = x.delta));
     }
     for (int rank = 0; rank < groups.members; ++rank) {
-        for (int index = rank; weight_tile(net, index, 0).layer < net.layers; index += groups.members) {
+        for (int index = rank; weight_tile(net, shape, index, 0).layer < net.layers; index += groups.members) {
             for (int warp = 0; warp < kWarps; ++warp) {
-                const WeightTile tile = weight_tile(net, index, warp);
+                const WeightTile tile = weight_tile(net, shape, index, warp);
                 weights.append(py::make_tuple(tile.layer, tile.row, tile.column));
             }
         }
     }
     std::vector<int> rows;
-    for (int rank = 0; rank < groups.members; ++rank)
-        for (int tile = rank; tile < net.row_tiles(); tile += groups.members) rows.push_back(tile);
+    for (int team = 0; team < groups.members / groups.parts; ++team)
+        for (int tile = team; tile < net.row_tiles(); tile += groups.members / groups.parts) rows.push_back(tile);
     const std::vector<int64_t> parts{at.observations,     at.actions,  at.theta,   at.passes,
                                      at.starts,           at.adjoint,  at.tangent, at.observations_gradient,
                                      at.actions_gradient, at.lr_terms, at.floats};
     return py::dict(py::arg("layers") = layers, py::arg("theta") = net.theta, py::arg("pass") = net.pass,
                     py::arg("flat") = net.flat, py::arg("length") = plan.length, py::arg("segments") = plan.segments,
                     py::arg("groups") = groups.groups, py::arg("members") = groups.members,
+                    py::arg("parts_of_a_team") = groups.parts, py::arg("tile") = shape.rows,
                     py::arg("weights") = weights, py::arg("rows") = rows, py::arg("parts") = parts);
 }
 

@@ -151,6 +151,21 @@ def test_neighbors_closer_than_float32_resolves(search: Search) -> None:
         check(search, (states(100, 5, 6) * scale).astype(np.float64), None, 4)
 
 
+@pytest.mark.usefixtures("cuda_on_cpu")
+def test_equal_rows_whose_coordinates_differ_by_rounding() -> None:
+    # Rows of high index lie first in the tree: k neighbors at distance 0 are found long before the right ones.
+    x = torch.full((200, 3), 0.9)
+    coordinates = x.clone()
+    coordinates[:100, 0] += 2.0**-24
+    index = packing.CudaKnnIndex(x, coordinates)
+    assert index.order[:32].min() == 100
+    join = index.self_join(5)
+    row, squared, found = torch.empty(200).long(), torch.empty(200, 5).double(), torch.empty(200, 5).long()
+    join.search(0, join.groups, row, squared, found)
+    assert not squared.any()
+    np.testing.assert_array_equal(found[row.argsort()], brute_force(x.numpy(), None, 5)[1])
+
+
 def test_pruning_changes_the_work_and_not_the_answer(search: Search) -> None:
     rng = np.random.default_rng(7)
     x = (10 * rng.standard_normal((30, 6)))[rng.integers(0, 30, 1500)] + rng.standard_normal((1500, 6))

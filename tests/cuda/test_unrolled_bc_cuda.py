@@ -111,18 +111,52 @@ def test_tf32_rounds_and_ieee_does_not(cuda_on_cpu):
 
 
 def bits(seed=0, steps=3, **options):
-    problem = random_problem((17, 70, 40, 6), 100, seed=seed, dtype=torch.float32)
+    problem = random_problem((17, 70, 40, 6), 130, seed=seed, dtype=torch.float32)
     theta, gradients = hypergradient(unroll("cuda", steps, **options), *problem, 0.1)
     return [*theta, *gradients]
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_same_bits_for_every_order_of_threads_number_of_blocks_and_tape(cuda_on_cpu, precision):
+    # Nine blocks are enough for the fine tiles of weight gradients.
     first = bits(precision=precision)
-    for seed, blocks, tape in [(2, 4, "full"), (3, 1, "full"), (4, 7, "recompute"), (5, 3, "full")]:
+    for seed, blocks, tape in [(2, 4, "full"), (3, 1, "full"), (4, 9, "recompute"), (5, 3, "full")]:
         cuda_on_cpu.set_seed(seed)
         cuda_on_cpu.set_multiprocessors(blocks)
         assert all(torch.equal(x, y) for x, y in zip(first, bits(precision=precision, tape=tape), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_clusters_that_split_columns_give_the_same_bits(cuda_on_cpu, precision):
+    problem = random_problem((17, 256, 6), 32, seed=0, dtype=torch.float32)
+    results = []
+    for blocks in (2, 4, 8):  # clusters of 1, 2 and 4 for two tiles of rows
+        cuda_on_cpu.set_multiprocessors(blocks)
+        theta, gradients = hypergradient(unroll("cuda", 2, precision=precision), *problem, 0.1)
+        results.append([*theta, *gradients])
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("widths", "rows", "problems", "resident", "groups", "members", "parts", "tile"),
+    [
+        ((17, 256, 256, 256, 6), 256, 1, 132, 1, 64, 4, 16),
+        ((17, 256, 256, 256, 6), 256, 2, 132, 2, 64, 4, 16),
+        ((17, 256, 256, 256, 6), 256, 4, 132, 4, 32, 2, 32),
+        ((17, 256, 256, 256, 6), 256, 8, 132, 8, 16, 1, 32),
+        ((17, 256, 256, 256, 6), 256, 20, 132, 8, 16, 1, 32),
+        ((17, 64, 64, 6), 256, 1, 132, 1, 16, 1, 16),
+        ((17, 256, 6), 5000, 2, 132, 1, 132, 1, 16),
+        ((17, 256, 6), 1, 300, 132, 132, 1, 1, 32),
+    ],
+)
+def test_groups_fill_the_device(emulated, widths, rows, problems, resident, groups, members, parts, tile):
+    options = {"rows": rows, "widths": widths, "steps": 1, "window": 1, "keep_tape": True, "ieee": False}
+    problem = emulated.UnrolledBCCudaProblem(problems=problems, recompute=False, **options)
+    plan = emulated.unrolled_bc_schedule(problem, resident)
+    names = ("groups", "members", "parts_of_a_team", "tile")
+    assert tuple(plan[name] for name in names) == (groups, members, parts, tile)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "cpu", "torch"])
@@ -218,7 +252,8 @@ def test_every_tile_has_one_owner_and_every_number_its_place(emulated, widths, r
     for i, layer in enumerate(plan["layers"]):
         height, width = layer["out_padded"], layer["in_padded"]
         owned = [(row, column) for l, row, column in plan["weights"] if l == i and row < height and column < width]
-        assert sorted(owned) == [(row, column) for row in range(0, height, 32) for column in range(0, width, 32)]
+        tile = plan["tile"]
+        assert sorted(owned) == [(row, column) for row in range(0, height, tile) for column in range(0, width, tile)]
         assert widths[i] <= width < widths[i] + 16
         assert widths[i + 1] <= height < widths[i + 1] + 16
         assert (layer["flat"], layer["weights"], layer["h"]) == (flat_end, theta_end, pass_end)

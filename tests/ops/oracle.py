@@ -55,14 +55,14 @@ def hypergradient(unroll, observations, actions, params, lr, seed=1):
     s, a, theta, alpha = leaves(observations, actions, params, lr)
     out, start = unroll(s, a, theta, alpha)
     generator = torch.Generator().manual_seed(seed)
-    covectors = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in out]
+    covectors = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in out]
     outer = sum((p * v).sum() for p, v in zip(out, covectors, strict=True))
     return [p.detach() for p in out], torch.autograd.grad(outer, [s, a, alpha, *(start or theta)])
 
 
 def relative_error(actual, expected) -> float:
     difference = math.sqrt(
-        sum(((x.double() - y.double()) ** 2).sum().item() for x, y in zip(actual, expected, strict=True))
+        sum(((x.double().cpu() - y.double().cpu()) ** 2).sum().item() for x, y in zip(actual, expected, strict=True))
     )
     return difference / math.sqrt(sum((y.double() ** 2).sum().item() for y in expected))
 

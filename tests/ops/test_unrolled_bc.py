@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import assert_agree, autograd_unroll, hypergradient, leaves, random_problem, relative_error
 
-from sdw_fast import get_num_threads, set_num_threads
+from sdw_fast import _C, get_num_threads, set_num_threads
 from sdw_fast.ops import unrolled_bc
 
 
@@ -95,6 +95,9 @@ def test_graph_kept_gives_the_same_gradient_twice():
     assert torch.equal(first, torch.autograd.grad(outer, observations)[0])
 
 
+# Where the compiled kernels run here: on the CPU, and on a GPU if there is one.
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and _C.has_cuda else [])]
+
 # The compiled kernel: more shapes, at the edges of its tiles (4, 6, 8 rows), vectors (4, 8, 16) and panels (8, 16, 32).
 COMPILED_CASES = [
     *(case for case in CASES if case[2] <= 20),
@@ -111,18 +114,18 @@ COMPILED_CASES = [
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tape", ["full", "recompute"])
 @pytest.mark.parametrize(("widths", "rows", "steps", "window"), COMPILED_CASES)
-def test_compiled_agrees_with_float64(widths, rows, steps, window, tape):
+def test_compiled_agrees_with_float64(widths, rows, steps, window, tape, device):
     observations, actions, params = random_problem(widths, rows, seed=rows, dtype=torch.float32, gain=1.0)
 
     def unroll(backend):
-        return lambda s, a, theta, lr: (
-            unrolled_bc(s, a, theta, steps=steps, lr=lr, window=window, tape=tape, backend=backend),
-            None,
-        )
+        options = {"window": window, "tape": tape, "precision": "ieee", "backend": backend}
+        return lambda s, a, theta, lr: (unrolled_bc(s, a, theta, steps=steps, lr=lr, **options), None)
 
-    actual = hypergradient(unroll("cpu"), observations, actions, params, 0.1)
+    on_device = [tensor.to(device) for tensor in (observations, actions, *params)]
+    actual = hypergradient(unroll(device), on_device[0], on_device[1], on_device[2:], 0.1)
     double = [tensor.double() for tensor in (observations, actions, *params)]
     expected = hypergradient(unroll("torch"), double[0], double[1], double[2:], float(torch.tensor(0.1)))
     assert_agree(actual, expected, 2e-5)
@@ -268,6 +271,13 @@ def test_a_tape_that_cannot_fit_is_refused_before_it_is_allocated():
         ({"window": 4}, ValueError, "window must be between 1 and steps = 3"),
         ({"tape": "half"}, ValueError, "'full' or 'recompute'"),
         ({"lr": torch.ones(2)}, ValueError, "scalar tensor"),
+        ({"precision": "half"}, ValueError, "'tf32' or 'ieee'"),
+        (
+            {"observations": torch.zeros(2, 4, 3)},
+            ValueError,
+            r"of 2 problems, actions must have that leading dimension",
+        ),
+        ({"observations": torch.zeros(4, 4, 3), "actions": torch.zeros(4, 4, 2)}, ValueError, r"params\[0\] must have"),
         ({"backend": "tpu"}, ValueError, "'tpu' is not available"),
         ({"actions": torch.zeros(5, 2)}, ValueError, "same number of rows"),
         ({"actions": torch.zeros(4, 3)}, ValueError, "must have 3 outputs"),

@@ -207,7 +207,8 @@ void bind_unrolled_bc(py::module_& m) {
         for (size_t l = 0; l + 1 < p.widths.size(); ++l) size += p.widths[l + 1] * (p.widths[l] + 1);
         return size;
     };
-    py::class_<Problem>(m, "UnrolledBCCudaProblem")
+    // Local: tests load the emulated ops beside the package's own.
+    py::class_<Problem>(m, "UnrolledBCCudaProblem", py::module_local())
         .def(py::init([](int64_t problems, int64_t rows, std::vector<int64_t> widths, int64_t steps, int64_t window,
                          bool keep_tape, bool recompute, bool ieee) {
                  Problem p{problems, rows, std::move(widths), steps, window, keep_tape, recompute, ieee};

@@ -126,13 +126,18 @@ def test_same_bits_for_every_order_of_threads_number_of_blocks_and_tape(cuda_on_
         assert all(torch.equal(x, y) for x, y in zip(first, bits(precision=precision, tape=tape), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("problems", "blocks"),
+    [(1, (2, 4, 8)), (2, (3, 8, 16))],  # two tiles of rows a problem, in clusters of 1, 2 and 4
+)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_clusters_that_split_columns_give_the_same_bits(cuda_on_cpu, precision):
-    problem = random_problem((17, 256, 6), 32, seed=0, dtype=torch.float32)
+def test_clusters_that_split_columns_give_the_same_bits(cuda_on_cpu, precision, problems, blocks):
+    each = [random_problem((17, 256, 6), 32, seed=seed, dtype=torch.float32) for seed in range(problems)]
+    s, a, *params = (torch.stack(tensors) for tensors in zip(*((s, a, *p) for s, a, p in each), strict=True))
     results = []
-    for blocks in (2, 4, 8):  # clusters of 1, 2 and 4 for two tiles of rows
-        cuda_on_cpu.set_multiprocessors(blocks)
-        theta, gradients = hypergradient(unroll("cuda", 2, precision=precision), *problem, 0.1)
+    for multiprocessors in blocks:
+        cuda_on_cpu.set_multiprocessors(multiprocessors)
+        theta, gradients = hypergradient(unroll("cuda", 2, precision=precision), s, a, params, 0.1)
         results.append([*theta, *gradients])
     for result in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], result, strict=True))

@@ -27,13 +27,13 @@ Run = Callable[[], Any]
 CHUNK = 16_384
 
 
-def ours(problem: Problem, backend: str = "auto") -> Run:
-    """The package: loss and gradients in one pass over blocks that stay in cache."""
+def ours(problem: Problem, **options: Any) -> Run:
+    """The package: loss and gradients in one pass over blocks that stay in cache. Options of the op: backend …"""
     params = [p.clone().requires_grad_() for p in problem.params]
     outer = problem.outer
 
     def run() -> Any:
-        loss = sdw_fast.ops.behavior_matching(params, *outer, backend=backend)
+        loss = sdw_fast.ops.behavior_matching(params, *outer, **options)
         return loss, *torch.autograd.grad(loss, params)
 
     return run
@@ -62,7 +62,7 @@ def eager_chunks(problem: Problem) -> Run:
     outer = problem.outer
 
     def run() -> Any:
-        total, sums = torch.zeros((), dtype=problem.dtype), [torch.zeros_like(p) for p in params]
+        total, sums = params[0].new_zeros(()), [torch.zeros_like(p) for p in params]
         for states, targets, weights in zip(*(x.split(CHUNK) for x in outer), strict=True):
             loss = weighted_loss(mlp(params, states), targets, weights) * (len(states) / problem.batch)
             total += loss.detach()

@@ -23,6 +23,7 @@ from benchmarks.model import (
     Product,
     bc_loss,
     compiles,
+    cuda_graph,
     gradient_products,
     jax_functions,
     mlp,
@@ -36,16 +37,49 @@ from benchmarks.table import Table, bench, contender, contenders, measure, with_
 Run = Callable[[], Any]
 
 
-def ours(problem: Problem, backend: str = "auto") -> Run:
-    """The package: unrolled_bc, then behavior_matching, then .backward() through both."""
+def ours(problem: Problem, **options: Any) -> Run:
+    """The package: unrolled_bc, then behavior_matching, then .backward() through both. Options of both: backend …"""
     observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
 
     def run() -> Any:
         trained = sdw_fast.ops.unrolled_bc(
-            observations, actions, problem.params, steps=problem.steps, lr=problem.lr, backend=backend
+            observations, actions, problem.params, steps=problem.steps, lr=problem.lr, **options
         )
-        loss = sdw_fast.ops.behavior_matching(trained, *problem.outer, backend=backend)
+        loss = sdw_fast.ops.behavior_matching(trained, *problem.outer, **options)
         return loss, *torch.autograd.grad(loss, [observations, actions])
+
+    return run
+
+
+def ours_alone(problem: Problem, **options: Any) -> Run:
+    """unrolled_bc forward and backward, without the outer loss: of any gradient for the trained parameters."""
+    observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
+    covectors = [problem.normal(*p.shape, stream=7) for p in problem.params]
+
+    def run() -> Any:
+        trained = sdw_fast.ops.unrolled_bc(
+            observations, actions, problem.params, steps=problem.steps, lr=problem.lr, **options
+        )
+        return torch.autograd.grad(trained, [observations, actions], covectors)
+
+    return run
+
+
+def ours_together(problem: Problem, count: int, **options: Any) -> Run:
+    """`count` problems side by side, each with its own data, initialization and outer batch."""
+    problems = [replace(problem, seed=seed) for seed in range(count)]
+    observations, actions = (
+        torch.stack(x).requires_grad_() for x in zip(*(p.synthetic for p in problems), strict=True)
+    )
+    params = [torch.stack(x) for x in zip(*(p.params for p in problems), strict=True)]
+
+    def run() -> Any:
+        trained = sdw_fast.ops.unrolled_bc(observations, actions, params, steps=problem.steps, lr=problem.lr, **options)
+        policies = zip(*(p.unbind() for p in trained), strict=True)
+        losses = torch.stack(
+            [sdw_fast.ops.behavior_matching(x, *p.outer, **options) for x, p in zip(policies, problems, strict=True)]
+        )
+        return losses, *torch.autograd.grad(losses.sum(), [observations, actions])
 
     return run
 
@@ -55,11 +89,16 @@ def twin(problem: Problem) -> Run:
     return ours(problem, backend="torch")
 
 
+def twin_graph(problem: Problem) -> Run:
+    """The same captured as one CUDA graph: no launch costs are left, only the kernels and their dependences."""
+    return cuda_graph(twin(problem), problem.device)
+
+
 def _network(problem: Problem) -> torch.nn.Sequential:
     """The policy as a module, holding the problem's parameters."""
     layers: list[torch.nn.Module] = []
     for fan_in, fan_out in problem.layers:
-        layers += [torch.nn.Linear(fan_in, fan_out, dtype=problem.dtype), torch.nn.ReLU()]
+        layers += [torch.nn.Linear(fan_in, fan_out, dtype=problem.dtype, device=problem.device), torch.nn.ReLU()]
     network = torch.nn.Sequential(*layers[:-1], torch.nn.Tanh())
     with torch.no_grad():
         for parameter, value in zip(network.parameters(), problem.params, strict=True):
@@ -82,7 +121,7 @@ def autograd(problem: Problem) -> Run:
             optimizer.zero_grad()
             F.mse_loss(policy(observations.detach()), actions.detach()).backward()
             optimizer.step()
-        outer = torch.zeros((), dtype=problem.dtype)
+        outer = observations.new_zeros(())
         for states, targets, weights in zip(*(x.split(256) for x in problem.outer), strict=True):
             outer = outer + weighted_loss(policy(states), targets, weights) * (len(states) / problem.batch)
         adjoint = list(torch.autograd.grad(outer, list(policy.parameters())))

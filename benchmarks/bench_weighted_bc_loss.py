@@ -108,7 +108,7 @@ def numba_fused(problem: Problem) -> Run:
 
 def copy_floor(problem: Problem) -> Run:
     """Moves as many bytes as the op (reads pred, target, weights; writes the gradient): copy_ between ready buffers."""
-    source = torch.ones(_traffic(problem) // 2 // 4)
+    source = torch.ones(_traffic(problem) // 2 // 4, device=problem.device)
     buffer = torch.ones_like(source)
 
     def run() -> None:
@@ -119,7 +119,7 @@ def copy_floor(problem: Problem) -> Run:
 
 def clone_floor(problem: Problem) -> Run:
     """The same bytes by .clone(), which allocates its result as the op does."""
-    source = torch.ones(_traffic(problem) // 2 // 4)
+    source = torch.ones(_traffic(problem) // 2 // 4, device=problem.device)
 
     def run() -> None:
         source.clone()

@@ -29,11 +29,12 @@ class Problem:
     lr: float = 0.1
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    device: str = "cpu"
 
     def normal(self, *shape: int, stream: int = 0) -> Tensor:
-        """Standard normal numbers; each `stream` of the seed is its own sequence."""
+        """Standard normal numbers, the same on every device; each `stream` of the seed is its own sequence."""
         generator = torch.Generator().manual_seed(self.seed * 10 + stream)
-        return torch.randn(*shape, generator=generator).to(self.dtype)
+        return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
 
     @property
     def layers(self) -> list[tuple[int, int]]:
@@ -47,7 +48,7 @@ class Problem:
         params = []
         for fan_in, fan_out in self.layers:
             weight = torch.nn.init.orthogonal_(torch.empty(fan_out, fan_in), 2**0.5, generator=generator)
-            params += [weight.to(self.dtype), torch.zeros(fan_out, dtype=self.dtype)]
+            params += [weight.to(self.device, self.dtype), torch.zeros(fan_out, dtype=self.dtype, device=self.device)]
         return params
 
     @cached_property
@@ -100,10 +101,14 @@ def jax_functions() -> tuple[Any, Any, Any]:
 
 
 def to_jax(tensors: Sequence[Tensor]) -> list[Any]:
-    """Copies tensors into JAX arrays."""
-    import jax.numpy as jnp
+    """Copies tensors into arrays on JAX's first device, which must be of the tensors' kind (else Unavailable)."""
+    import jax
 
-    return [jnp.asarray(tensor.numpy()) for tensor in tensors]
+    device = jax.devices()[0]
+    wanted = "gpu" if tensors[0].is_cuda else "cpu"
+    if device.platform != wanted:
+        raise Unavailable(f"this JAX computes on the {device.platform}, not on the {wanted}")
+    return [jax.device_put(tensor.cpu().numpy(), device) for tensor in tensors]
 
 
 def arrays(result: Any) -> list[np.ndarray]:
@@ -111,7 +116,7 @@ def arrays(result: Any) -> list[np.ndarray]:
     if isinstance(result, (list, tuple)):
         return [array for item in result for array in arrays(item)]
     if isinstance(result, Tensor):
-        result = result.detach().numpy()
+        result = result.detach().cpu().numpy()
     return [np.asarray(result, dtype=np.float64)]
 
 
@@ -122,7 +127,7 @@ def product(problem: Problem, m: int, k: int, n: int, left: str = "n", right: st
     """Operands (m, k), (k, n), each plain ("n") or a transposed view ("t"), and the buffer of their product."""
     a = problem.normal(m, k) if left == "n" else problem.normal(k, m).t()
     b = problem.normal(k, n) if right == "n" else problem.normal(n, k).t()
-    return a, b, torch.empty(m, n, dtype=problem.dtype)
+    return a, b, a.new_empty(m, n)
 
 
 def gradient_products(problem: Problem, rows: int) -> list[Product]:
@@ -140,6 +145,27 @@ def multiply(products: Sequence[Product]) -> Callable[[], None]:
             torch.mm(a, b, out=out)
 
     return run
+
+
+def cuda_graph(run: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """Returns the replay of a call captured as a CUDA graph; its results lie in the same tensors every time."""
+    if not device.startswith("cuda"):
+        raise Unavailable("CUDA graphs need a GPU")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries make their workspaces before the capture
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def compiles(run: Callable[[], Any]) -> Callable[[], Any]:

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("torch", "numpy", "jax", "torchopt", "numba", "faiss-cpu", "scipy", "pykdtree", "scikit-learn")
 
 Builder = Callable[..., Callable[[], object]]
+Sampler = Callable[[Callable[[], object], int], float]  # (run, repeats) -> seconds a call
 
 
 class Unavailable(Exception):
@@ -138,6 +139,7 @@ def measure(
     rounds: tuple[int, int] = (5, 50),
     shortest: float = 0.005,
     warmup: int = 1,
+    sample: Sampler | None = None,
 ) -> Table:
     """Times all contenders in turns, so that whatever slows the machine down slows all of them.
 
@@ -151,7 +153,10 @@ def measure(
         rounds: The smallest and the largest number of rounds.
         shortest: Seconds a sample lasts at least.
         warmup: Untimed calls of each contender beforehand (compilation, caches, thread pools).
+        sample: Times so many calls; returns seconds a call. None: by the host's clock, which suits what a call
+            finishes before it returns.
     """
+    sample = sample or _sample
     rows = [Row(c.name, skipped=c.skipped) for c in contenders]
     runners = [(c, row) for c, row in zip(contenders, rows, strict=True) if c.run is not None]
     threads = torch.get_num_threads()
@@ -160,14 +165,14 @@ def measure(
         _set_threads(c.threads or threads)
         for _ in range(warmup):
             c.run()
-        repeats[c.name] = max(1, round(shortest / max(_sample(c.run, 1), 1e-7)))
+        repeats[c.name] = max(1, round(shortest / max(sample(c.run, 1), 1e-7)))
     begin = time.perf_counter()
     for done in range(rounds[1]):
         if done >= rounds[0] and time.perf_counter() - begin > budget:
             break
         for c, row in runners:
             _set_threads(c.threads or threads)
-            row.samples.append(_sample(c.run, repeats[c.name]))
+            row.samples.append(sample(c.run, repeats[c.name]))
     _set_threads(threads)
     for _, row in runners:
         row.median = statistics.median(row.samples)
@@ -282,6 +287,7 @@ def machine() -> dict[str, Any]:
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": {"sdw_fast": config["threads"], "torch": torch.get_num_threads()},
         "instruction_set": config["instruction_set"],
         "platform": platform.platform(),

@@ -53,6 +53,7 @@ def behavior_matching_cuda(
     ieee: bool,
     stream: int,
 ) -> None: ...
+def scale_cuda(values: Tensor, factor: Tensor, stream: int) -> None: ...
 
 class UnrolledBCCudaProblem:
     def __init__(

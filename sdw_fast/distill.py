@@ -704,7 +704,7 @@ def distill(
 
 def _set_states(generators: Sequence[torch.Generator], states: Tensor) -> None:
     for generator, state in zip(generators, states.cpu().reshape(len(generators), -1), strict=True):
-        generator.set_state(state)
+        generator.set_state(state.clone())  # a view into other states is misaligned
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import sdw_fast
-from benchmarks import bench_behavior_matching, bench_unrolled_bc, bench_weighted_bc_loss, table
+from benchmarks import bench_behavior_matching, bench_unrolled_bc, bench_weighted_bc_loss, gpu, table
 from benchmarks.model import Problem, arrays
 
 SUITES = {
@@ -57,6 +58,36 @@ def test_compiled_op_agrees_in_single_precision(op: str) -> None:
     expected = arrays(TWINS[op](TINY)())
     for a, e in zip(arrays(SUITES[op].ours(SINGLE)()), expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
+
+
+def test_problems_together_are_problems_apart() -> None:
+    losses, *together = bench_unrolled_bc.ours_together(TINY, count=3)()
+    for seed in range(3):
+        loss, *alone = bench_unrolled_bc.ours(dataclasses.replace(TINY, seed=seed))()
+        np.testing.assert_allclose(losses[seed].detach(), loss.detach(), rtol=1e-12)
+        for a, b in zip(together, alone, strict=True):
+            np.testing.assert_allclose(a[seed], b, rtol=0, atol=1e-12 * b.abs().max())
+
+
+def test_every_stage_of_the_gpu_check_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    gpu.touch(tmp_path, "cpu")
+    gpu.ops(tmp_path, "cpu")
+    gpu.summary(tmp_path, "cpu")
+    content = json.loads((tmp_path / "unrolled_bc.json").read_text())
+    skipped = [row["name"] for row in content["rows"] if row["skipped"]]
+    assert all("CUDA graph" in name or "JAX" in name for name in skipped)
+    assert not gpu.failures
+
+
+def test_a_failing_row_of_ours_fails_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: Problem) -> Any:
+        raise RuntimeError("broken kernel")
+
+    monkeypatch.setattr(gpu, "failures", [])
+    monkeypatch.setattr(gpu, "op_tables", lambda device: [("t", gpu.compare("t", {"sdw_fast": broken}, TINY, 1))])
+    with pytest.raises(SystemExit, match="broken kernel"):
+        gpu.ops(tmp_path, "cpu")
 
 
 def test_gemm_floor_counts_the_products_of_the_recipe() -> None:

@@ -81,6 +81,17 @@ def test_distill_resume_evaluate_plot(dataset: Path, tmp_path: Path) -> None:
     assert (whole / "metrics.png").stat().st_size > 10_000
 
 
+def test_distill_several_runs(dataset: Path, tmp_path: Path) -> None:
+    assert run("distill", dataset, *SMALL, "--steps", 4, "--runs", 2, "--out", tmp_path).exit_code == 0
+    sets = [sdw.SyntheticDataset.load(tmp_path / f"run-00{number}" / "best.npz") for number in range(2)]
+    assert sets[1].config["seed"] == sets[0].config["seed"] + 1
+    (tmp_path / "checkpoint").unlink()
+    assert run("distill", "--resume", tmp_path).exit_code == 0
+    again = sdw.SyntheticDataset.load(tmp_path / "run-001" / "last.npz")
+    np.testing.assert_array_equal(again.observations, sets[1].observations)
+    assert len(read_metrics(tmp_path / "run-000")) == 4
+
+
 def test_train_teacher_and_distill_with_it(dataset: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchrl")
     teacher = tmp_path / "teacher.safetensors"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sdw_fast as sdw
-from sdw_fast.distill import DistillConfig, Distiller, load_checkpoint, read_metrics
+from sdw_fast.distill import DistillConfig, Distiller, RunFolder, load_checkpoint, read_metrics
 from sdw_fast.policy import orthogonal_parameters
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
@@ -159,6 +159,118 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, signum: signal
         assert same_set(first, second)
     steps = [m["step"] for m in read_metrics(tmp_path / "cut")]
     assert steps == list(range(1, 41))
+
+
+def test_runs_side_by_side_take_the_steps_of_single_runs(small_data, small_teacher) -> None:
+    settings = {**TINY, "steps": 4, "clip_norm": 0.05}  # some of the hypergradients are longer
+    together = Distiller(small_data, small_teacher, DistillConfig(**settings, seed=5), n_runs=3)
+    assert together.observations.shape == (3, 12, 11)
+    for _ in range(4):
+        metrics = together.step()
+    assert {name: value.shape for name, value in metrics.items()} == dict.fromkeys(metrics, (3,))
+    for run, found in enumerate(together.sets):
+        alone = Distiller(small_data, small_teacher, DistillConfig(**settings, seed=5 + run))
+        for _ in range(4):
+            single = alone.step()
+        assert found.config == alone.synthetic.config
+        np.testing.assert_allclose(found.observations, alone.synthetic.observations, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.actions, alone.synthetic.actions, rtol=1e-4, atol=1e-4)
+        assert {name: value[run] for name, value in metrics.items()} == pytest.approx(single, rel=1e-3)
+    with pytest.raises(ValueError, match=r"take \.sets"):
+        _ = together.synthetic
+
+
+def test_runs_side_by_side_stop_and_go_on_to_the_same_bits(small_data, small_teacher, tmp_path) -> None:
+    def run(folder: str, steps: int) -> list[sdw.SyntheticDataset]:
+        settings = {**TINY, "steps": steps}
+        return sdw.distill(small_data, small_teacher, n_runs=2, folder=tmp_path / folder, **settings, progress=False)
+
+    whole = run("whole", 20)
+    run("parts", 9)
+    assert all(same_set(a, b) for a, b in zip(whole, run("parts", 20), strict=True))
+    assert not same_set(*whole)
+    for number, synthetic in enumerate(whole):
+        folders = [tmp_path / name / f"run-{number:03}" for name in ("whole", "parts")]
+        assert all(same_set(sdw.SyntheticDataset.load(folder / "best.npz"), synthetic) for folder in folders)
+        losses = [[m["loss"] for m in read_metrics(folder)] for folder in folders]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 20
+    assert {"config.json", "checkpoint"} <= set(os.listdir(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"other settings of \['n_runs'\]"):
+        sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path / "whole", progress=False)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_host_that_runs_ahead_changes_nothing(
+    small_data, small_teacher, tmp_path, monkeypatch, optimizer: str
+) -> None:
+    """What a GPU does, on the CPU: steps are looked at only from time to time, the optimizer is the fused one."""
+    settings = {**TINY, "steps": 24, "optimizer": optimizer}
+    waiting = sdw.distill(small_data, small_teacher, **settings, folder=tmp_path / "waiting", progress=False)
+    monkeypatch.setattr(Distiller, "_ahead", True)
+    monkeypatch.setattr(sys.modules[Distiller.__module__], "FETCH_EVERY", 5)
+    fetched: list[int] = []
+    fetch = Distiller._fetch
+    monkeypatch.setattr(Distiller, "_fetch", lambda self, steps: fetched.append(len(steps)) or fetch(self, steps))
+    ahead = sdw.distill(small_data, small_teacher, **settings, folder=tmp_path / "ahead", progress=False)
+    assert fetched == [5, 2, 5, 2, 5, 2, 3]  # a checkpoint every 7 steps
+    np.testing.assert_allclose(ahead.observations, waiting.observations, rtol=1e-3, atol=1e-3)
+    first, second = (read_metrics(tmp_path / name) for name in ("waiting", "ahead"))
+    assert [m["step"] for m in first] == [m["step"] for m in second] == list(range(1, 25))
+    np.testing.assert_allclose([m["loss"] for m in first], [m["loss"] for m in second], rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("bad", [1, 4])
+def test_a_step_that_diverges_is_left_out_by_a_host_that_runs_ahead(
+    small_data, small_teacher, monkeypatch, optimizer: str, bad: int
+) -> None:
+    monkeypatch.setattr(Distiller, "_ahead", True)
+    config = DistillConfig(**TINY, optimizer=optimizer)
+    reference, distiller = (Distiller(small_data, small_teacher, config) for _ in range(2))
+    for _ in range(bad - 1):
+        reference.step()
+    draw = Distiller._draw
+
+    def poisoned(self: Distiller) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+        initial, batches = draw(self)
+        if self.iteration == bad - 1:
+            batches[0][0].fill_(torch.nan)
+        return initial, batches
+
+    monkeypatch.setattr(Distiller, "_draw", poisoned)
+    with pytest.raises(FloatingPointError, match=f"outer step {bad}: loss nan"):
+        distiller.run(progress=False)
+    assert distiller.iteration == bad - 1
+    assert torch.equal(distiller.observations, reference.observations)
+    assert torch.equal(distiller.actions, reference.actions)
+    monkeypatch.setattr(Distiller, "_draw", draw)
+    distiller.step()
+    assert not torch.equal(distiller.observations, reference.observations)
+    assert distiller.observations.isfinite().all()
+
+
+def test_files_are_closed(small_data, small_teacher, tmp_path) -> None:
+    distiller = Distiller(small_data, small_teacher, DistillConfig(**TINY))
+    with RunFolder(tmp_path, distiller) as folder:
+        folder.log(2, [{"loss": 1.0}, {"loss": np.float32(2.0)}])
+    assert [m["loss"] for m in read_metrics(tmp_path)] == [1.0, 2.0]
+    with pytest.raises(ValueError, match="closed"):
+        folder.log(3, [{"loss": 3.0}])
+
+
+def test_checkpoints_of_earlier_versions_go_on(small_data, small_teacher, tmp_path) -> None:
+    whole = sdw.distill(small_data, small_teacher, **TINY, progress=False)
+    distiller = Distiller(small_data, small_teacher, DistillConfig(**TINY))
+    for _ in range(9):
+        distiller.step()
+    state = distiller.state_dict()
+    state["generator"] = state["generator"][0]
+    state["best_return"] = state.pop("best_returns")[0]
+    del state["device"], state["n_runs"]
+    continued = Distiller(small_data, small_teacher, DistillConfig(**TINY))
+    continued.load_state_dict(state)
+    assert same_set(whole, continued.run(progress=False))
 
 
 def test_checkpoint_of_another_dataset_or_setting_is_refused(small_data, small_teacher, tmp_path) -> None:

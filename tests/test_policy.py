@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import sdw_fast as sdw
-from sdw_fast.policy import orthogonal_parameters
+from sdw_fast.policy import _cholesky_qr, orthogonal_parameters
 
 
 def make_set(n: int = 20, config: dict | None = None, low: float = -1.0, high: float = 1.0) -> sdw.SyntheticDataset:
@@ -28,6 +28,31 @@ def test_orthogonal_parameters_have_orthogonal_rows_or_columns(sizes: tuple[int,
         gram = weight.T @ weight if fan_out >= fan_in else weight @ weight.T
         torch.testing.assert_close(gram, 4.0 * torch.eye(min(fan_in, fan_out)), atol=1e-4, rtol=0)
         assert not bias.any()
+
+
+def test_orthogonal_parameters_of_several_generators() -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    together = orthogonal_parameters((4, 8, 2), gain=1.5, generator=generators)
+    for run, seed in enumerate((3, 4)):
+        alone = orthogonal_parameters((4, 8, 2), gain=1.5, generator=torch.Generator().manual_seed(seed))
+        for a, b in zip(together, alone, strict=True):
+            assert a.is_contiguous()
+            torch.testing.assert_close(a[run], b)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (256, 17), (3, 64, 64)])
+def test_cholesky_qr_is_the_qr_with_positive_diagonal(shape: tuple[int, ...]) -> None:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    q, r = torch.linalg.qr(x.double())
+    expected = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    torch.testing.assert_close(_cholesky_qr(x).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_cholesky_qr_of_an_almost_singular_matrix_is_orthogonal() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 5] = x[:, 6] * (1 + 1e-7)
+    q = _cholesky_qr(x).double()
+    torch.testing.assert_close(q.T @ q, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_orthogonal_parameters_follow_their_generator() -> None:

@@ -21,8 +21,9 @@ constexpr int kDepth = 16;     // inner length of a piece of the weights
 constexpr int kLayers = 32;    // at most: the parameters of a launch are no more than 4 KB
 constexpr int kBlocks = 128;   // at most, and as many slabs
 constexpr int kFinishThreads = 256;
+constexpr int kRing = 4, kShortRing = 2;  // pieces of the weights in shared memory; the short ring where room is short
 
-// A piece of the weights in shared memory, of which there are two. Forward it is read along a row of W, backward across
+// A piece of the weights in shared memory, one buffer of a ring. Forward it is read along a row of W, backward across
 // rows; the strides keep both the writes and the tensor cores' reads free of bank conflicts.
 constexpr int kForwardStride = kDepth + 4, kBackwardStride = kColumns + 8;
 constexpr int kPiece = kColumns * kForwardStride;
@@ -78,7 +79,6 @@ __device__ inline void fetch(const float* weights, int stride, int depth, int co
         else
             *to = 0.0f;
     }
-    copy_async_commit();
 }
 
 // Accumulators of a warp for 32 rows and 32 columns, as mma_tf32 lays them out: [i][j] for rows 16 i and columns 8 j.
@@ -133,26 +133,29 @@ __device__ inline void multiply_eight(Accumulators& acc, int limit, Left left, R
     }
 }
 
-// x (32, columns) = left (32, depth) right, pieces of `right` fetched from W_l (rows of `stride` numbers) while the one
-// before is multiplied; x goes out by store(row, column, value). Ends without a barrier.
-template <bool ieee, bool forward, typename Store>
-__device__ void product(const float* left, int depth, const float* weights, int stride, int columns, float* pieces,
+// x (32, columns) = left (32, depth) right; x goes out by store(row, column, value). The pieces of `right` come from
+// W_l (rows of `stride` numbers) through a ring of `count` buffers, so that count - 1 of them are on their way while
+// one is multiplied. Begins by waiting for whoever still reads the ring or writes `left`; ends without a barrier.
+template <bool ieee, bool forward, int count, typename Store>
+__device__ void product(const float* left, int depth, const float* weights, int stride, int columns, float* ring,
                         Store store) {
     const int warp_column = threadIdx.x / 32 * 32, left_stride = padded(depth);
     for (int first = 0; first < columns; first += kColumns) {
         Accumulators acc;
         const int limit = columns - first - warp_column;
-        fetch<forward>(weights, stride, depth, columns, 0, first, pieces);
+        const auto fetch_piece = [&](int number) {  // beyond the last an empty group, so that waits can count
+            if (number * kDepth < depth)
+                fetch<forward>(weights, stride, depth, columns, number * kDepth, first, ring + number % count * kPiece);
+            copy_async_commit();
+        };
+        __syncthreads();
+        for (int number = 0; number < count - 1; ++number) fetch_piece(number);
         for (int from = 0; from < depth; from += kDepth) {
-            const float* const piece = pieces + from / kDepth % 2 * kPiece;
-            if (from + kDepth < depth) {
-                fetch<forward>(weights, stride, depth, columns, from + kDepth, first,
-                               pieces + (from / kDepth + 1) % 2 * kPiece);
-                copy_async_wait<1>();
-            } else {
-                copy_async_wait<0>();
-            }
-            __syncthreads();
+            const int number = from / kDepth;
+            const float* const piece = ring + number % count * kPiece;
+            copy_async_wait<count - 2>();
+            __syncthreads();  // this piece is there, and nobody reads the one before, whose buffer is filled next
+            fetch_piece(number + count - 1);
 #pragma unroll
             for (int k0 = 0; k0 < kDepth; k0 += 8) {
                 if (limit <= 0 || from + k0 >= depth) break;
@@ -160,12 +163,12 @@ __device__ void product(const float* left, int depth, const float* weights, int 
                     acc, limit, [&](int m, int k) { return left[m * left_stride + from + k0 + k]; },
                     [&](int k, int n) { return piece[piece_at<forward>(k0 + k, warp_column + n)]; });
             }
-            __syncthreads();
         }
         acc.for_each([&](int row, int column, float value) {
             if (column < limit) store(row, first + warp_column + column, value);
         });
     }
+    copy_async_wait<0>();
 }
 
 // slab W_l (out, in) += delta_lᵀ h_{l-1}, b_l += column sums of delta_l; the first tile of a block sets them.
@@ -211,11 +214,11 @@ __device__ inline double output_delta(const Params& p, int64_t first, float* z) 
     return loss;
 }
 
-// in_shared: the activations lie in shared memory, which the compiler then knows.
-template <bool ieee, bool in_shared>
+// in_shared: the activations lie in shared memory, which the compiler then knows. `count` buffers in the ring.
+template <bool ieee, bool in_shared, int count>
 __global__ void __launch_bounds__(kThreads, 1) run_tiles(const __grid_constant__ Params p) {
-    float* const pieces = reinterpret_cast<float*>(shared_memory());
-    float* const h = in_shared ? pieces + 2 * kPiece : p.spilled + static_cast<int64_t>(blockIdx.x) * p.activations;
+    float* const ring = reinterpret_cast<float*>(shared_memory());
+    float* const h = in_shared ? ring + count * kPiece : p.spilled + static_cast<int64_t>(blockIdx.x) * p.activations;
     float* const slab = p.slabs == nullptr ? nullptr : p.slabs + blockIdx.x * p.slab;
     for (int i = threadIdx.x; i < p.activations; i += kThreads) h[i] = 0.0f;  // what is read beyond the widths
     double loss = 0.0;
@@ -232,10 +235,11 @@ __global__ void __launch_bounds__(kThreads, 1) run_tiles(const __grid_constant__
             float* const next = h + p.offsets[l + 1];
             const float* const bias = p.biases[l];
             const bool hidden = l + 1 < p.layers;
-            product<ieee, true>(h + p.offsets[l], in, p.weights[l], in, out, pieces, [&](int row, int column, float x) {
-                x += __ldg(bias + column);
-                next[row * padded(out) + column] = hidden && x < 0.0f ? 0.0f : x;  // NaN stays
-            });
+            product<ieee, true, count>(
+                h + p.offsets[l], in, p.weights[l], in, out, ring, [&](int row, int column, float x) {
+                    x += __ldg(bias + column);
+                    next[row * padded(out) + column] = hidden && x < 0.0f ? 0.0f : x;  // NaN stays
+                });
         }
         __syncthreads();
         loss += output_delta(p, first, h + p.offsets[p.layers]);
@@ -247,14 +251,14 @@ __global__ void __launch_bounds__(kThreads, 1) run_tiles(const __grid_constant__
             __syncthreads();
             add_gradients<ieee>(delta, below, out, in, slab + p.gradient_at[l], tile == blockIdx.x);
             if (l == 0) break;
-            product<ieee, false>(delta, out, p.weights[l], in, in, pieces, [&](int row, int column, float x) {
+            product<ieee, false, count>(delta, out, p.weights[l], in, in, ring, [&](int row, int column, float x) {
                 float& there = below[row * padded(in) + column];
                 there = there > 0.0f ? x : 0.0f;
             });
         }
     }
     __syncthreads();
-    loss = block_sum(loss, reinterpret_cast<double*>(pieces));
+    loss = block_sum(loss, reinterpret_cast<double*>(ring));
     if (threadIdx.x == 0) p.sums[blockIdx.x] = loss;
 }
 
@@ -286,8 +290,9 @@ struct Plan {
     int64_t tiles, slab = 0;
     unsigned blocks;
     int activations = 0;
-    size_t shared = 2 * kPiece * sizeof(float);
+    size_t shared;
     bool in_shared;
+    int ring = kRing;  // buffers
     size_t slabs_at, spilled_at, bytes;
 
     Plan(int64_t rows, const std::vector<int64_t>& widths, bool want_gradients) : tiles((rows + kRows - 1) / kRows) {
@@ -299,14 +304,24 @@ struct Plan {
             activations += kRows * padded(widths[l]);
             if (l > 0) slab += widths[l] * (widths[l - 1] + 1);
         }
-        in_shared = shared + activations * sizeof(float) <= shared_limit();
-        if (in_shared) shared += activations * sizeof(float);
+        const auto needs = [&](int buffers, bool with_activations) {
+            return (buffers * kPiece + (with_activations ? activations : 0)) * sizeof(float);
+        };
+        in_shared = needs(kShortRing, true) <= shared_limit();
+        if (in_shared && needs(kRing, true) > shared_limit()) ring = kShortRing;
+        shared = needs(ring, in_shared);
         const auto align = [](size_t size) { return (size + 255) / 256 * 256; };
         slabs_at = align(blocks * sizeof(double));
         spilled_at = slabs_at + align(want_gradients ? blocks * slab * sizeof(float) : 0);
         bytes = spilled_at + (in_shared ? 0 : blocks * activations * sizeof(float));
     }
 };
+
+template <bool ieee>
+auto kernel_for(const Plan& plan) {
+    if (!plan.in_shared) return run_tiles<ieee, false, kRing>;
+    return plan.ring == kRing ? run_tiles<ieee, true, kRing> : run_tiles<ieee, true, kShortRing>;
+}
 
 }  // namespace
 
@@ -343,9 +358,8 @@ void behavior_matching_cuda(const BehaviorMatchingCudaParams& p) {
     params.sums = reinterpret_cast<double*>(workspace);
     params.slabs = want_gradients ? reinterpret_cast<float*>(workspace + plan.slabs_at) : nullptr;
     params.spilled = reinterpret_cast<float*>(workspace + plan.spilled_at);
-    const auto kernel = p.ieee ? (plan.in_shared ? run_tiles<true, true> : run_tiles<true, false>)
-                               : (plan.in_shared ? run_tiles<false, true> : run_tiles<false, false>);
-    launch(kernel, plan.blocks, kThreads, plan.shared, p.stream, params);
+    launch(p.ieee ? kernel_for<true>(plan) : kernel_for<false>(plan), plan.blocks, kThreads, plan.shared, p.stream,
+           params);
     const int64_t numbers = want_gradients ? plan.slab : 1;
     launch(finish, static_cast<unsigned>((numbers + kFinishThreads - 1) / kFinishThreads), kFinishThreads,
            kFinishThreads * sizeof(double), p.stream,

@@ -11,6 +11,7 @@
 #include "../dlpack.h"
 #include "sdw/behavior_matching.h"
 #include "sdw/knn_cuda.h"
+#include "sdw/scale.h"
 #include "sdw/unrolled_bc_cuda.h"
 #include "sdw/weighted_bc_loss.h"
 
@@ -80,6 +81,17 @@ void bind_behavior_matching(py::module_& m) {
         },
         py::arg("params"), py::arg("states"), py::arg("targets"), py::arg("weights"), py::arg("loss"),
         py::arg("gradients"), py::arg("workspace"), py::arg("ieee"), py::arg("stream"));
+}
+
+void bind_scale(py::module_& m) {
+    m.def(
+        "scale_cuda",
+        [](const py::object& values, const py::object& factor, uintptr_t stream) {
+            const TensorView<float> x(values, "values", 1, kDevice), f(factor, "factor", 1, kDevice);
+            require(x.size(0) >= 1 && f.size(0) == 1, "values must not be empty, and factor must be one number");
+            scale_cuda(x.data(), x.size(0), f.data(), as_stream(stream));
+        },
+        py::arg("values"), py::arg("factor"), py::arg("stream"));
 }
 
 // The address of a tensor of `problems` parts of `size` numbers, or null for None.
@@ -275,6 +287,7 @@ void bind_weighted_bc_loss(py::module_& m) {
 void bind_cuda(pybind11::module_& m) {
     bind_behavior_matching(m);
     bind_knn(m);
+    bind_scale(m);
     bind_unrolled_bc(m);
     bind_weighted_bc_loss(m);
 }

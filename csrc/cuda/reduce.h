@@ -13,7 +13,7 @@ __device__ inline double block_sum(double value, double* scratch) {
         __syncthreads();
         if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
     }
-    return scratch[0];
+    return threadIdx.x == 0 ? scratch[0] : 0.0;
 }
 
 // The sum of `count` doubles in global memory, by one block.

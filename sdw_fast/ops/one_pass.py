@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sdw_fast import _C
+from sdw_fast.ops.backend import cuda_stream
+
 # From the differentiable inputs, and whether their gradients are wanted: the loss and these gradients.
 Evaluate = Callable[[Sequence[Tensor], bool], tuple[Tensor, list[Tensor] | None]]
 
@@ -33,6 +36,16 @@ class OnePassLoss(torch.autograd.Function):
         if ctx.gradients is None:
             _, ctx.gradients = ctx.evaluate(ctx.saved_tensors, True)
         gradients, ctx.gradients = ctx.gradients, None
-        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # asking another device would wait for it
-            torch._foreach_mul_(gradients, grad_loss)  # one launch for all
+        _scale(gradients, grad_loss)
         return (None, *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[1:], strict=True)))
+
+
+def _scale(gradients: list[Tensor], factor: Tensor) -> None:
+    """Multiplies in place by the loss's own gradient: 1 as a rule, but to ask another device would mean to wait."""
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return
+    if len(gradients) > 1 or not factor.is_cuda or factor.dtype != torch.float32 or not hasattr(_C, "scale_cuda"):
+        torch._foreach_mul_(gradients, factor)
+        return
+    with cuda_stream(factor) as stream:  # a large one: no traffic where the factor is 1
+        _C.scale_cuda(gradients[0].view(-1), factor.reshape(1), stream)

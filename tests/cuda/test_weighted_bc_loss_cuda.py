@@ -76,6 +76,15 @@ def test_loss_alone_and_a_graph_kept(cuda_on_cpu):
     assert torch.equal(first, torch.autograd.grad(2 * again, tracked)[0])
 
 
+@pytest.mark.parametrize("count", [1, 255, 1000])
+def test_scaling_in_place(emulated, count):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    for factor in (1.0, -2.5):
+        scaled = values.clone()
+        emulated.scale_cuda(scaled, torch.tensor([factor]), 0)
+        assert torch.equal(scaled, values * factor)
+
+
 def test_a_small_workspace_is_refused(cuda_on_cpu):
     pred, target, weights = random_case(100, 3, seed=1)
     with pytest.raises(ValueError, match="workspace is too small"):

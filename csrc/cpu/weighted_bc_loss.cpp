@@ -80,9 +80,9 @@ float weighted_bc_loss(const WeightedBCLossParams& p) {
     const std::vector<Phase> table = phases(p.columns);
     std::vector<double> losses(chunks);
     const bool aligned = reinterpret_cast<uintptr_t>(p.gradient) % sizeof(Vec) == 0;
-    const auto chunk_loss = p.gradient == nullptr              ? loss_of<Gradient::kNone>
+    const auto chunk_loss = p.gradient == nullptr                ? loss_of<Gradient::kNone>
                             : aligned && elements >= kStreamFrom ? loss_of<Gradient::kStreamed>
-                                                               : loss_of<Gradient::kStored>;
+                                                                 : loss_of<Gradient::kStored>;
     // Below half a million elements the whole takes no longer than starting a thread.
     Team::run(static_cast<int>(std::min<int64_t>(p.threads, 1 + chunks / 8)), [&](int member, Team& team) {
         const Range share = team.share(chunks, member);

@@ -34,7 +34,7 @@ namespace sdw {
 namespace {
 
 constexpr int kLanes = 32;
-constexpr int kSearchWarps = 2;  // of a block: the two halves of a leaf in a self-join, which want the same leaves
+constexpr int kSearchWarps = 2;   // of a block: the two halves of a leaf in a self-join, which want the same leaves
 constexpr int kSearchBlocks = 8;  // a multiprocessor, that is up to 128 registers a thread; a guess, not measured
 constexpr int kFinishWarps = 4;
 constexpr int kShells = 8;  // squared radii in which cells are visited, as fractions of the group's reach

@@ -97,17 +97,18 @@ class Table:
     def __str__(self) -> str:
         memory = any(row.peak_bytes is not None for row in self.rows)
         header = ["", "median", "quartiles", "× ours"] + ["peak memory"] * memory
-        body = [_cells(row, memory) for row in self.rows]
-        widths = [max(len(cells[column]) for cells in [header, *body]) for column in range(len(header))]
+        body = [cells(row, memory) for row in self.rows]
+        widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
         widths[-1] = len(header[-1])  # the reason of a skipped row may run over
         lines = [
-            f"{cells[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells[1:], widths[1:], strict=True))
-            for cells in [header, *body]
+            f"{line[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
+            for line in [header, *body]
         ]
         return "\n".join([self.title, "-" * len(lines[0]), *(line.rstrip() for line in lines)])
 
 
-def _cells(row: Row, memory: bool) -> list[str]:
+def cells(row: Row, memory: bool) -> list[str]:
+    """A row as a table shows it: name, median, quartiles, ratio, and peak memory if asked for."""
     peak = [format_bytes(row.peak_bytes) if row.peak_bytes is not None else ""] * memory
     if row.skipped:
         return [row.name, "skipped", "", f"({row.skipped.splitlines()[0][:100]})", *peak]

@@ -14,12 +14,13 @@
 // float resolves) the query is searched again by `exact`, which ranks by d from the start.
 #include "sdw/knn.h"
 
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <future>
 #include <limits>
 #include <new>
 #include <numeric>
@@ -31,6 +32,7 @@
 #include "sdw/knn_bounds.h"
 #include "sdw/memory.h"
 #include "simd.h"
+#include "team.h"
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -163,10 +165,8 @@ struct Tree {
             Aligned<float> other = allocate<float>(blocks * kFan * dims);
             std::vector<uint32_t> other_row(blocks * kFan);
             std::iota(other_row.begin(), other_row.end(), 0u);
-#pragma omp parallel num_threads(num_threads())
-#pragma omp single
             split(0, blocks, {points.coordinates, other_row.data()}, {coordinates.get(), row.data()},
-                  {other.get(), other_row.data()});
+                  {other.get(), other_row.data()}, num_threads());
         }
         build_levels();
     }
@@ -181,9 +181,9 @@ struct Tree {
         uint32_t* row;
     };
 
-    // Sorts blocks [first, last) apart: `from` holds their rows; `to` and `spare` may be overwritten (spare may be
-    // from).
-    void split(int64_t first, int64_t last, Rows from, Buffer to, Buffer spare) {
+    // Sorts blocks [first, last) apart in at most so many threads: `from` holds their rows; `to` and `spare` may be
+    // overwritten (spare may be from).
+    void split(int64_t first, int64_t last, Rows from, Buffer to, Buffer spare, int threads) {
         const int64_t dims = references.dims, begin = first * kFan, end = std::min(last * kFan, references.rows);
         if (last - first == 1) {
             finish_block(first, begin, end, from);
@@ -212,10 +212,15 @@ struct Tree {
             to.row[place] = from.row[i];
         }
         const Rows moved{to.coordinates, to.row};
-#pragma omp task if (end - begin > 16384)
-        split(first, middle, moved, spare, to);
-        split(middle, last, moved, spare, to);
-#pragma omp taskwait
+        if (threads > 1 && end - begin > 16384) {
+            auto others =
+                std::async(std::launch::async, [=] { split(first, middle, moved, spare, to, threads - threads / 2); });
+            split(middle, last, moved, spare, to, threads / 2);
+            others.get();
+        } else {
+            split(first, middle, moved, spare, to, 1);
+            split(middle, last, moved, spare, to, 1);
+        }
     }
 
     int64_t widest_axis(int64_t begin, int64_t end, Rows from) const {
@@ -808,20 +813,26 @@ class TreeJoin final : public KnnJoin {
 
     void search(int64_t first, int64_t last, int64_t* query, double* squared, int64_t* index) const override {
         const KnnBounds bounds = scans_ ? KnnBounds::product(queries_.dims) : KnnBounds::differences(queries_.dims);
-#pragma omp parallel num_threads(num_threads())
-        {
-            Searcher searcher(tree_, queries_, k_, self_offset_);
-#pragma omp for schedule(dynamic, 4)
-            for (int64_t g = first; g < last; ++g) {
-                const int64_t at = begin_[g] - begin_[first];
-                load(searcher, g, bounds);
-                if (scans_)
-                    searcher.scan_all();
-                else
-                    searcher.walk_tree();
-                searcher.finish(query + at, squared + at * k_, index + at * k_);
+        const int threads = static_cast<int>(std::clamp<int64_t>((last - first) / 4, 1, num_threads()));
+        std::deque<Searcher> searchers;
+        for (int member = 0; member < threads; ++member) searchers.emplace_back(tree_, queries_, k_, self_offset_);
+        std::atomic<int64_t> next{first};
+        Team::run(threads, [&](int member, Team&) {
+            Searcher& searcher = searchers[member];
+            while (true) {
+                const int64_t begin = next.fetch_add(4), end = std::min(last, begin + 4);
+                if (begin >= end) return;
+                for (int64_t g = begin; g < end; ++g) {
+                    const int64_t at = begin_[g] - begin_[first];
+                    load(searcher, g, bounds);
+                    if (scans_)
+                        searcher.scan_all();
+                    else
+                        searcher.walk_tree();
+                    searcher.finish(query + at, squared + at * k_, index + at * k_);
+                }
             }
-        }
+        });
     }
 
   private:
@@ -842,8 +853,7 @@ class TreeJoin final : public KnnJoin {
     // changes.
     void group_queries() {
         std::vector<std::pair<uint32_t, uint32_t>> placed(queries_.rows);  // block, query
-#pragma omp parallel for num_threads(num_threads())
-        for (int64_t i = 0; i < queries_.rows; ++i) {
+        const auto place = [&](int64_t i) {
             const float* x = queries_.coordinates + i * queries_.dims;
             int64_t node = 0;
             for (auto level = tree_.levels.rbegin(); level != tree_.levels.rend(); ++level) {
@@ -853,7 +863,11 @@ class TreeJoin final : public KnnJoin {
                 node = node * kFan + (std::min_element(distance, distance + kFan) - distance);
             }
             placed[i] = {static_cast<uint32_t>(node), static_cast<uint32_t>(i)};
-        }
+        };
+        Team::run(queries_.rows < 4096 ? 1 : num_threads(), [&](int member, Team& team) {
+            const Range share = team.share(queries_.rows, member);
+            for (int64_t i = share.begin; i < share.end; ++i) place(i);
+        });
         std::sort(placed.begin(), placed.end());
         constexpr uint32_t kNode = kFan * kFan;
         order_.resize(queries_.rows);

@@ -8,7 +8,7 @@
 //
 // A row of C is summed alone, since no two rows are on in the same places: one load of `right` for each multiply-add,
 // where a tile of eight rows needs one for eight. What makes it pay is that these loads come from the first-level
-// cache: kGroup panels wide, `right` is taken in slabs of at most 24 KB, and the rows pass over a slab before the next.
+// cache: kGroup panels wide, `right` is taken in slabs of 16 KB, and the rows pass over a slab before the next.
 // A row's list of places (two bytes each) is made once and read for all panels and for both terms of a joined product.
 //
 // The terms of a sum come in the order of the plain product, and adding 0 · x changes no bit: the results are those of
@@ -27,8 +27,9 @@ constexpr int kGroup = 2;  // panels computed together
 #else
 constexpr int kGroup = 4;
 #endif
-constexpr int kRowDepth = 96;  // inner indices of a slab where they are units, multiples of kPanel
-constexpr int kColDepth = 64;  // and where they are rows: a slab of the left operand, as large, is beside it
+// Inner indices of a slab, a multiple of kPanel: 16 KB. 24 KB are 5% faster on a core of one's own, and slower than
+// dense where another hyperthread takes its share of the first-level cache.
+constexpr int kDepth = 64;
 constexpr int kChunk = 128 / kRowTile * kRowTile;  // rows whose lists and partial sums are held at a time
 constexpr int kLineBytes = 4 * kPanel;
 // With AVX-512, where one instruction makes a list, and from this width on; with AVX2 making lists eats the gain.
@@ -42,13 +43,13 @@ class alignas(64) GateLists {
     // For products of matrices with `rows` rows and layers no wider than `width`.
     GateLists(int64_t rows, int64_t width)
         : bits_(rows + kPanel),
-          places_(std::max(kChunk * capacity(width, kRowDepth), kPanel * capacity(rows, kColDepth))),
-          counts_(std::max(kChunk * (width / kRowDepth + 1), kPanel * (rows / kColDepth + 1))),
+          places_(std::max(kChunk * capacity(width), kPanel * capacity(rows))),
+          counts_(std::max(kChunk * slabs_of(width), kPanel * slabs_of(rows))),
           partial_(kChunk * kGroup * kLineBytes) {}
 
     // Lists, for some rows of the gate, the columns in [0, columns) that are on. False: too many for a gated product.
     bool list_rows(const Matrix& gate, Range rows, int64_t columns) {
-        begin(rows.end - rows.begin, columns, kRowDepth);
+        begin(rows.end - rows.begin, columns);
         int64_t total = 0;
         for (int64_t row = rows.begin; row < rows.end; ++row) {
             for (int64_t first = 0; first < columns; first += kPanel) {
@@ -61,7 +62,7 @@ class alignas(64) GateLists {
 
     // Lists, for some columns of the gate in one panel, which begins with them, the rows in [0, rows) that are on.
     bool list_columns(const Matrix& gate, Range columns, int64_t rows) {
-        begin(columns.end - columns.begin, rows, kColDepth);
+        begin(columns.end - columns.begin, rows);
         int64_t total = 0;
         for (int64_t row = 0; row < rows; ++row) {
             bits_[row] = nonzeros(gate.at(row, columns.begin));
@@ -78,18 +79,18 @@ class alignas(64) GateLists {
 
     // The list of a row of C in one slab.
     const uint16_t* places(int64_t row, int64_t slab) const {
-        return &places_[(row * slabs_ + slab) * (depth_ + kLanes)];
+        return &places_[(row * slabs_ + slab) * (kDepth + kLanes)];
     }
     int64_t count(int64_t row, int64_t slab) const { return counts_[row * slabs_ + slab]; }
     int64_t lists() const { return lists_; }
     int64_t slabs() const { return slabs_; }
-    int64_t depth() const { return depth_; }
     // Sums of one group so far, [row][column].
     float* partial(int64_t row) { return partial_.data() + row * kGroup * kPanel; }
 
   private:
     // Places of a list; kLanes more a slab, since append_lanes writes whole vectors.
-    static int64_t capacity(int64_t inner, int depth) { return (inner + depth - 1) / depth * (depth + kLanes); }
+    static int64_t capacity(int64_t inner) { return slabs_of(inner) * (kDepth + kLanes); }
+    static int64_t slabs_of(int64_t inner) { return (inner + kDepth - 1) / kDepth; }
 
     static uint32_t low_bits(int64_t count) { return count >= kPanel ? ~0u >> (32 - kPanel) : (1u << count) - 1; }
 
@@ -111,20 +112,19 @@ class alignas(64) GateLists {
         }
     }
 
-    void begin(int64_t lists, int64_t inner, int depth) {
+    void begin(int64_t lists, int64_t inner) {
         lists_ = lists;
-        depth_ = depth;
-        slabs_ = (inner + depth - 1) / depth;
+        slabs_ = slabs_of(inner);
         std::fill_n(counts_.begin(), lists * slabs_, 0);
     }
 
     // Adds the places first + (bits that are on) to a list; `first` is a multiple of kPanel.
     int append(int64_t list, int64_t first, uint32_t on) {
-        const int64_t slab = first / depth_;
+        const int64_t slab = first / kDepth;
         uint16_t& count = counts_[list * slabs_ + slab];
-        uint16_t* out = &places_[(list * slabs_ + slab) * (depth_ + kLanes)] + count;
+        uint16_t* out = &places_[(list * slabs_ + slab) * (kDepth + kLanes)] + count;
         const int added = __builtin_popcount(on);
-        const int origin = static_cast<int>(first - slab * depth_);
+        const int origin = static_cast<int>(first - slab * kDepth);
         const uint32_t low = on & (~0u >> (32 - kLanes));
         append_lanes(out, low, origin, kLineBytes);
         append_lanes(out + __builtin_popcount(low), on >> kLanes, origin + kLanes, kLineBytes);
@@ -132,7 +132,7 @@ class alignas(64) GateLists {
         return added;
     }
 
-    int64_t lists_ = 0, slabs_ = 0, depth_ = 0;
+    int64_t lists_ = 0, slabs_ = 0;
     std::vector<uint32_t> bits_;
     std::vector<uint16_t> places_;  // inner index within the slab, times kLineBytes: the offset of its line in a panel
     std::vector<uint16_t> counts_;
@@ -206,7 +206,7 @@ __attribute__((noinline)) void gather_slab(GateLists& lists, int64_t slab, bool 
 template <int P, int Terms, typename Left, typename Line, typename Epilogue>
 void gather_group(GateLists& lists, const Term (&terms)[Terms], int64_t panel, const Left& left, const Line& first_line,
                   const Epilogue& epilogue) {
-    const int64_t slabs = lists.slabs(), depth = lists.depth(), bytes = depth * kLineBytes;
+    const int64_t slabs = lists.slabs(), bytes = kDepth * kLineBytes;
     const auto address = [&](int64_t pass, int p) {
         return reinterpret_cast<const char*>(terms[pass / slabs % Terms].right.panel(panel + p)) + pass % slabs * bytes;
     };
@@ -217,8 +217,8 @@ void gather_group(GateLists& lists, const Term (&terms)[Terms], int64_t panel, c
             panels[p] = address(pass, p);
             next.panels[p] = address(pass + 1, p);
         }
-        gather_slab<P>(lists, pass % slabs, pass == 0, first_line(terms[pass / slabs].left, pass % slabs * depth), left,
-                       panels, next);
+        gather_slab<P>(lists, pass % slabs, pass == 0, first_line(terms[pass / slabs].left, pass % slabs * kDepth),
+                       left, panels, next);
     }
     for (int64_t row = 0; row < lists.lists(); ++row) {
         for (int p = 0; p < P; ++p) {

@@ -88,8 +88,9 @@ float behavior_matching(const BehaviorMatchingParams& p) {
     pack_weights(mlp, p.params, at.params, at.transposed);
 
     std::vector<double> losses(mlp.tiles * kRowTile);
-    std::deque<GateLists> gate_lists = mlp.gate_lists(mlp.useful_threads(p.threads));
-    Team::run(mlp.useful_threads(p.threads), [&](int member, Team& team) {
+    const int threads = mlp.useful_threads(p.threads);
+    std::vector<GateLists> gate_lists = mlp.gate_lists(threads);
+    Team::run(threads, [&](int member, Team& team) {
         const FlushDenormals flush;
         GateLists& lists = gate_lists[member];
         const std::vector<Strip> strips = mlp.strips(team.size())[member];

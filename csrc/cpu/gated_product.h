@@ -1,7 +1,7 @@
 // Products that leave out the zeros of a ReLU.
 //
-// Half of what a hidden layer hands on is zero (0.48 to 0.54 of it measured through whole unrolls), and δ, R h and R δ
-// are zero in the same places: where the layer's activation h, the *gate*, is. So a sum over a hidden layer's units, or
+// About half of what a hidden layer hands on is zero, through a whole unroll, and δ, R h and R δ are zero in the same
+// places: where the layer's activation h, the *gate*, is. So a sum over a hidden layer's units, or
 // over the rows that they are on for, has half as many terms as the plain product of product.h computes.
 //
 //     C[r, :] = Σ_{i on for r} left(r, i) · right[i, :]
@@ -18,7 +18,6 @@
 #include <vector>
 
 #include "product.h"
-#include "sdw/memory.h"
 
 namespace sdw::SDW_ISA {
 
@@ -27,8 +26,8 @@ constexpr int kGroup = 2;  // panels computed together
 #else
 constexpr int kGroup = 4;
 #endif
-// Inner indices of a slab, a multiple of kPanel: 16 KB. 24 KB are 5% faster on a core of one's own, and slower than
-// dense where another hyperthread takes its share of the first-level cache.
+// Inner indices of a slab, a multiple of kPanel: 16 KB, half a first-level cache, whose other half another hyperthread
+// may want.
 constexpr int kDepth = 64;
 constexpr int kChunk = 128 / kRowTile * kRowTile;  // rows whose lists and partial sums are held at a time
 constexpr int kLineBytes = 4 * kPanel;
@@ -45,7 +44,7 @@ class alignas(64) GateLists {
         : bits_(rows + kPanel),
           places_(std::max(kChunk * capacity(width), kPanel * capacity(rows))),
           counts_(std::max(kChunk * slabs_of(width), kPanel * slabs_of(rows))),
-          partial_(kChunk * kGroup * kLineBytes) {}
+          partial_(kChunk * kGroup * kLineBytes / sizeof(CacheLine)) {}
 
     // Lists, for some rows of the gate, the columns in [0, columns) that are on. False: too many for a gated product.
     bool list_rows(const Matrix& gate, Range rows, int64_t columns) {
@@ -85,9 +84,13 @@ class alignas(64) GateLists {
     int64_t lists() const { return lists_; }
     int64_t slabs() const { return slabs_; }
     // Sums of one group so far, [row][column].
-    float* partial(int64_t row) { return partial_.data() + row * kGroup * kPanel; }
+    float* partial(int64_t row) { return reinterpret_cast<float*>(partial_.data()) + row * kGroup * kPanel; }
 
   private:
+    struct alignas(64) CacheLine {
+        float numbers[16];
+    };
+
     // Places of a list; kLanes more a slab, since append_lanes writes whole vectors.
     static int64_t capacity(int64_t inner) { return slabs_of(inner) * (kDepth + kLanes); }
     static int64_t slabs_of(int64_t inner) { return (inner + kDepth - 1) / kDepth; }
@@ -136,7 +139,7 @@ class alignas(64) GateLists {
     std::vector<uint32_t> bits_;
     std::vector<uint16_t> places_;  // inner index within the slab, times kLineBytes: the offset of its line in a panel
     std::vector<uint16_t> counts_;
-    Buffer partial_;
+    std::vector<CacheLine> partial_;
 };
 
 // Where a row of C finds its left numbers. line: that of the row's first place; from row to row it moves on by kStep.
@@ -155,24 +158,11 @@ struct RowsOfUnit {  // C is a weight gradient: places are rows, one line after 
     }
 };
 
-// The next slab, fetched into the second-level cache a few lines at a time while this one is worked on.
-template <int P>
-struct Prefetch {
-    const char* panels[P];
-    int64_t bytes, step, at = 0;
-
-    void some() {
-        for (const int64_t end = std::min(bytes, at + step); at < end; at += 64) {
-            for (int p = 0; p < P; ++p) __builtin_prefetch(panels[p] + at, 0, 2);
-        }
-    }
-};
-
 // partial += Σ_places left · right over one slab, P panels of `right`, all rows of C. Not inlined: its loop needs every
 // register there is.
 template <int P, typename Left>
 __attribute__((noinline)) void gather_slab(GateLists& lists, int64_t slab, bool first, const char* line, Left left,
-                                           const char* const (&panels)[P], Prefetch<P> next) {
+                                           const char* const (&panels)[P]) {
     const int64_t rows = lists.lists(), apart = lists.places(1, 0) - lists.places(0, 0);
     const uint16_t* places = lists.places(0, slab);
     float* sums = lists.partial(0);
@@ -185,7 +175,6 @@ __attribute__((noinline)) void gather_slab(GateLists& lists, int64_t slab, bool 
                 for (int v = 0; v < 2; ++v) acc[p][v] = load(sums + p * kPanel + v * kLanes);
             }
         }
-        next.some();
         for (; place != end; ++place) {
             const Vec y = broadcast_scalar_load(left(line, *place));
 #pragma GCC unroll 4
@@ -206,19 +195,14 @@ __attribute__((noinline)) void gather_slab(GateLists& lists, int64_t slab, bool 
 template <int P, int Terms, typename Left, typename Line, typename Epilogue>
 void gather_group(GateLists& lists, const Term (&terms)[Terms], int64_t panel, const Left& left, const Line& first_line,
                   const Epilogue& epilogue) {
-    const int64_t slabs = lists.slabs(), bytes = kDepth * kLineBytes;
-    const auto address = [&](int64_t pass, int p) {
-        return reinterpret_cast<const char*>(terms[pass / slabs % Terms].right.panel(panel + p)) + pass % slabs * bytes;
-    };
+    const int64_t slabs = lists.slabs();
     for (int64_t pass = 0; pass < Terms * slabs; ++pass) {
+        const Term& term = terms[pass / slabs];
+        const int64_t slab = pass % slabs;
         const char* panels[P];
-        Prefetch<P> next{{}, bytes, round_up((bytes + lists.lists() - 1) / lists.lists(), 64)};
-        for (int p = 0; p < P; ++p) {
-            panels[p] = address(pass, p);
-            next.panels[p] = address(pass + 1, p);
-        }
-        gather_slab<P>(lists, pass % slabs, pass == 0, first_line(terms[pass / slabs].left, pass % slabs * kDepth),
-                       left, panels, next);
+        for (int p = 0; p < P; ++p)
+            panels[p] = reinterpret_cast<const char*>(term.right.panel(panel + p)) + slab * kDepth * kLineBytes;
+        gather_slab<P>(lists, slab, pass == 0, first_line(term.left, slab * kDepth), left, panels);
     }
     for (int64_t row = 0; row < lists.lists(); ++row) {
         for (int p = 0; p < P; ++p) {

@@ -9,7 +9,6 @@
 #pragma once
 
 #include <cstring>
-#include <deque>
 #include <limits>
 #include <numeric>
 #include <utility>
@@ -109,12 +108,13 @@ class Mlp {
         return kGatingPays && l > 0 && l < layers && std::min(widths[l], columns) >= kGateWidth;
     }
 
-    // One for each member.
-    std::deque<GateLists> gate_lists(int members) const {
-        std::deque<GateLists> lists;
-        for (int member = 0; member < members; ++member)
-            lists.emplace_back(tiles * kRowTile, *std::max_element(widths.begin(), widths.end()));
-        return lists;
+    // One for each member; empty ones where no layer is gated.
+    std::vector<GateLists> gate_lists(int members) const {
+        int64_t width = 0;
+        for (int l = 1; l < layers; ++l) {
+            if (gated(l, std::max(widths[l - 1], widths[l + 1]))) width = std::max(width, widths[l]);
+        }
+        return std::vector<GateLists>(members, GateLists(width > 0 ? tiles * kRowTile : 0, width));
     }
 
     // The strips of each member, about equal in work, in an order that keeps a panel of deltas in cache, or of gates.

@@ -207,7 +207,7 @@ void Unroll::train(const UnrolledBCParams& params) {
     pack_weights(mlp_, params.params, at_.steps[0].theta, at_.transposed);
 
     const int threads = mlp_.useful_threads(params.threads);
-    std::deque<GateLists> gate_lists = mlp_.gate_lists(threads);
+    std::vector<GateLists> gate_lists = mlp_.gate_lists(threads);
     Team::run(threads, [&](int member, Team& team) {
         const FlushDenormals flush;
         GateLists& lists = gate_lists[member];
@@ -324,8 +324,9 @@ void Unroll::backward(UnrolledBCGradients& gradients, int threads) {
     lr_gradient_.assign(mlp_.tiles * kRowTile, 0.0);
 
     const bool want_observations = gradients.observations != nullptr, want_params = !gradients.params.empty();
-    std::deque<GateLists> gate_lists = mlp_.gate_lists(mlp_.useful_threads(threads));
-    Team::run(mlp_.useful_threads(threads), [&](int member, Team& team) {
+    threads = mlp_.useful_threads(threads);
+    std::vector<GateLists> gate_lists = mlp_.gate_lists(threads);
+    Team::run(threads, [&](int member, Team& team) {
         const FlushDenormals flush;
         GateLists& lists = gate_lists[member];
         const Strips strips = mlp_.strips(team.size())[member];

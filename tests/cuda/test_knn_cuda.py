@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from oracle import brute_force
 
 from benchmarks import bench_knn
 from sdw_fast import _C
@@ -52,18 +53,6 @@ def search(request: pytest.FixtureRequest) -> Search:
         return squared.numpy(), found.numpy(), join.counts.cpu().numpy()
 
     return run
-
-
-def brute_force(queries: np.ndarray, references: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """All differences in float64; a stable sort breaks ties by index."""
-    x, y = queries.astype(np.float64), (queries if references is None else references).astype(np.float64)
-    squared = np.zeros((len(x), len(y)))
-    for d in range(x.shape[1]):
-        squared += (x[:, None, d] - y[None, :, d]) ** 2
-    if references is None:
-        np.fill_diagonal(squared, np.inf)
-    index = np.argsort(squared, 1, kind="stable")[:, :k]
-    return np.take_along_axis(squared, index, 1), index
 
 
 def check(search: Search, x: np.ndarray, y: np.ndarray | None, k: int) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Random problems, and plain autograd through the unrolled training: what the ops are compared with."""
+"""What the ops are compared with: plain autograd through the unrolled training of random problems, and brute force."""
 
 import itertools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,3 +75,16 @@ def assert_agree(actual, expected, tolerance):
     for i in range(3):
         assert relative_error(gradients[i : i + 1], gradients_expected[i : i + 1]) < tolerance, i
     assert relative_error(gradients[3:], gradients_expected[3:]) < tolerance
+
+
+def brute_force(queries: np.ndarray, references: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances and indices: all differences in float64; a stable sort breaks ties by index."""
+    points = queries if references is None else references
+    x, y = queries.astype(np.float64), points.astype(np.float64)
+    squared = np.zeros((len(x), len(y)))
+    for d in range(x.shape[1]):
+        squared += (x[:, None, d] - y[None, :, d]) ** 2
+    if references is None:
+        np.fill_diagonal(squared, np.inf)
+    index = np.argsort(squared, 1, kind="stable")[:, :k]
+    return np.take_along_axis(squared, index, 1), index

@@ -225,7 +225,7 @@ def test_any_number_of_threads_gives_the_same_answer() -> None:
 @pytest.mark.parametrize("isa", _C.supported_isas())
 def test_every_instruction_set(isa: str) -> None:
     code = (
-        "import sys; sys.path.insert(0, 'tests/ops'); import numpy as np; from test_knn import check, states; "
+        "import sys; sys.path[:0] = ['tests', 'tests/ops']; import numpy as np; from test_knn import check, states; "
         "check(states(1300, 17, 0), None, 10, 'native'); check(states(200, 5, 1), states(900, 5, 2), 300, 'native'); "
         "check(np.random.default_rng(0).random((700, 64)), None, 3, 'native'); "
         "check(np.ones((500, 3), np.float32), None, 4, 'native')"

@@ -3,11 +3,12 @@
 python -m benchmarks.bench_knn                                          # synthetic surfaces, 10^4 and 10^5 rows
 python -m benchmarks.bench_knn states.npy uniform:64 --rows 1e5 1e6     # real states: an .npy file (M, D), normalized
 python -m benchmarks.bench_knn states.npy --rows 1e6 --verify 20000     # every index against float64 brute force
-python -m benchmarks.bench_knn states.npy --rows 1e7 --peers            # ours alone
+python -m benchmarks.bench_knn copies:states.npy --rows 1e7 --peers     # ours alone, on more rows than the file has
 python -m benchmarks.bench_knn --device cuda --verify 20000             # on a GPU: 10^5 to 10^7 rows, its own peers
 
-A source is uniform:D, gaussian:D, surface:D (near a curved surface of dimension 2/3 D), an .npy file, or whatever
-`load_dataset` takes (its normalized observations). Peers that answer query by query are timed on 2% of the queries, at
+A source is uniform:D, gaussian:D, surface:D (near a curved surface of dimension 2/3 D), an .npy file, whatever
+`load_dataset` takes (its normalized observations), or copies:SOURCE: that source as often as the rows need, each number
+moved by a normal 0.05 standard deviations. Peers that answer query by query are timed on 2% of the queries, at
 least 500, and scaled; building their index is not scaled. Approximate peers carry their measured recall. On a GPU the
 points lie there before the clock starts, ours is the median of three runs, and --verify compares with our CPU join.
 """
@@ -46,6 +47,11 @@ def source(name: str, rows: int) -> np.ndarray:
     """Returns (rows, D) float32 points; a file with fewer rows is an error."""
     rng = np.random.default_rng(0)
     kind, _, number = name.partition(":")
+    if kind == "copies":
+        states = _standardized(_states(number).astype(np.float32))
+        points = np.resize(states, (rows, states.shape[1]))
+        points += np.float32(0.05) * rng.standard_normal(points.shape, dtype=np.float32)
+        return points
     if kind in ("uniform", "gaussian", "surface"):
         dimension = int(number)
         if kind == "uniform":
@@ -55,14 +61,19 @@ def source(name: str, rows: int) -> np.ndarray:
         intrinsic = max(1, 2 * dimension // 3)
         latent = rng.standard_normal((rows, intrinsic)) @ rng.standard_normal((intrinsic, dimension))
         points = np.sin(latent / 2) + 0.01 * rng.standard_normal((rows, dimension))
-    elif name.endswith(".npy"):
-        points = np.load(name)
     else:
-        points = sdw_fast.load_dataset(name).normalized_observations
+        points = _states(name)
     if len(points) < rows:
         raise SystemExit(f"{name} has {len(points)} rows, {rows} are wanted")
     # A random subset: another size of the same distribution.
-    points = points[np.sort(rng.permutation(len(points))[:rows])].astype(np.float32)
+    return _standardized(points[np.sort(rng.permutation(len(points))[:rows])].astype(np.float32))
+
+
+def _states(name: str) -> np.ndarray:
+    return np.load(name) if name.endswith(".npy") else sdw_fast.load_dataset(name).normalized_observations
+
+
+def _standardized(points: np.ndarray) -> np.ndarray:
     return (points - points.mean(0)) / (points.std(0) + 1e-3)
 
 

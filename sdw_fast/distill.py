@@ -29,6 +29,7 @@ from sdw_fast.teacher import Teacher
 from sdw_fast.version import __version__
 
 OPTIMIZERS = ("adam", "sgd")
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class DistillConfig:
     batch_size: int = 2_560  # states an outer step
     optimizer: str = "adam"  # "adam" or "sgd"
     lr: float = 0.01
+    schedule: str = "constant"  # of lr over the outer steps: "constant", or "cosine" down to 0
     momentum: float = 0.9  # of SGD; β₁ of Adam
+    average: float = 0.0  # decay of the moving average that is the synthetic set; 0: the last iterate itself
     clip_norm: float = 2.0  # bound on the global norm of the hypergradient
 
     # the run
@@ -77,7 +80,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        for name, allowed in (("objective", OBJECTIVES), ("init", INITIALIZATIONS), ("optimizer", OPTIMIZERS)):
+        choices = {"objective": OBJECTIVES, "init": INITIALIZATIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
         for name in ("size", "inner_steps", "steps", "batch_size", "eval_clones", "checkpoint_every", "k"):
@@ -90,8 +94,9 @@ class DistillConfig:
             raise ValueError(f"eval_every must be 0 (never) or more, got {self.eval_every}")
         if self.eval_episodes < self.eval_clones:
             raise ValueError(f"eval_episodes={self.eval_episodes} must be at least eval_clones={self.eval_clones}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        for name in ("momentum", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.window is not None and not 1 <= self.window <= self.inner_steps:
             raise ValueError(f"window must be between 1 and inner_steps={self.inner_steps}, got {self.window}")
         if any(width < 1 for width in self.hidden):
@@ -185,6 +190,7 @@ class Distiller:
         if self._batches.device != self.device:
             self._row_generators = [torch.Generator(self._batches.device).manual_seed(seed) for seed in self.seeds]
         self._optimizer = self._make_optimizer()
+        self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
         self._halted = torch.zeros((), device=self.device)  # 1 from the first step on that is not finite
         self.iteration = 0
         self._best_returns = [-math.inf] * len(self.seeds)
@@ -212,8 +218,12 @@ class Distiller:
         """Whether steps are only enqueued, so that the host must not ask what came of them."""
         return self.device.type != "cpu"
 
+    @property
+    def _leaves(self) -> list[Tensor]:
+        return [self.observations, self.actions]
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        leaves, config = [self.observations, self.actions], self.config
+        leaves, config = self._leaves, self.config
         fused = self._ahead or None  # the fused kernels can be told on the device to leave a step out
         if config.optimizer == "sgd":
             return torch.optim.SGD(leaves, lr=config.lr, momentum=config.momentum, fused=fused)
@@ -270,8 +280,22 @@ class Distiller:
             self._optimizer.found_inf = self._halted  # type: ignore[attr-defined]
         elif not metrics[:2].isfinite().all():
             return metrics
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate()
         self._optimizer.step()
+        if self._averages:
+            # A plain mean of the iterates at first, so that the average forgets where it started.
+            share = max(1 - config.average, 1 / self.iteration) * (1 - self._halted)
+            for average, leaf in zip(self._averages, self._leaves, strict=True):
+                average.lerp_(leaf.detach(), share)
         return metrics
+
+    def _learning_rate(self) -> float:
+        """The outer learning rate of the step under way."""
+        if self.config.schedule == "constant":
+            return self.config.lr
+        done = min((self.iteration - 1) / self.config.steps, 1.0)
+        return self.config.lr * (1 + math.cos(math.pi * done)) / 2
 
     def _draw(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Draws θ_0 of every run, as one list of parameters, and every run's states, targets and weights."""
@@ -289,10 +313,9 @@ class Distiller:
 
     def _clip(self) -> Tensor:
         """Scales each run's hypergradient down to norm clip_norm where it is longer; returns the norms before."""
-        leaves = [self.observations, self.actions]
-        norms = self._norms(leaves)
+        norms = self._norms(self._leaves)
         factors = (self.config.clip_norm / (norms + 1e-6)).clamp(max=1.0)
-        for leaf in leaves:
+        for leaf in self._leaves:
             if leaf.grad is not None:
                 leaf.grad.mul_(factors[..., None, None])
         return norms
@@ -323,8 +346,8 @@ class Distiller:
 
     @property
     def sets(self) -> list[SyntheticDataset]:
-        """The synthetic sets as they stand, one a run, in the environment's units."""
-        observations, actions = (x.detach().cpu().numpy() for x in (self.observations, self.actions))
+        """The synthetic sets as they stand, one a run, in the environment's units; moving averages if so configured."""
+        observations, actions = (x.detach().cpu().numpy() for x in self._averages or self._leaves)
         if self.n_runs is None:
             observations, actions = observations[None], actions[None]
         data = self.data
@@ -378,6 +401,7 @@ class Distiller:
             "best_returns": list(self._best_returns),
             "observations": self.observations.detach().clone(),
             "actions": self.actions.detach().clone(),
+            "averages": [average.clone() for average in self._averages],
             "optimizer": self._optimizer.state_dict(),
             "generator": torch.stack([generator.get_state() for generator in self._generators]),
             "dataset_hash": self.data.content_hash,
@@ -395,14 +419,15 @@ class Distiller:
         Raises:
             ValueError: the state belongs to another dataset, another configuration (the number of steps, of
                 evaluations and of checkpoints may differ), another kind of device (whose random numbers are others) or
-                another number of runs.
+                another number of runs. With schedule="cosine" the number of steps must be the same too.
         """
         if state["dataset_hash"] != self.data.content_hash:
             raise ValueError(
                 f"the checkpoint belongs to another dataset (content hash {state['dataset_hash'][:12]}…, "
                 f"this one has {self.data.content_hash[:12]}…)"
             )
-        free = ("steps", "eval_every", "eval_clones", "eval_episodes", "checkpoint_every")
+        free = ["eval_every", "eval_clones", "eval_episodes", "checkpoint_every"]
+        free += ["steps"] if self.config.schedule == "constant" else []
         now = {**self.config.to_dict(), "device": self.device.type, "n_runs": self.n_runs}
         then = {**state["config"], "device": state.get("device", "cpu"), "n_runs": state.get("n_runs")}
         differing = [name for name, value in then.items() if name not in free and now.get(name) != value]
@@ -411,6 +436,8 @@ class Distiller:
         with torch.no_grad():
             self.observations.copy_(state["observations"])
             self.actions.copy_(state["actions"])
+            for average, saved in zip(self._averages, state.get("averages", []), strict=True):
+                average.copy_(saved)
         self._optimizer.load_state_dict(state["optimizer"])
         _set_states(self._generators, state["generator"])
         if self._row_generators is not self._generators:

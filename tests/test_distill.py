@@ -161,8 +161,54 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, signum: signal
     assert steps == list(range(1, 41))
 
 
+def test_cosine_schedule_takes_the_learning_rate_to_zero(small_data, small_teacher) -> None:
+    config = DistillConfig(**{**TINY, "steps": 4}, lr=0.4, schedule="cosine", optimizer="sgd", momentum=0.0)
+    distiller = Distiller(small_data, small_teacher, config)
+    rates = []
+    for _ in range(6):  # two steps beyond the end stand still
+        before = distiller.observations.detach().clone()
+        gradient = distiller.step()["gradient_norm"]
+        rates.append(distiller._optimizer.param_groups[0]["lr"])
+        assert torch.equal(distiller.observations, before) == (rates[-1] == 0)
+        assert gradient > 0
+    half = 0.2 * (1 + np.cos(np.pi / 4))
+    assert rates == pytest.approx([0.4, half, 0.2, 0.4 - half, 0.0, 0.0])
+
+
+def test_the_set_is_the_moving_average_of_the_iterates(small_data, small_teacher) -> None:
+    """A plain mean over the first 1 / (1 − average) steps, then exponential: 0.75 is four steps."""
+    plain, averaged = (
+        Distiller(small_data, small_teacher, DistillConfig(**TINY, average=average)) for average in (0.0, 0.75)
+    )
+    iterates = []
+    for _ in range(6):
+        plain.step()
+        averaged.step()
+        iterates.append(plain.synthetic.observations.astype(np.float64))
+        assert torch.equal(plain.observations, averaged.observations)  # gradients are taken at the iterates
+    expected = np.mean(iterates[:4], axis=0)
+    for iterate in iterates[4:]:
+        expected = 0.75 * expected + 0.25 * iterate
+    np.testing.assert_allclose(averaged.synthetic.observations, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_schedule_and_average_go_on_to_the_same_bits(small_data, small_teacher, tmp_path) -> None:
+    settings = {**TINY, "steps": 20, "schedule": "cosine", "average": 0.9}
+    whole = sdw.distill(small_data, small_teacher, **settings, progress=False)
+
+    def stop(distiller: Distiller, metrics: dict) -> None:
+        if distiller.iteration == 10:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        sdw.distill(small_data, small_teacher, **settings, folder=tmp_path, callback=stop, progress=False)
+    with pytest.raises(ValueError, match=r"other settings of \['steps'\]"):  # a cosine over 30 steps is another one
+        sdw.distill(small_data, small_teacher, **{**settings, "steps": 30}, folder=tmp_path, progress=False)
+    assert same_set(whole, sdw.distill(small_data, small_teacher, **settings, folder=tmp_path, progress=False))
+
+
 def test_runs_side_by_side_take_the_steps_of_single_runs(small_data, small_teacher) -> None:
-    settings = {**TINY, "steps": 4, "clip_norm": 0.05}  # some of the hypergradients are longer
+    settings = {**TINY, "steps": 4, "clip_norm": 0.05, "average": 0.5}  # some of the hypergradients are longer
     together = Distiller(small_data, small_teacher, DistillConfig(**settings, seed=5), n_runs=3)
     assert together.observations.shape == (3, 12, 11)
     for _ in range(4):
@@ -205,7 +251,7 @@ def test_a_host_that_runs_ahead_changes_nothing(
     small_data, small_teacher, tmp_path, monkeypatch, optimizer: str
 ) -> None:
     """What a GPU does, on the CPU: steps are looked at only from time to time, the optimizer is the fused one."""
-    settings = {**TINY, "steps": 24, "optimizer": optimizer}
+    settings = {**TINY, "steps": 24, "optimizer": optimizer, "average": 0.9, "schedule": "cosine"}
     waiting = sdw.distill(small_data, small_teacher, **settings, folder=tmp_path / "waiting", progress=False)
     monkeypatch.setattr(Distiller, "_ahead", True)
     monkeypatch.setattr(sys.modules[Distiller.__module__], "FETCH_EVERY", 5)
@@ -319,6 +365,8 @@ def test_evaluation_needs_an_environment(small_data, small_teacher) -> None:
         ({"lr": float("nan")}, "lr"),
         ({"window": 101}, "window"),
         ({"momentum": 1.0}, "momentum"),
+        ({"average": 1.0}, "average"),
+        ({"schedule": "linear"}, "schedule"),
         ({"hidden": (0,)}, "hidden"),
         ({"optimiser": "adam"}, "unknown settings"),
     ],

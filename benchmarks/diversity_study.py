@@ -1,0 +1,210 @@
+"""The SDW paper's analysis: quality against diversity of the data, returns against τ, diversity of the synthetic sets.
+
+python -m benchmarks.diversity_study
+
+ranking: policies cloned on whole datasets of rising quality and falling diversity, stopped early and late: the return
+against the training loss that was reached, where the ranking of the datasets may flip.
+tau: returns of SDW against τ, from the results of `benchmarks.suite` (its ablations; τ = 0 is Av-PBC).
+sets: how widely the suite's synthetic sets spread, from runs/suite.
+
+Writes results/diversity/*.json, results/diversity.md and docs/diversity_*.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import sdw_fast as sdw
+from benchmarks import suite
+from benchmarks.table import machine
+from benchmarks.train_teachers import ROOT, TASKS, dataset
+from sdw_fast import plots
+from sdw_fast.data import TransitionDataset, normalize_actions
+from sdw_fast.policy import MLPPolicy, orthogonal_parameters
+from sdw_fast.synthetic import SyntheticDataset
+
+RESULTS, DOCS = suite.RESULTS.parent / "diversity", ROOT / "docs"
+ENVS = ("hopper", "walker2d")
+QUALITIES = ("medium-replay", "medium", "medium-expert", "expert")  # rising quality
+STOPS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)  # gradient steps after which a policy is looked at
+POLICIES, EPISODES = 3, 8
+COVERED, NEIGHBORHOOD = 20_000, 80  # states of a dataset, and how many of them a neighborhood holds: 256 cover it
+
+
+def policy_of(data: TransitionDataset, params: list[torch.Tensor]) -> MLPPolicy:
+    low, high = data.action_bounds
+    scaling = {"mean": data.normalizer.mean, "scale": data.normalizer.scale}
+    return MLPPolicy(params, **scaling, action_low=low, action_high=high)
+
+
+def clone_in_stages(data: TransitionDataset, seed: int) -> list[tuple[float, float]]:
+    """Behavior cloning by Adam; returns (loss on the dataset, normalized return) at every stop."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.from_numpy(data.normalized_observations)
+    actions = torch.from_numpy(normalize_actions(data.actions, *data.action_bounds))
+    sizes = (states.shape[1], 256, 256, 256, actions.shape[1])
+    params = [p.requires_grad_() for p in orthogonal_parameters(sizes, gain=1.0, generator=generator)]
+    optimizer = torch.optim.Adam(params, 3e-4, fused=True)
+    ones, reached = torch.ones(256), []
+    assert data.env_id is not None
+    for step in range(1, STOPS[-1] + 1):
+        rows = torch.randint(len(states), (256,), generator=generator)
+        optimizer.zero_grad()
+        sdw.ops.behavior_matching(params, states[rows], actions[rows], ones).backward()
+        optimizer.step()
+        if step in STOPS:
+            with torch.no_grad():
+                loss = sdw.ops.behavior_matching(params, states, actions, torch.ones(len(states)))
+            result = sdw.evaluate(policy_of(data, params), data.env_id, episodes=EPISODES, seed=seed)
+            reached.append((float(loss), result.normalized_mean or 0.0))
+    return reached
+
+
+def measure_ranking(case: tuple[str, str]) -> None:
+    """Clones POLICIES policies on one dataset and writes what they reached."""
+    env, quality = case
+    file = RESULTS / f"ranking-{env}-{quality}.json"
+    if file.exists():
+        return
+    torch.set_num_threads(1)
+    sdw.set_num_threads(1)
+    data = dataset(f"{env}/{quality}")
+    spread = sdw.diversity(data)
+    reached = [clone_in_stages(data, seed=suite.TEST_SEED + i * EPISODES) for i in range(POLICIES)]
+    content = {"env": env, "quality": quality, "stops": STOPS, "reached": reached, "machine": machine()}
+    content |= {"diversity": spread.to_dict(), "mean_return": data.summary().get("normalized_return_mean")}
+    suite.write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def ranking(jobs: int) -> str:
+    """Measures what is missing, draws docs/diversity_ranking.png, and returns the section of the page."""
+    cases = [(env, quality) for env in ENVS for quality in QUALITIES]
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        pool.map(measure_ranking, cases, chunksize=1)
+    figure = Figure(figsize=(5.5 * len(ENVS), 4.2), layout="constrained")
+    rows = []
+    for axes, env in zip(figure.subplots(1, len(ENVS), squeeze=False)[0], ENVS, strict=True):
+        for quality in QUALITIES:
+            content = json.loads((RESULTS / f"ranking-{env}-{quality}.json").read_text())
+            reached = np.array(content["reached"])  # (policies, stops, 2)
+            loss, returns = reached.mean(0).T
+            error = reached[..., 1].std(0, ddof=1) / np.sqrt(len(reached))
+            axes.errorbar(loss, returns, error, marker="o", markersize=3, capsize=2, label=quality)
+            at = [f"{r:.0f} ± {e:.0f} ({x:.3f})" for x, r, e in zip(loss, returns, error, strict=True)]
+            spread = content["diversity"]
+            rows.append([f"{env}/{quality}", f"{spread['entropy']:.1f}", f"{spread['participation_ratio']:.1f}", *at])
+        axes.set(xscale="log", xlabel="training loss reached", ylabel="D4RL-normalized return", title=env)
+        axes.invert_xaxis()
+        axes.legend()
+    plots.save(figure, DOCS / "diversity_ranking.png")
+    header = ["cloned on", "entropy (nats)", "participation ratio", *(f"{stop} steps" for stop in STOPS)]
+    return f"""## Quality against diversity
+
+Policies cloned on whole datasets by Adam, looked at after ever more gradient steps: D4RL-normalized return, mean ±
+standard error of {POLICIES} policies, {EPISODES} episodes each; in brackets the loss on the dataset. Entropy and
+participation ratio of the states, each dataset in its own normalization.
+
+![return against loss](../../docs/diversity_ranking.png)
+
+{suite.markdown(header, rows)}
+"""
+
+
+def tau() -> str:
+    """Draws docs/diversity_tau.png from the suite's results, and returns the section of the page."""
+    exponents = {
+        0.0: "av-pbc",
+        **{overrides["tau"]: method for method, overrides in suite.ABLATIONS.items() if "tau" in overrides},
+    }
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    rows = []
+    for task in suite.ABLATED:
+        points = []
+        for exponent, method in sorted(exponents.items()):
+            cells = [cell for seed in suite.SEEDS if suite.done(cell := (task, method, seed))]
+            values = [json.loads(suite.result_path(cell).read_text())["normalized_return"] for cell in cells]
+            if len(values) > 1:
+                points.append((exponent, np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))))
+            rows.append([task, f"{exponent:g}", suite.mean_and_error(values, len(suite.SEEDS))])
+        if points:
+            axes.errorbar(*np.array(points).T, marker="o", capsize=2, label=task)
+    axes.set(xlabel="τ (0: Av-PBC)", ylabel="D4RL-normalized return")
+    axes.legend()
+    plots.save(figure, DOCS / "diversity_tau.png")
+    return f"""## Return against τ
+
+![return against τ](../../docs/diversity_tau.png)
+
+{suite.markdown(["task", "τ", "D4RL-normalized return"], rows)}
+"""
+
+
+def spread(task: str, method: str) -> dict[str, float] | None:
+    """Diversity of the suite's synthetic sets of a method, mean over the seeds that there are; None without any."""
+    measured = []
+    for seed in suite.SEEDS:
+        file = suite.RUNS / task / method / str(seed) / "last.npz"
+        if file.exists():
+            points = SyntheticDataset.load(file).normalized_observations
+            measured.append(_spread(points, _covered(task)))
+    return {name: float(np.mean([m[name] for m in measured])) for name in measured[0]} if measured else None
+
+
+def _covered(task: str) -> np.ndarray:
+    states = dataset(task).normalized_observations
+    return states[np.random.default_rng(0).choice(len(states), COVERED, replace=False)]
+
+
+def _spread(points: np.ndarray, covered: np.ndarray) -> dict[str, float]:
+    figures: dict[str, Any] = sdw.diversity(points).to_dict()
+    kept = {name: figures[name] for name in ("entropy", "participation_ratio", "neighbor_distance")}
+    return kept | {"coverage": sdw.coverage(covered, points, k=NEIGHBORHOOD)}
+
+
+def sets() -> str:
+    """Measures the synthetic sets of runs/suite beside random pairs, and returns the section of the page."""
+    file = RESULTS / "sets.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    for task in TASKS:
+        covered = _covered(task)
+        rows = np.random.default_rng(1).choice(len(covered), suite.SETTINGS["size"], replace=False)
+        found = {"random": _spread(covered[rows], covered)}
+        found |= {method: spread(task, method) for method in suite.OBJECTIVES}
+        kept[task] = kept.get(task, {}) | {method: figures for method, figures in found.items() if figures}
+    suite.write_text(file, json.dumps(kept, indent=1) + "\n")
+    names = ("entropy", "participation_ratio", "neighbor_distance", "coverage")
+    rows = [
+        [task, suite.METHODS[method], *(f"{figures[name]:.2f}" for name in names)]
+        for task, methods in kept.items()
+        for method, figures in methods.items()
+    ]
+    return f"""## Diversity of the synthetic sets
+
+On normalized states, k = 10, mean over seeds. Coverage: the share of {COVERED:,} states of the dataset whose
+neighborhood of {NEIGHBORHOOD} others holds a synthetic state.
+
+{suite.markdown(["task", "method", "entropy (nats)", "participation ratio", "neighbor distance", "coverage"], rows)}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="datasets at a time")
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    sections = [ranking(options.jobs), tau(), sets()]
+    head = "# Diversity\n\nMade by `python -m benchmarks.diversity_study`.\n\n"
+    suite.write_text(RESULTS.with_suffix(".md"), head + "\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()

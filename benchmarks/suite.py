@@ -1,0 +1,410 @@
+"""The papers' table: distilled policies on the locomotion suite. `make suite`; writes benchmarks/results/suite.md.
+
+python -m benchmarks.suite                                  # every cell that has no result yet, then the page
+python -m benchmarks.suite --only 'hopper/medium/sdw/'      # some cells; a name is <env>/<quality>/<method>/<seed>
+python -m benchmarks.suite --list                           # what is done and what is missing
+python -m benchmarks.suite --page                           # the page alone
+
+A cell is one task, method and seed. Its result is one JSON file under results/suite with the settings it was made with,
+committed: the same command on another machine goes on from there. A cell whose settings are no longer those of this
+file is made again. Distillations lie in runs/suite/<cell> (config.json, metrics.jsonl, checkpoint, last.npz) and
+resume from their last checkpoint. On the CPU every cell has one thread and as many run as there are cores; on a GPU all
+seeds of a cell are one batched run.
+
+What is reported is the last synthetic set, never the best by an evaluation: POLICIES policies are cloned on it from
+initializations of their own, and each runs EPISODES episodes with seeds that nothing else uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import sdw_fast as sdw
+from benchmarks.table import machine
+from benchmarks.train_teachers import ROOT, TASKS, dataset, path, train_missing
+from sdw_fast.data import TransitionDataset, normalize_actions
+from sdw_fast.distill import DistillConfig
+from sdw_fast.policy import MLPPolicy, orthogonal_parameters
+from sdw_fast.synthetic import SyntheticDataset, choose_pairs
+from sdw_fast.teacher import Teacher
+
+RESULTS, RUNS = ROOT / "benchmarks/results/suite", ROOT / "runs/suite"
+PAGE = RESULTS.parent / "suite.md"
+SEEDS = range(3)
+POLICIES, EPISODES = 5, 10  # freshly trained policies a cell, and episodes of each
+TEST_SEED = 10_000
+STEPS = 400
+# What every set is distilled and cloned with.
+SETTINGS: dict[str, Any] = {"size": 256, "steps": STEPS, "inner_steps": 50}
+PAIRS = {"random": "random", "kmeans++": "kmeans++", "top-q": "top-q"}  # method -> how real pairs are chosen
+OBJECTIVES = {"dbc": "dbc", "pbc": "pbc", "av-pbc": "av-pbc", "sdw": "sdw", "sdw-paper": "sdw"}
+SCALE = ("bc", "teacher")  # for scale: behavior cloning on the whole dataset, and the teacher itself
+METHODS = {
+    "random": "random pairs",
+    "kmeans++": "k-means++ pairs",
+    "top-q": "top-Q pairs",
+    "dbc": "DBC",
+    "pbc": "PBC",
+    "av-pbc": "Av-PBC",
+    "sdw": "SDW",
+    "sdw-paper": "SDW, papers' settings",
+    "bc": "BC on all data",
+    "teacher": "teacher",
+}
+# arXiv 2512.06692, 256 pairs, D4RL v2
+PUBLISHED = {
+    "halfcheetah/medium": 39.5,
+    "hopper/medium": 38.4,
+    "walker2d/medium": 42.5,
+    "halfcheetah/medium-expert": 25.0,
+    "hopper/medium-expert": 42.6,
+    "walker2d/medium-expert": 44.6,
+}
+# One setting at a time away from SETTINGS, on two tasks.
+ABLATED = ("hopper/medium", "walker2d/medium-expert")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    f"sdw,{name}={value}": {name: value}
+    for name, values in {
+        "tau": (0.02, 0.05, 0.1, 0.2),
+        "clip": (0.9,),
+        "lr": (0.003, 0.03),
+        "schedule": ("constant",),
+        "average": (0.0,),
+        "gain": (1.0,),
+        "inner_lr": (0.05, 0.2),
+        "inner_steps": (20, 100),
+        "window": (25,),
+        "init": ("kmeans++", "top-q"),
+        "density_method": ("flow",),
+    }.items()
+    for value in values
+}
+BC = {"steps": 5_000, "batch_size": 256, "lr": 1e-3}
+
+Cell = tuple[str, str, int]  # task, method, seed
+
+
+def cells() -> list[Cell]:
+    """All cells, those that the published numbers are compared with first."""
+
+    def order(cell: Cell) -> tuple[bool, bool, int]:
+        task, method, seed = cell
+        return task not in PUBLISHED, method not in ("av-pbc", "sdw", *SCALE), seed
+
+    every = [(task, method, seed) for task in TASKS for method in METHODS for seed in seeds(method)]
+    ablations = [(task, method, seed) for task in ABLATED for method in ABLATIONS for seed in SEEDS]
+    return sorted(every, key=order) + ablations
+
+
+def seeds(method: str) -> Sequence[int]:
+    """The teacher and cloning on all data are there once."""
+    return SEEDS[:1] if method in SCALE else SEEDS
+
+
+def name(cell: Cell) -> str:
+    return "/".join(map(str, cell))
+
+
+def result_path(cell: Cell) -> Path:
+    task, method, seed = cell
+    return RESULTS / task.replace("/", "-") / f"{method}-{seed}.json"
+
+
+def settings(method: str, seed: int) -> dict[str, Any]:
+    """Everything that a cell's result depends on besides the code, the dataset and the teacher."""
+    shared = {"policies": POLICIES, "episodes": EPISODES}
+    if method == "teacher":
+        return shared
+    if method == "bc":
+        return {**shared, **BC, "seed": seed}
+    if method == "sdw-paper":
+        return {**shared, **DistillConfig.paper(steps=STEPS, seed=seed).to_dict()}
+    if method in PAIRS:
+        own = {"init": PAIRS[method], "objective": "dbc"}
+        return {**shared, **DistillConfig(**SETTINGS, seed=seed, **own).to_dict()}
+    if method in ABLATIONS:
+        return {**shared, **DistillConfig(**{**SETTINGS, **ABLATIONS[method]}, seed=seed, objective="sdw").to_dict()}
+    return {**shared, **DistillConfig(**SETTINGS, seed=seed, objective=OBJECTIVES[method]).to_dict()}
+
+
+def done(cell: Cell) -> bool:
+    """Whether there is a result with the settings of now."""
+    file = result_path(cell)
+    return file.exists() and json.loads(file.read_text())["settings"] == settings(cell[1], cell[2])
+
+
+def make(cells: Sequence[Cell]) -> list[str]:
+    """Makes the results of cells that differ in the seed only; returns a line on each."""
+    task, method, _ = cells[0]
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+        sdw.set_num_threads(1)
+    data = dataset(task)
+    teacher = Teacher.load(path(task))
+    began = time.perf_counter()
+    policies = [policies_of(cell, data, teacher) for cell in cells] if method in SCALE else None
+    sets = [] if policies else synthetic_sets(cells, data, teacher)
+    distilled = time.perf_counter() - began
+    lines = []
+    for number, cell in enumerate(cells):
+        began = time.perf_counter()
+        chosen = policies[number] if policies else clones(sets[number])
+        returns = [episodes(policy, data, clone) for clone, policy in enumerate(chosen)]
+        seconds = {"training": distilled / len(cells), "evaluation": time.perf_counter() - began}
+        lines.append(write(cell, np.array(returns), seconds))
+    return lines
+
+
+def synthetic_sets(cells: Sequence[Cell], data: TransitionDataset, teacher: Teacher) -> list[SyntheticDataset]:
+    """The set of each cell: real pairs, or distilled; on a GPU all in one run."""
+    task, method, _ = cells[0]
+    configs = [
+        DistillConfig.from_dict({k: v for k, v in settings(method, seed).items() if k not in ("policies", "episodes")})
+        for _, _, seed in cells
+    ]
+    if method in PAIRS:
+        return [real_pairs(data, teacher, config) for config in configs]
+    if torch.cuda.is_available():
+        distiller = sdw.Distiller(data, teacher, configs[0], device="cuda", n_runs=len(cells))
+        distiller.run(RUNS / task / method / "batched", progress=False)
+        return distiller.sets
+    sets = []
+    for cell, config in zip(cells, configs, strict=True):
+        distiller = sdw.Distiller(data, teacher, config)
+        distiller.run(RUNS / name(cell), progress=False)
+        sets.append(distiller.synthetic)
+    return sets
+
+
+def real_pairs(data: TransitionDataset, teacher: Teacher, config: DistillConfig) -> SyntheticDataset:
+    rng = np.random.default_rng(config.seed)
+    rows = choose_pairs(data, config.size, method=config.init, teacher=teacher, rng=rng)
+    low, high = data.action_bounds
+    return SyntheticDataset(
+        data.observations[rows],
+        data.actions[rows],
+        data.normalizer,
+        low,
+        high,
+        data.env_id,
+        data.reference_scores,
+        config.to_dict(),
+    )
+
+
+def clones(synthetic: SyntheticDataset) -> Iterator[nn.Module]:
+    for clone in range(POLICIES):
+        yield sdw.behavior_clone(synthetic, seed=TEST_SEED + clone)
+
+
+def policies_of(cell: Cell, data: TransitionDataset, teacher: Teacher) -> list[Any]:
+    """The policies that are there for scale."""
+    if cell[1] == "teacher":
+        return [teacher.actions] * POLICIES
+    return [clone_dataset(data, seed=TEST_SEED + clone) for clone in range(POLICIES)]
+
+
+def clone_dataset(data: TransitionDataset, seed: int) -> MLPPolicy:
+    """Behavior cloning on a whole dataset: the suite's network, minibatches, Adam with a cosine schedule."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = data.action_bounds
+    states = torch.from_numpy(data.normalized_observations)
+    actions = torch.from_numpy(normalize_actions(data.actions, low, high))
+    config = DistillConfig(**SETTINGS)
+    sizes = (states.shape[1], *config.hidden, actions.shape[1])
+    params = [p.requires_grad_() for p in orthogonal_parameters(sizes, gain=config.gain, generator=generator)]
+    optimizer = torch.optim.Adam(params, lr=BC["lr"], fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BC["steps"])
+    ones = torch.ones(int(BC["batch_size"]))
+    for _ in range(int(BC["steps"])):
+        rows = torch.randint(len(states), (len(ones),), generator=generator)
+        optimizer.zero_grad()
+        sdw.ops.behavior_matching(params, states[rows], actions[rows], ones).backward()
+        optimizer.step()
+        schedule.step()
+    normalizer = data.normalizer
+    return MLPPolicy(params, mean=normalizer.mean, scale=normalizer.scale, action_low=low, action_high=high)
+
+
+def episodes(policy: Any, data: TransitionDataset, clone: int) -> np.ndarray:
+    """D4RL-normalized returns of a policy's episodes, whose seeds are its own."""
+    assert data.env_id is not None
+    evaluation = sdw.evaluate(policy, data.env_id, episodes=EPISODES, seed=TEST_SEED + clone * EPISODES)
+    assert evaluation.normalized is not None
+    return evaluation.normalized
+
+
+def write(cell: Cell, returns: np.ndarray, seconds: dict[str, float]) -> str:
+    """Writes a cell's result, whole or not at all, and returns a line on it. `returns` is (POLICIES, EPISODES)."""
+    task, method, seed = cell
+    policies = returns.mean(1)
+    result = {
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "normalized_return": round(float(policies.mean()), 3),
+        "standard_error": round(float(policies.std(ddof=1) / np.sqrt(len(policies))), 3),
+        "policies": np.round(policies, 3).tolist(),
+        "seconds": {key: round(value, 2) for key, value in seconds.items()},
+        "settings": settings(method, seed),
+        "machine": machine(),
+    }
+    write_text(result_path(cell), json.dumps(result, indent=1) + "\n")
+    figures = f"{result['normalized_return']:.1f} ± {result['standard_error']:.1f}, {sum(seconds.values()):.0f} s"
+    return f"{name(cell)}: {figures}"
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def work(missing: Iterable[Cell]) -> list[list[Cell]]:
+    """What one call of `make` takes: a cell, or on a GPU all seeds of a distillation that has none yet."""
+    if not torch.cuda.is_available():
+        return [[cell] for cell in missing]
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in missing:
+        groups.setdefault(cell[:2], []).append(cell)
+    return [
+        part for group in groups.values() for part in ([group] if len(group) == len(SEEDS) else [[c] for c in group])
+    ]
+
+
+def run(missing: list[Cell], jobs: int) -> None:
+    """Makes the cells in processes of their own, and the page after each."""
+    tasks = work(missing)
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool, tqdm(total=len(missing)) as bar:
+        for lines in pool.imap_unordered(make, tasks):
+            for line in lines:
+                bar.write(line)
+                bar.update()
+            write_page()
+
+
+# The page
+
+
+def write_page() -> None:
+    """Writes suite.md from the results there are."""
+    results = {cell: json.loads(result_path(cell).read_text()) for cell in cells() if done(cell)}
+    text = f"""# The suite
+
+Made by `python -m benchmarks.suite` from the JSON files in `results/suite`;
+[docs/results.md](../../docs/results.md) says what to make of it. {len(results)} of {len(cells())} cells are done.
+
+D4RL-normalized return, mean over seeds ± standard error of that mean (in brackets: how many seeds, where not
+{len(SEEDS)}). A seed's figure is the mean of {POLICIES} policies cloned on its set from different initializations,
+{EPISODES} episodes each. {SETTINGS["size"]} pairs, {SETTINGS["steps"]} outer steps, the last set. Published: SDW with
+50,000 outer steps on D4RL's own datasets (arXiv 2512.06692).
+
+{_returns(results)}
+
+## Ablations
+
+SDW with one setting changed; the first row is unchanged.
+
+{_ablations(results)}
+
+## Compute
+
+Mean seconds of one cell, training (distillation, or cloning on all data) and evaluation, one core each.
+
+{_seconds(results)}
+"""
+    write_text(PAGE, text)
+
+
+Results = dict[Cell, dict[str, Any]]
+
+
+def _cell_of_the_page(results: Results, task: str, method: str) -> str:
+    cells = [(task, method, seed) for seed in seeds(method)]
+    return mean_and_error([results[cell]["normalized_return"] for cell in cells if cell in results], len(cells))
+
+
+def _returns(results: Results) -> str:
+    rows = [
+        [
+            task,
+            *(_cell_of_the_page(results, task, method) for method in METHODS),
+            f"{PUBLISHED[task]:.1f}" if task in PUBLISHED else "–",
+        ]
+        for task in TASKS
+    ]
+    return markdown(["task", *METHODS.values(), "published SDW"], rows)
+
+
+def _ablations(results: Results) -> str:
+    rows = [
+        [label, *(_cell_of_the_page(results, task, method) for task in ABLATED)]
+        for method, label in {"sdw": "as above", **{m: f"`{m.removeprefix('sdw,')}`" for m in ABLATIONS}}.items()
+    ]
+    return markdown(["", *ABLATED], rows)
+
+
+def _seconds(results: Results) -> str:
+    rows = []
+    labels = METHODS | {"sdw,": "ablations"}
+    for method, label in labels.items():
+        spent = [
+            result["seconds"]
+            for (_, of, _), result in results.items()
+            if of == method or (method == "sdw," and of in ABLATIONS)
+        ]
+        if spent:
+            means = [f"{np.mean([s[part] for s in spent]):.0f}" for part in ("training", "evaluation")]
+            rows.append([label, str(len(spent)), *means, f"{sum(sum(s.values()) for s in spent) / 3600:.2f}"])
+    return markdown(["method", "cells", "training", "evaluation", "hours in all"], rows)
+
+
+def mean_and_error(values: Sequence[float], expected: int) -> str:
+    """Mean ± standard error; in brackets the number of values where it is not the expected one."""
+    if not values:
+        return "missing"
+    error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{error}" + (f" ({len(values)})" if len(values) < expected else "")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="REGEX", help="only the cells whose name matches")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time on the CPU")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--list", action="store_true", help="print what is done and what is missing, and stop")
+    modes.add_argument("--page", action="store_true", help="write the page and stop")
+    options = parser.parse_args()
+    chosen = [cell for cell in cells() if re.search(options.only, name(cell))]
+    if options.list:
+        print("\n".join(f"{'done' if done(cell) else 'missing':<8} {name(cell)}" for cell in chosen))
+        return
+    if not options.page:
+        missing = [cell for cell in chosen if not done(cell)]
+        train_missing({task for task, _, _ in missing}, options.jobs)
+        run(missing, options.jobs)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()

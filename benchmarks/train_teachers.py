@@ -1,0 +1,106 @@
+"""The suite's nine teachers: trained by IQL on the collected datasets, evaluated, and written in half precision.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.train_teachers                 # those that are missing, two at a time
+    OMP_NUM_THREADS=1 python -m benchmarks.train_teachers hopper/medium   # one, again
+
+One thread, for the networks are small and the result then repeats bit for bit. What is evaluated is the stored file,
+and its returns are kept in the file's own metadata. The files lie in benchmarks/teachers, hopper/medium's in
+sdw_fast/assets, for the demo uses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+import sdw_fast as sdw
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVS = ("halfcheetah", "hopper", "walker2d")
+QUALITIES = ("medium-replay", "medium", "medium-expert")
+TASKS = [f"{env}/{quality}" for env in ENVS for quality in QUALITIES]
+TRANSITIONS = 100_000  # of each dataset
+EPISODES = 20
+# HalfCheetah has no early end to warn of a bad action, and takes longer to learn from.
+STEPS = {"halfcheetah": 20_000, "hopper": 10_000, "walker2d": 10_000}
+
+
+def path(task: str) -> Path:
+    """Where the teacher of a task lies."""
+    folder = ROOT / ("sdw_fast/assets" if task == "hopper/medium" else "benchmarks/teachers")
+    return folder / f"{task.replace('/', '-')}{'-teacher' * (task == 'hopper/medium')}.safetensors"
+
+
+def dataset(task: str) -> sdw.TransitionDataset:
+    """The dataset of a task, collected if it is not there."""
+    sdw.collect(task, steps=TRANSITIONS, seed=0, progress=False)
+    return sdw.load_dataset(task)
+
+
+def train(task: str, steps: int | None = None, expectile: float = 0.8, temperature: float = 6.0, seed: int = 0) -> str:
+    """Trains, writes and evaluates the teacher of a task; returns a line on it."""
+    torch.set_num_threads(1)
+    data = dataset(task)
+    trained = sdw.train_teacher(
+        data,
+        "iql",
+        steps=steps or STEPS[task.split("/")[0]],
+        seed=seed,
+        expectile=expectile,
+        temperature=temperature,
+        progress=False,
+    )
+    trained.save(path(task), half=True)
+    teacher = sdw.Teacher.load(path(task))
+    assert data.env_id is not None
+    result = sdw.evaluate(teacher.actions, data.env_id, episodes=EPISODES)
+    values = teacher.values(data.observations, data.actions)
+    teacher.provenance["evaluation"] = {
+        "episodes": EPISODES,
+        "return_mean": result.mean,
+        "return_std": result.std,
+        "normalized_mean": result.normalized_mean,
+        "normalized_std": result.normalized_std,
+        "mean_q": float(values.mean()),
+        "std_q": float(values.std()),
+    }
+    teacher.save(path(task), half=True)
+    return (
+        f"{task}: {result}; Q on the data {values.mean():.1f} ± {values.std():.1f}, {(values < 0).mean():.2%} negative"
+    )
+
+
+def train_missing(tasks: Iterable[str], jobs: int) -> None:
+    """Trains the teachers among these that have no file."""
+    train_all([task for task in TASKS if task in tasks and not path(task).exists()], jobs)
+
+
+def train_all(tasks: list[str], jobs: int) -> None:
+    """Trains these teachers in processes of their own."""
+    if not tasks:
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for line in pool.imap_unordered(train, tasks):
+            print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; default: those missing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.tasks) - set(TASKS)):
+        raise SystemExit(f"no such tasks: {unknown}; there are {TASKS}")
+    if options.tasks:
+        train_all(options.tasks, options.jobs)
+    else:
+        train_missing(TASKS, options.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -154,8 +154,8 @@ class Distiller:
         report: Figures of the objective, see `sdw_fast.objectives.OuterProblem`.
 
     Raises:
-        ValueError: the objective needs a teacher that is missing, the dataset is smaller than config.size, or n_runs
-            is below 1.
+        ValueError: the objective needs a teacher that is missing, the dataset is smaller than config.size, n_runs is
+            below 1, or the device is a GPU and there is none.
     """
 
     def __init__(
@@ -172,6 +172,8 @@ class Distiller:
         self.config = config = config or DistillConfig()
         self.data = data
         self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={device!r} needs a GPU and a CUDA build of torch, and torch finds none here")
         self.n_runs = n_runs
         self.seeds = [config.seed + run for run in range(n_runs or 1)]
         problem = self._outer_problem(data, teacher, config)

@@ -376,6 +376,12 @@ def test_bad_settings_are_refused(setting: dict, message: str) -> None:
         DistillConfig.from_dict(setting)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named(small_data, small_teacher) -> None:
+    with pytest.raises(ValueError, match="'cuda' needs a GPU"):
+        sdw.distill(small_data, small_teacher, **TINY, device="cuda")
+
+
 def test_paper_settings() -> None:
     config = DistillConfig.paper(seed=3)
     assert (config.optimizer, config.lr, config.momentum, config.clip_norm) == ("sgd", 0.1, 0.9, 2.0)

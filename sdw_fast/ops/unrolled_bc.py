@@ -91,6 +91,8 @@ def unrolled_bc(
             expected = "a float, a scalar tensor or a tensor (R,)" if batched else "a float or a scalar tensor"
             raise ValueError(f"unrolled_bc: lr must be {expected}, got shape {tuple(lr.shape)}")
         lr = lr.reshape(()).to(observations) if lr.numel() == 1 else lr.to(observations)
+    elif not math.isfinite(lr):
+        raise ValueError(f"unrolled_bc: lr must be finite, got {lr}")
     if resolved == "cuda":
         return _cuda(schedule, lr, observations, actions, params, batched)
     function = {"torch": _TorchUnrolledBC, "cpu": _CPUUnrolledBC}[resolved]

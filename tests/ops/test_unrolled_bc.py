@@ -271,6 +271,7 @@ def test_a_tape_that_cannot_fit_is_refused_before_it_is_allocated():
         ({"window": 4}, ValueError, "window must be between 1 and steps = 3"),
         ({"tape": "half"}, ValueError, "'full' or 'recompute'"),
         ({"lr": torch.ones(2)}, ValueError, "scalar tensor"),
+        ({"lr": float("nan")}, ValueError, "lr must be finite"),
         ({"precision": "half"}, ValueError, "'tf32' or 'ieee'"),
         (
             {"observations": torch.zeros(2, 4, 3)},

@@ -1,0 +1,90 @@
+"""The suite of the papers' table: one real cell of each kind, resumption from committed results, and the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sdw_fast as sdw
+from benchmarks import suite
+
+
+@pytest.fixture
+def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The suite with its files in a folder of the test, tiny settings, and one episode of one policy."""
+    pytest.importorskip("mujoco")
+    data = dataclasses.replace(small_data, env_id="Hopper-v5")
+    for name, value in {
+        "RESULTS": tmp_path / "results/suite",
+        "RUNS": tmp_path / "runs",
+        "PAGE": tmp_path / "results/suite.md",
+        "SETTINGS": {"size": 8, "steps": 2, "inner_steps": 2, "hidden": (8,), "batch_size": 32},
+        "BC": {"steps": 3, "batch_size": 16, "lr": 1e-3},
+        "POLICIES": 2,
+        "EPISODES": 1,
+        "dataset": lambda task: data,
+        "path": lambda task: task,
+    }.items():
+        monkeypatch.setattr(suite, name, value)
+    monkeypatch.setattr(suite.Teacher, "load", lambda path: small_teacher)
+    threads = sdw.get_num_threads()
+    yield tmp_path
+    sdw.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("method", ["random", "top-q", "sdw", "sdw,gain=1.0", "bc", "teacher"])
+def test_a_cell_writes_its_result_and_is_then_done(tiny: Path, method: str) -> None:
+    cell = ("hopper/medium", method, 0)
+    assert cell in suite.cells()
+    assert not suite.done(cell)
+    suite.make([cell])
+    assert suite.done(cell)
+    result = json.loads(suite.result_path(cell).read_text())
+    assert (result["task"], result["method"], result["seed"]) == cell
+    assert len(result["policies"]) == 2
+    assert result["normalized_return"] == pytest.approx(np.mean(result["policies"]), abs=1e-3)
+    assert result["standard_error"] == pytest.approx(np.std(result["policies"], ddof=1) / np.sqrt(2), abs=1e-3)
+
+
+def test_a_cell_reports_the_last_set(tiny: Path) -> None:
+    suite.make([("hopper/medium", "sdw", 1)])
+    last = sdw.SyntheticDataset.load(tiny / "runs/hopper/medium/sdw/1/last.npz")
+    assert last.config["iteration"] == 2
+    expected = [
+        suite.episodes(policy, suite.dataset(""), clone).mean() for clone, policy in enumerate(suite.clones(last))
+    ]
+    result = json.loads((tiny / "results/suite/hopper-medium/sdw-1.json").read_text())
+    assert result["policies"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_cell_of_other_settings_is_made_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = ("hopper/medium", "random", 0)
+    suite.make([cell])
+    monkeypatch.setitem(suite.SETTINGS, "size", 9)
+    assert not suite.done(cell)
+
+
+def test_published_comparison_comes_first_and_names_are_unique() -> None:
+    cells = suite.cells()
+    assert len(set(map(suite.name, cells))) == len(cells) == len({suite.result_path(cell) for cell in cells})
+    first = cells[: 6 * (2 * 3 + 2)]
+    assert {task for task, _, _ in first} == set(suite.PUBLISHED)
+    assert {method for _, method, _ in first} == {"av-pbc", "sdw", "bc", "teacher"}
+
+
+def test_page(tiny: Path) -> None:
+    for seed, mean in enumerate((10.0, 20.0, 30.0)):
+        suite.write(("hopper/medium", "sdw", seed), np.full((2, 1), mean), {"training": 3600.0, "evaluation": 0.0})
+    suite.write(("hopper/medium", "random", 1), np.full((2, 1), 5.0), {"training": 0.0, "evaluation": 8.0})
+    suite.write_page()
+    page = (tiny / "results/suite.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| hopper/medium |"))
+    assert [part.strip() for part in row.strip("|").split("|")] == [
+        "hopper/medium", "5.0 (1)", *["missing"] * 5, "20.0 ± 5.8", *["missing"] * 3, "38.4",
+    ]  # fmt: skip
+    assert "| SDW | 3 | 3600 | 0 | 3.00 |" in page

@@ -46,9 +46,8 @@ PAGE = RESULTS.parent / "suite.md"
 SEEDS = range(3)
 POLICIES, EPISODES = 5, 10  # freshly trained policies a cell, and episodes of each
 TEST_SEED = 10_000
-STEPS = 400
 # What every set is distilled and cloned with.
-SETTINGS: dict[str, Any] = {"size": 256, "steps": STEPS, "inner_steps": 50}
+SETTINGS: dict[str, Any] = {"size": 256, "steps": 250, "lr": 0.05, "schedule": "cosine", "average": 0.9}
 PAIRS = {"random": "random", "kmeans++": "kmeans++", "top-q": "top-q"}  # method -> how real pairs are chosen
 OBJECTIVES = {"dbc": "dbc", "pbc": "pbc", "av-pbc": "av-pbc", "sdw": "sdw", "sdw-paper": "sdw"}
 SCALE = ("bc", "teacher")  # for scale: behavior cloning on the whole dataset, and the teacher itself
@@ -78,15 +77,15 @@ ABLATED = ("hopper/medium", "walker2d/medium-expert")
 ABLATIONS: dict[str, dict[str, Any]] = {
     f"sdw,{name}={value}": {name: value}
     for name, values in {
-        "tau": (0.02, 0.05, 0.1, 0.2),
+        "tau": (0.02, 0.05, 0.1, 0.2, 0.4),
         "clip": (0.9,),
-        "lr": (0.003, 0.03),
+        "lr": (0.01,),
         "schedule": ("constant",),
         "average": (0.0,),
         "gain": (1.0,),
         "inner_lr": (0.05, 0.2),
-        "inner_steps": (20, 100),
-        "window": (25,),
+        "inner_steps": (50,),
+        "window": (50,),
         "init": ("kmeans++", "top-q"),
         "density_method": ("flow",),
     }.items()
@@ -131,7 +130,7 @@ def settings(method: str, seed: int) -> dict[str, Any]:
     if method == "bc":
         return {**shared, **BC, "seed": seed}
     if method == "sdw-paper":
-        return {**shared, **DistillConfig.paper(steps=STEPS, seed=seed).to_dict()}
+        return {**shared, **DistillConfig.paper(steps=SETTINGS["steps"], seed=seed).to_dict()}
     if method in PAIRS:
         own = {"init": PAIRS[method], "objective": "dbc"}
         return {**shared, **DistillConfig(**SETTINGS, seed=seed, **own).to_dict()}

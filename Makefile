@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 CORE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test lint format bench sanitize clean
+.PHONY: help setup demo test lint format bench suite sanitize clean
 
 help:
 	@echo "make demo      collect, train, distill and evaluate on hopper-medium; writes demo/"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    apply ruff's and clang-format's formatting"
 	@echo "make bench     time every op beside its peers"
+	@echo "make suite     distill and evaluate the papers' table; continues from benchmarks/results/suite"
 	@echo "make sanitize  run the kernel tests under address, undefined-behavior and thread sanitizers"
 	@echo "make clean     remove .venv and everything built"
 
@@ -51,6 +52,9 @@ format: setup
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run
+
+suite: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.suite
 
 sanitize: setup
 	PYTHON=$(BIN)/python .ci/sanitize.sh

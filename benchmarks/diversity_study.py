@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,6 @@ def clone_in_stages(data: TransitionDataset, seed: int) -> list[tuple[float, flo
 def measure_ranking(case: tuple[str, str]) -> None:
     """Clones POLICIES policies on one dataset and writes what they reached."""
     env, quality = case
-    file = RESULTS / f"ranking-{env}-{quality}.json"
-    if file.exists():
-        return
     torch.set_num_threads(1)
     sdw.set_num_threads(1)
     data = dataset(f"{env}/{quality}")
@@ -81,19 +79,24 @@ def measure_ranking(case: tuple[str, str]) -> None:
     reached = [clone_in_stages(data, seed=suite.TEST_SEED + i * EPISODES) for i in range(POLICIES)]
     content = {"env": env, "quality": quality, "stops": STOPS, "reached": reached, "machine": machine()}
     content |= {"diversity": spread.to_dict(), "mean_return": data.summary().get("normalized_return_mean")}
-    suite.write_text(file, json.dumps(content, indent=1) + "\n")
+    suite.write_text(ranking_file(case), json.dumps(content, indent=1) + "\n")
+
+
+def ranking_file(case: tuple[str, str]) -> Path:
+    return RESULTS / f"ranking-{case[0]}-{case[1]}.json"
 
 
 def ranking(jobs: int) -> str:
     """Measures what is missing, draws docs/diversity_ranking.png, and returns the section of the page."""
     cases = [(env, quality) for env in ENVS for quality in QUALITIES]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        pool.map(measure_ranking, cases, chunksize=1)
+    if missing := [case for case in cases if not ranking_file(case).exists()]:
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            pool.map(measure_ranking, missing, chunksize=1)
     figure = Figure(figsize=(5.5 * len(ENVS), 4.2), layout="constrained")
     rows = []
     for axes, env in zip(figure.subplots(1, len(ENVS), squeeze=False)[0], ENVS, strict=True):
         for quality in QUALITIES:
-            content = json.loads((RESULTS / f"ranking-{env}-{quality}.json").read_text())
+            content = json.loads(ranking_file((env, quality)).read_text())
             reached = np.array(content["reached"])  # (policies, stops, 2)
             loss, returns = reached.mean(0).T
             error = reached[..., 1].std(0, ddof=1) / np.sqrt(len(reached))

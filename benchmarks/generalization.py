@@ -174,9 +174,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="sets at a time")
     options = parser.parse_args()
     missing = [case for task in TASKS for method in METHODS if not result_path(case := (task, method)).exists()]
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for line in pool.imap_unordered(measure, missing):
-            print(line, flush=True)
+    if missing:
+        with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+            for line in pool.imap_unordered(measure, missing):
+                print(line, flush=True)
     write_page()
 
 

@@ -47,7 +47,7 @@ SEEDS = range(3)
 POLICIES, EPISODES = 5, 10  # freshly trained policies a cell, and episodes of each
 TEST_SEED = 10_000
 # What every set is distilled and cloned with.
-SETTINGS: dict[str, Any] = {"size": 256, "steps": 250, "lr": 0.05, "schedule": "cosine", "average": 0.9}
+SETTINGS: dict[str, Any] = {"size": 256, "steps": 200, "lr": 0.03, "schedule": "cosine", "average": 0.9}
 PAIRS = {"random": "random", "kmeans++": "kmeans++", "top-q": "top-q"}  # method -> how real pairs are chosen
 OBJECTIVES = {"dbc": "dbc", "pbc": "pbc", "av-pbc": "av-pbc", "sdw": "sdw", "sdw-paper": "sdw"}
 SCALE = ("bc", "teacher")  # for scale: behavior cloning on the whole dataset, and the teacher itself
@@ -188,7 +188,7 @@ def synthetic_sets(cells: Sequence[Cell], data: TransitionDataset, teacher: Teac
     return sets
 
 
-def real_pairs(data: TransitionDataset, teacher: Teacher, config: DistillConfig) -> SyntheticDataset:
+def real_pairs(data: TransitionDataset, teacher: Teacher | None, config: DistillConfig) -> SyntheticDataset:
     rng = np.random.default_rng(config.seed)
     rows = choose_pairs(data, config.size, method=config.init, teacher=teacher, rng=rng)
     low, high = data.action_bounds

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import sdw_fast as sdw
-from benchmarks import suite
+from benchmarks import diversity_study, generalization, suite
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "RESULTS": tmp_path / "results/suite",
         "RUNS": tmp_path / "runs",
         "PAGE": tmp_path / "results/suite.md",
-        "SETTINGS": {"size": 8, "steps": 2, "inner_steps": 2, "hidden": (8,), "batch_size": 32},
+        "SETTINGS": {"size": 12, "steps": 2, "inner_steps": 2, "hidden": (8,), "batch_size": 32},
         "BC": {"steps": 3, "batch_size": 16, "lr": 1e-3},
         "POLICIES": 2,
         "EPISODES": 1,
@@ -88,3 +89,70 @@ def test_page(tiny: Path) -> None:
         "hopper/medium", "5.0 (1)", *["missing"] * 5, "20.0 ± 5.8", *["missing"] * 3, "38.4",
     ]  # fmt: skip
     assert "| SDW | 3 | 3600 | 0 | 3.00 |" in page
+
+
+def test_generalization_trains_every_variant(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RESULTS": tiny / "results/generalization",
+        "dataset": suite.dataset,
+        "TASKS": ("hopper/medium",),
+        "METHODS": ("sdw",),
+        "POLICIES": 2,
+        "EPISODES": 1,
+        "ENSEMBLE": 2,
+    }.items():
+        monkeypatch.setattr(generalization, name, value)
+    generalization.measure(("hopper/medium", "sdw"))  # distills what is missing
+    synthetic = generalization.synthetic_set("hopper/medium", "sdw")
+    returns = json.loads(generalization.result_path(("hopper/medium", "sdw")).read_text())["returns"]
+    assert returns.keys() == generalization.variants(synthetic.config).keys()
+    assert all(len(values) == 2 for values in returns.values())
+    generalization.write_page()
+    assert "| Adam | " in (tiny / "results/generalization.md").read_text()
+
+
+def test_optimizers_and_residual_networks_fit_the_set(tiny: Path) -> None:
+    data = suite.dataset("hopper/medium")
+    pairs = suite.real_pairs(data, None, suite.DistillConfig(size=32, hidden=(64, 64)))
+    states, actions = torch.from_numpy(pairs.observations), torch.from_numpy(pairs.actions)
+    for residual in (False, True):
+        train = generalization.with_optimizer(lambda p: torch.optim.Adam(p, 1e-3), 200, residual)
+        assert (train(pairs, 0)(states) - actions).square().mean() < 0.1 * actions.square().mean()
+
+
+def test_ensemble_is_the_mean_action(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generalization, "ENSEMBLE", 2)
+    pairs = suite.real_pairs(suite.dataset(""), None, suite.DistillConfig(size=8, hidden=(8,), inner_steps=2))
+    states = torch.from_numpy(pairs.observations)
+    members = [sdw.behavior_clone(pairs, seed=seed)(states) for seed in (1000, 1001)]
+    torch.testing.assert_close(generalization.ensemble(pairs, 0)(states), (members[0] + members[1]) / 2)
+
+
+def test_diversity_study(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RESULTS": tiny / "results/diversity",
+        "DOCS": tiny,
+        "dataset": suite.dataset,
+        "ENVS": ("hopper",),
+        "QUALITIES": ("medium",),
+        "STOPS": (1, 30),
+        "POLICIES": 2,
+        "EPISODES": 1,
+        "TASKS": ["hopper/medium"],
+        "COVERED": 300,
+    }.items():
+        monkeypatch.setattr(diversity_study, name, value)
+    suite.make([("hopper/medium", "sdw", 0)])
+    suite.make([("hopper/medium", "av-pbc", 0)])
+    suite.make([("hopper/medium", "av-pbc", 1)])
+    diversity_study.measure_ranking(("hopper", "medium"))
+    reached = np.array(json.loads((tiny / "results/diversity/ranking-hopper-medium.json").read_text())["reached"])
+    assert reached.shape == (2, 2, 2)
+    assert (reached[:, 1, 0] < reached[:, 0, 0]).all()  # the loss falls
+    assert "| hopper/medium |" in diversity_study.ranking(jobs=1)
+    assert "| hopper/medium | 0 | " in diversity_study.tau()
+    assert "| hopper/medium | random pairs | " in (section := diversity_study.sets())
+    assert "| hopper/medium | SDW | " in section
+    spread = json.loads((tiny / "results/diversity/sets.json").read_text())["hopper/medium"]["random"]
+    assert 0 < spread["coverage"] < 1
+    assert {path.name for path in tiny.glob("*.png")} == {"diversity_ranking.png", "diversity_tau.png"}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -67,6 +68,10 @@ def source(name: str, rows: int) -> np.ndarray:
         raise SystemExit(f"{name} has {len(points)} rows, {rows} are wanted")
     # A random subset: another size of the same distribution.
     return _standardized(points[np.sort(rng.permutation(len(points))[:rows])].astype(np.float32))
+
+
+def _without_folders(name: str) -> str:
+    return re.sub(r"[^:]*/", "", name) if name.endswith(".npy") else name
 
 
 def _states(name: str) -> np.ndarray:
@@ -240,7 +245,7 @@ def compare(name: str, rows: int, peers: list[str], fraction: float = 0.02) -> T
     share = len(sample) / rows
     knn(points[:2000], k=K)  # threads, page tables, the import of what is needed
     ours = Row("sdw_fast")
-    table = Table(f"knn self-join, {name}, M = {rows:.0e}, D = {points.shape[1]}, k = {K}", [ours])
+    table = Table(f"knn self-join, {_without_folders(name)}, M = {rows:.0e}, D = {points.shape[1]}, k = {K}", [ours])
 
     def run_ours() -> np.ndarray:
         seconds, (_, indices) = _timed(lambda: knn(points, k=K))
@@ -454,7 +459,7 @@ def main() -> None:
                 print(verify(name, int(rows), options.verify), flush=True)
             continue
         done = []
-        label = Path(name).stem.replace(":", "")
+        label = Path(_without_folders(name)).stem.replace(":", "")
         for rows in sorted(options.rows):
             table = compare(name, int(rows), options.peers, options.fraction)
             if options.memory:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import sdw_fast as sdw
 from benchmarks.table import machine
-from benchmarks.train_teachers import ROOT, TASKS, dataset, path, train_missing
+from benchmarks.train_teachers import ROOT, TASKS, TEACHERS, dataset, path, train_missing
 from sdw_fast.data import TransitionDataset, normalize_actions
 from sdw_fast.distill import DistillConfig
 from sdw_fast.policy import MLPPolicy, orthogonal_parameters
@@ -122,9 +122,12 @@ def result_path(cell: Cell) -> Path:
     return RESULTS / task.replace("/", "-") / f"{method}-{seed}.json"
 
 
-def settings(method: str, seed: int) -> dict[str, Any]:
-    """Everything that a cell's result depends on besides the code, the dataset and the teacher."""
-    shared = {"policies": POLICIES, "episodes": EPISODES}
+def settings(cell: Cell) -> dict[str, Any]:
+    """Everything that a cell's result depends on besides the code and the dataset."""
+    task, method, seed = cell
+    shared: dict[str, Any] = {"policies": POLICIES, "episodes": EPISODES}
+    if method not in ("random", "kmeans++", "dbc", "bc"):
+        shared["teacher"] = TEACHERS[task]
     if method == "teacher":
         return shared
     if method == "bc":
@@ -142,7 +145,7 @@ def settings(method: str, seed: int) -> dict[str, Any]:
 def done(cell: Cell) -> bool:
     """Whether there is a result with the settings of now."""
     file = result_path(cell)
-    return file.exists() and json.loads(file.read_text())["settings"] == settings(cell[1], cell[2])
+    return file.exists() and json.loads(file.read_text())["settings"] == settings(cell)
 
 
 def make(cells: Sequence[Cell]) -> list[str]:
@@ -171,8 +174,8 @@ def synthetic_sets(cells: Sequence[Cell], data: TransitionDataset, teacher: Teac
     """The set of each cell: real pairs, or distilled; on a GPU all in one run."""
     task, method, _ = cells[0]
     configs = [
-        DistillConfig.from_dict({k: v for k, v in settings(method, seed).items() if k not in ("policies", "episodes")})
-        for _, _, seed in cells
+        DistillConfig.from_dict({k: v for k, v in settings(c).items() if k not in ("policies", "episodes", "teacher")})
+        for c in cells
     ]
     if method in PAIRS:
         return [real_pairs(data, teacher, config) for config in configs]
@@ -258,7 +261,7 @@ def write(cell: Cell, returns: np.ndarray, seconds: dict[str, float]) -> str:
         "standard_error": round(float(policies.std(ddof=1) / np.sqrt(len(policies))), 3),
         "policies": np.round(policies, 3).tolist(),
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
-        "settings": settings(method, seed),
+        "settings": settings(cell),
         "machine": machine(),
     }
     write_text(result_path(cell), json.dumps(result, indent=1) + "\n")

@@ -155,7 +155,7 @@ def spread(task: str, method: str) -> dict[str, float] | None:
     """Diversity of the suite's synthetic sets of a method, mean over the seeds that there are; None without any."""
     measured = []
     for seed in suite.SEEDS:
-        file = suite.RUNS / task / method / str(seed) / "last.npz"
+        file = suite.run_folder((task, method, seed)) / "last.npz"
         if file.exists():
             points = SyntheticDataset.load(file).normalized_observations
             measured.append(_spread(points, _covered(task)))
@@ -181,7 +181,7 @@ def sets() -> str:
         covered = _covered(task)
         rows = np.random.default_rng(1).choice(len(covered), suite.SETTINGS["size"], replace=False)
         found = {"random": _spread(covered[rows], covered)}
-        found |= {method: spread(task, method) for method in suite.OBJECTIVES}
+        found |= {method: spread(task, method) for method in suite.DISTILLED}
         kept[task] = kept.get(task, {}) | {method: figures for method, figures in found.items() if figures}
     suite.write_text(file, json.dumps(kept, indent=1) + "\n")
     names = ("entropy", "participation_ratio", "neighbor_distance", "coverage")

@@ -116,7 +116,7 @@ def variants(config: dict[str, Any]) -> dict[str, Train]:
 
 def synthetic_set(task: str, method: str) -> SyntheticDataset:
     """The set that the suite distilled."""
-    file = suite.RUNS / task / method / str(SEED) / "last.npz"
+    file = suite.run_folder((task, method, SEED)) / "last.npz"
     if not file.exists():
         suite.make([(task, method, SEED)])
     return SyntheticDataset.load(file)

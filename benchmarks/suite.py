@@ -7,7 +7,7 @@ python -m benchmarks.suite --page                           # the page alone
 
 A cell is one task, method and seed. Its result is one JSON file under results/suite with the settings it was made with,
 committed: the same command on another machine goes on from there. A cell whose settings are no longer those of this
-file is made again. Distillations lie in runs/suite/<cell> (config.json, metrics.jsonl, checkpoint, last.npz) and
+file is made again. Distillations lie in runs/suite/<cell>/<digest> (config.json, checkpoint, last.npz and so on) and
 resume from their last checkpoint. On the CPU every cell has one thread and as many run as there are cores; on a GPU all
 seeds of a cell are one batched run.
 
@@ -18,6 +18,7 @@ initializations of their own, and each runs EPISODES episodes with seeds that no
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -48,8 +49,8 @@ POLICIES, EPISODES = 5, 10  # freshly trained policies a cell, and episodes of e
 TEST_SEED = 10_000
 # What every set is distilled and cloned with.
 SETTINGS: dict[str, Any] = {"size": 256, "steps": 200, "lr": 0.03, "schedule": "cosine", "average": 0.9}
-PAIRS = {"random": "random", "kmeans++": "kmeans++", "top-q": "top-q"}  # method -> how real pairs are chosen
-OBJECTIVES = {"dbc": "dbc", "pbc": "pbc", "av-pbc": "av-pbc", "sdw": "sdw", "sdw-paper": "sdw"}
+PAIRS = ("random", "kmeans++", "top-q")  # real pairs, by how they are chosen
+DISTILLED = ("dbc", "pbc", "av-pbc", "sdw", "sdw-paper")
 SCALE = ("bc", "teacher")  # for scale: behavior cloning on the whole dataset, and the teacher itself
 METHODS = {
     "random": "random pairs",
@@ -134,12 +135,14 @@ def settings(cell: Cell) -> dict[str, Any]:
         return {**shared, **BC, "seed": seed}
     if method == "sdw-paper":
         return {**shared, **DistillConfig.paper(steps=SETTINGS["steps"], seed=seed).to_dict()}
-    if method in PAIRS:
-        own = {"init": PAIRS[method], "objective": "dbc"}
-        return {**shared, **DistillConfig(**SETTINGS, seed=seed, **own).to_dict()}
-    if method in ABLATIONS:
-        return {**shared, **DistillConfig(**{**SETTINGS, **ABLATIONS[method]}, seed=seed, objective="sdw").to_dict()}
-    return {**shared, **DistillConfig(**SETTINGS, seed=seed, objective=OBJECTIVES[method]).to_dict()}
+    own = {"init": method, "objective": "dbc"} if method in PAIRS else {"objective": method.split(",")[0]}
+    return {**shared, **DistillConfig(**{**SETTINGS, **ABLATIONS.get(method, {}), **own, "seed": seed}).to_dict()}
+
+
+def run_folder(cell: Cell) -> Path:
+    """Where a distillation lies; one of other settings, or of another teacher, lies elsewhere."""
+    digest = hashlib.sha256(json.dumps(settings(cell), sort_keys=True).encode()).hexdigest()
+    return RUNS / name(cell) / digest[:8]
 
 
 def done(cell: Cell) -> bool:
@@ -172,7 +175,7 @@ def make(cells: Sequence[Cell]) -> list[str]:
 
 def synthetic_sets(cells: Sequence[Cell], data: TransitionDataset, teacher: Teacher) -> list[SyntheticDataset]:
     """The set of each cell: real pairs, or distilled; on a GPU all in one run."""
-    task, method, _ = cells[0]
+    method = cells[0][1]
     configs = [
         DistillConfig.from_dict({k: v for k, v in settings(c).items() if k not in ("policies", "episodes", "teacher")})
         for c in cells
@@ -181,12 +184,12 @@ def synthetic_sets(cells: Sequence[Cell], data: TransitionDataset, teacher: Teac
         return [real_pairs(data, teacher, config) for config in configs]
     if torch.cuda.is_available():
         distiller = sdw.Distiller(data, teacher, configs[0], device="cuda", n_runs=len(cells))
-        distiller.run(RUNS / task / method / "batched", progress=False)
+        distiller.run(run_folder(cells[0]), progress=False)
         return distiller.sets
     sets = []
     for cell, config in zip(cells, configs, strict=True):
         distiller = sdw.Distiller(data, teacher, config)
-        distiller.run(RUNS / name(cell), progress=False)
+        distiller.run(run_folder(cell), progress=False)
         sets.append(distiller.synthetic)
     return sets
 

@@ -54,7 +54,7 @@ def test_a_cell_writes_its_result_and_is_then_done(tiny: Path, method: str) -> N
 
 def test_a_cell_reports_the_last_set(tiny: Path) -> None:
     suite.make([("hopper/medium", "sdw", 1)])
-    last = sdw.SyntheticDataset.load(tiny / "runs/hopper/medium/sdw/1/last.npz")
+    last = sdw.SyntheticDataset.load(suite.run_folder(("hopper/medium", "sdw", 1)) / "last.npz")
     assert last.config["iteration"] == 2
     expected = [
         suite.episodes(policy, suite.dataset(""), clone).mean() for clone, policy in enumerate(suite.clones(last))
@@ -68,6 +68,18 @@ def test_a_cell_of_other_settings_is_made_again(tiny: Path, monkeypatch: pytest.
     suite.make([cell])
     monkeypatch.setitem(suite.SETTINGS, "size", 9)
     assert not suite.done(cell)
+
+
+def test_a_new_teacher_makes_a_new_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [("hopper/medium", method, 0) for method in ("sdw", "random")]
+    suite.make(cells[:1])
+    suite.make(cells[1:])
+    before = suite.run_folder(cells[0])
+    monkeypatch.setitem(suite.TEACHERS, "hopper/medium", {"algorithm": "td3bc", "steps": 7})
+    assert [suite.done(cell) for cell in cells] == [False, True]  # random pairs ask no teacher
+    suite.make(cells[:1])
+    assert suite.done(cells[0])
+    assert suite.run_folder(cells[0]) != before
 
 
 def test_published_comparison_comes_first_and_names_are_unique() -> None:

@@ -34,8 +34,7 @@ Made by `python -m benchmarks.train_teachers` on {TRANSITIONS:,} collected trans
 over the data's own pairs. hopper/medium's lies in `sdw_fast/assets`.
 
 Steps are few, for two cores are what there was: critics have not converged, and the policies of hopper and walker2d,
-which fall, depend much on the settings. Those of a task were chosen among two to four by these very returns.
-For walker2d/medium TD3+BC (α = 1, 20,000 steps) returned more, but nothing distilled from it walked.
+which fall, depend much on the settings. Those of a task were chosen among one to four by these very returns.
 
 | task | algorithm | settings | return | D4RL-normalized | the dataset's mean | Q |
 | --- | --- | --- | --- | --- | --- | --- |

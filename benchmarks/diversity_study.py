@@ -25,11 +25,10 @@ from matplotlib.figure import Figure
 
 import sdw_fast as sdw
 from benchmarks import suite
-from benchmarks.table import machine
+from benchmarks.table import machine, markdown, write_text
 from benchmarks.train_teachers import ROOT, TASKS, dataset
 from sdw_fast import plots
 from sdw_fast.data import TransitionDataset, normalize_actions
-from sdw_fast.policy import MLPPolicy, orthogonal_parameters
 from sdw_fast.synthetic import SyntheticDataset
 
 RESULTS, DOCS = suite.RESULTS.parent / "diversity", ROOT / "docs"
@@ -40,31 +39,19 @@ POLICIES, EPISODES = 3, 8
 COVERED, NEIGHBORHOOD = 20_000, 80  # states of a dataset, and how many of them a neighborhood holds: 256 cover it
 
 
-def policy_of(data: TransitionDataset, params: list[torch.Tensor]) -> MLPPolicy:
-    low, high = data.action_bounds
-    scaling = {"mean": data.normalizer.mean, "scale": data.normalizer.scale}
-    return MLPPolicy(params, **scaling, action_low=low, action_high=high)
-
-
 def clone_in_stages(data: TransitionDataset, seed: int) -> list[tuple[float, float]]:
     """Behavior cloning by Adam; returns (loss on the dataset, normalized return) at every stop."""
-    generator = torch.Generator().manual_seed(seed)
     states = torch.from_numpy(data.normalized_observations)
     actions = torch.from_numpy(normalize_actions(data.actions, *data.action_bounds))
-    sizes = (states.shape[1], 256, 256, 256, actions.shape[1])
-    params = [p.requires_grad_() for p in orthogonal_parameters(sizes, gain=1.0, generator=generator)]
-    optimizer = torch.optim.Adam(params, 3e-4, fused=True)
-    ones, reached = torch.ones(256), []
+    reached, ones = [], torch.ones(len(states))
     assert data.env_id is not None
-    for step in range(1, STOPS[-1] + 1):
-        rows = torch.randint(len(states), (256,), generator=generator)
-        optimizer.zero_grad()
-        sdw.ops.behavior_matching(params, states[rows], actions[rows], ones).backward()
-        optimizer.step()
+    settings: dict[str, Any] = {"hidden": (256, 256, 256), "gain": 1.0, "batch_size": 256, "lr": 3e-4}
+    for step, params in enumerate(suite.cloning(data, seed, steps=STOPS[-1], **settings), start=1):
         if step in STOPS:
             with torch.no_grad():
-                loss = sdw.ops.behavior_matching(params, states, actions, torch.ones(len(states)))
-            result = sdw.evaluate(policy_of(data, params), data.env_id, episodes=EPISODES, seed=seed)
+                loss = sdw.ops.behavior_matching(params, states, actions, ones)
+            policy = suite.policy_of(data, params)
+            result = sdw.evaluate(policy, data.env_id, episodes=EPISODES, seed=seed)
             reached.append((float(loss), result.normalized_mean or 0.0))
     return reached
 
@@ -79,7 +66,7 @@ def measure_ranking(case: tuple[str, str]) -> None:
     reached = [clone_in_stages(data, seed=suite.TEST_SEED + i * EPISODES) for i in range(POLICIES)]
     content = {"env": env, "quality": quality, "stops": STOPS, "reached": reached, "machine": machine()}
     content |= {"diversity": spread.to_dict(), "mean_return": data.summary().get("normalized_return_mean")}
-    suite.write_text(ranking_file(case), json.dumps(content, indent=1) + "\n")
+    write_text(ranking_file(case), json.dumps(content, indent=1) + "\n")
 
 
 def ranking_file(case: tuple[str, str]) -> Path:
@@ -117,7 +104,7 @@ participation ratio of the states, each dataset in its own normalization.
 
 ![return against loss](../../docs/diversity_ranking.png)
 
-{suite.markdown(header, rows)}
+{markdown(header, rows)}
 """
 
 
@@ -147,18 +134,18 @@ def tau() -> str:
 
 ![return against τ](../../docs/diversity_tau.png)
 
-{suite.markdown(["task", "τ", "D4RL-normalized return"], rows)}
+{markdown(["task", "τ", "D4RL-normalized return"], rows)}
 """
 
 
-def spread(task: str, method: str) -> dict[str, float] | None:
+def spread(task: str, method: str, covered: np.ndarray) -> dict[str, float] | None:
     """Diversity of the suite's synthetic sets of a method, mean over the seeds that there are; None without any."""
     measured = []
     for seed in suite.SEEDS:
         file = suite.run_folder((task, method, seed)) / "last.npz"
         if file.exists():
             points = SyntheticDataset.load(file).normalized_observations
-            measured.append(_spread(points, _covered(task)))
+            measured.append(_spread(points, covered))
     return {name: float(np.mean([m[name] for m in measured])) for name in measured[0]} if measured else None
 
 
@@ -181,9 +168,9 @@ def sets() -> str:
         covered = _covered(task)
         rows = np.random.default_rng(1).choice(len(covered), suite.SETTINGS["size"], replace=False)
         found = {"random": _spread(covered[rows], covered)}
-        found |= {method: spread(task, method) for method in suite.DISTILLED}
+        found |= {method: spread(task, method, covered) for method in suite.DISTILLED}
         kept[task] = kept.get(task, {}) | {method: figures for method, figures in found.items() if figures}
-    suite.write_text(file, json.dumps(kept, indent=1) + "\n")
+    write_text(file, json.dumps(kept, indent=1) + "\n")
     names = ("entropy", "participation_ratio", "neighbor_distance", "coverage")
     rows = [
         [task, suite.METHODS[method], *(f"{figures[name]:.2f}" for name in names)]
@@ -195,7 +182,7 @@ def sets() -> str:
 On normalized states, k = 10, mean over seeds. Coverage: the share of {COVERED:,} states of the dataset whose
 neighborhood of {NEIGHBORHOOD} others holds a synthetic state.
 
-{suite.markdown(["task", "method", "entropy (nats)", "participation ratio", "neighbor distance", "coverage"], rows)}
+{markdown(["task", "method", "entropy (nats)", "participation ratio", "neighbor distance", "coverage"], rows)}
 """
 
 
@@ -206,7 +193,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     sections = [ranking(options.jobs), tau(), sets()]
     head = "# Diversity\n\nMade by `python -m benchmarks.diversity_study`.\n\n"
-    suite.write_text(RESULTS.with_suffix(".md"), head + "\n".join(sections))
+    write_text(RESULTS.with_suffix(".md"), head + "\n".join(sections))
 
 
 if __name__ == "__main__":

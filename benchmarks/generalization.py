@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sdw_fast as sdw
 from benchmarks import suite
-from benchmarks.table import machine
+from benchmarks.table import machine, markdown, write_text
 from benchmarks.train_teachers import dataset
 from sdw_fast.policy import MLPPolicy, orthogonal_parameters
 from sdw_fast.synthetic import SyntheticDataset
@@ -136,7 +136,7 @@ def measure(case: tuple[str, str]) -> str:
             seed = suite.TEST_SEED + number * EPISODES
             result = sdw.evaluate(train(synthetic, suite.TEST_SEED + number), data.env_id, episodes=EPISODES, seed=seed)
             returns[name].append(round(result.normalized_mean or 0.0, 3))
-    suite.write_text(
+    write_text(
         result_path(case),
         json.dumps({"task": task, "method": method, "seed": SEED, "returns": returns, "machine": machine()}, indent=1),
     )
@@ -155,7 +155,7 @@ def write_page() -> None:
     rows = [
         [name, *(suite.mean_and_error(result["returns"].get(name, []), POLICIES) for result in found)] for name in names
     ]
-    suite.write_text(
+    write_text(
         RESULTS.with_suffix(".md"),
         f"""# Distilled sets on other networks and optimizers
 
@@ -164,7 +164,7 @@ trained from different initializations, {EPISODES} episodes each, on the last se
 has 4 layers (3 hidden ones of 256). SGD with momentum takes a fifth of the step size, Adam and AdamW 0.001 and twice
 the steps.
 
-{suite.markdown(header, rows)}
+{markdown(header, rows)}
 """,
     )
 

@@ -30,20 +30,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import sdw_fast as sdw
-from benchmarks.table import machine
+from benchmarks.table import machine, markdown, write_text
 from benchmarks.train_teachers import ROOT, TASKS, TEACHERS, dataset, path, train_missing
 from sdw_fast.data import TransitionDataset, normalize_actions
 from sdw_fast.distill import DistillConfig
 from sdw_fast.policy import MLPPolicy, orthogonal_parameters
-from sdw_fast.synthetic import SyntheticDataset, choose_pairs
+from sdw_fast.synthetic import SyntheticDataset, choose_pairs, real_pairs
 from sdw_fast.teacher import Teacher
 
 RESULTS, RUNS = ROOT / "benchmarks/results/suite", ROOT / "runs/suite"
 PAGE = RESULTS.parent / "suite.md"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = range(3)
 POLICIES, EPISODES = 5, 10  # freshly trained policies a cell, and episodes of each
 TEST_SEED = 10_000
@@ -92,7 +93,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     }.items()
     for value in values
 }
-BC = {"steps": 5_000, "batch_size": 256, "lr": 1e-3}
+BC: dict[str, Any] = {"steps": 5_000, "batch_size": 256, "lr": 1e-3}
 
 Cell = tuple[str, str, int]  # task, method, seed
 
@@ -154,7 +155,7 @@ def done(cell: Cell) -> bool:
 def make(cells: Sequence[Cell]) -> list[str]:
     """Makes the results of cells that differ in the seed only; returns a line on each."""
     task, method, _ = cells[0]
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu":
         torch.set_num_threads(1)
         sdw.set_num_threads(1)
     data = dataset(task)
@@ -174,40 +175,30 @@ def make(cells: Sequence[Cell]) -> list[str]:
 
 
 def synthetic_sets(cells: Sequence[Cell], data: TransitionDataset, teacher: Teacher) -> list[SyntheticDataset]:
-    """The set of each cell: real pairs, or distilled; on a GPU all in one run."""
+    """The set of each cell: real pairs, or distilled, several seeds in one run."""
     method = cells[0][1]
     configs = [
         DistillConfig.from_dict({k: v for k, v in settings(c).items() if k not in ("policies", "episodes", "teacher")})
         for c in cells
     ]
     if method in PAIRS:
-        return [real_pairs(data, teacher, config) for config in configs]
-    if torch.cuda.is_available():
-        distiller = sdw.Distiller(data, teacher, configs[0], device="cuda", n_runs=len(cells))
-        distiller.run(run_folder(cells[0]), progress=False)
+        return [chosen_pairs(data, teacher, config) for config in configs]
+    folders = [run_folder(cell) for cell in cells]
+    if len(cells) == 1:
+        distiller = sdw.Distiller(data, teacher, configs[0], device=DEVICE)
+        distiller.run(folders[0], progress=False)
         return distiller.sets
-    sets = []
-    for cell, config in zip(cells, configs, strict=True):
-        distiller = sdw.Distiller(data, teacher, config)
-        distiller.run(run_folder(cell), progress=False)
-        sets.append(distiller.synthetic)
-    return sets
+    distiller = sdw.Distiller(data, teacher, configs[0], device=DEVICE, n_runs=len(cells))
+    distiller.run(folders[0].with_suffix(".batch"), progress=False)
+    for folder, synthetic in zip(folders, distiller.sets, strict=True):
+        synthetic.save(folder / "last.npz")
+    return distiller.sets
 
 
-def real_pairs(data: TransitionDataset, teacher: Teacher | None, config: DistillConfig) -> SyntheticDataset:
+def chosen_pairs(data: TransitionDataset, teacher: Teacher | None, config: DistillConfig) -> SyntheticDataset:
     rng = np.random.default_rng(config.seed)
     rows = choose_pairs(data, config.size, method=config.init, teacher=teacher, rng=rng)
-    low, high = data.action_bounds
-    return SyntheticDataset(
-        data.observations[rows],
-        data.actions[rows],
-        data.normalizer,
-        low,
-        high,
-        data.env_id,
-        data.reference_scores,
-        config.to_dict(),
-    )
+    return real_pairs(data, rows, config.to_dict())
 
 
 def clones(synthetic: SyntheticDataset) -> Iterator[nn.Module]:
@@ -223,25 +214,47 @@ def policies_of(cell: Cell, data: TransitionDataset, teacher: Teacher) -> list[A
 
 
 def clone_dataset(data: TransitionDataset, seed: int) -> MLPPolicy:
-    """Behavior cloning on a whole dataset: the suite's network, minibatches, Adam with a cosine schedule."""
-    generator = torch.Generator().manual_seed(seed)
-    low, high = data.action_bounds
-    states = torch.from_numpy(data.normalized_observations)
-    actions = torch.from_numpy(normalize_actions(data.actions, low, high))
+    """Behavior cloning on a whole dataset: the suite's network, Adam with a cosine schedule."""
     config = DistillConfig(**SETTINGS)
-    sizes = (states.shape[1], *config.hidden, actions.shape[1])
-    params = [p.requires_grad_() for p in orthogonal_parameters(sizes, gain=config.gain, generator=generator)]
-    optimizer = torch.optim.Adam(params, lr=BC["lr"], fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BC["steps"])
-    ones = torch.ones(int(BC["batch_size"]))
-    for _ in range(int(BC["steps"])):
-        rows = torch.randint(len(states), (len(ones),), generator=generator)
+    *_, params = cloning(data, seed, hidden=config.hidden, gain=config.gain, schedule="cosine", **BC)
+    return policy_of(data, params)
+
+
+def cloning(
+    data: TransitionDataset,
+    seed: int,
+    *,
+    hidden: Sequence[int],
+    gain: float,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    schedule: str = "constant",
+) -> Iterator[list[Tensor]]:
+    """Behavior cloning on a whole dataset by Adam on minibatches; yields the parameters after every step."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.from_numpy(data.normalized_observations)
+    actions = torch.from_numpy(normalize_actions(data.actions, *data.action_bounds))
+    sizes = (states.shape[1], *hidden, actions.shape[1])
+    params = [p.requires_grad_() for p in orthogonal_parameters(sizes, gain=gain, generator=generator)]
+    optimizer = torch.optim.Adam(params, lr, fused=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if schedule == "cosine" else None
+    ones = torch.ones(batch_size)
+    for _ in range(steps):
+        rows = torch.randint(len(states), (batch_size,), generator=generator)
         optimizer.zero_grad()
         sdw.ops.behavior_matching(params, states[rows], actions[rows], ones).backward()
         optimizer.step()
-        schedule.step()
-    normalizer = data.normalizer
-    return MLPPolicy(params, mean=normalizer.mean, scale=normalizer.scale, action_low=low, action_high=high)
+        if cosine:
+            cosine.step()
+        yield params
+
+
+def policy_of(data: TransitionDataset, params: list[Tensor]) -> MLPPolicy:
+    """The policy with these parameters, in the dataset's units."""
+    low, high = data.action_bounds
+    scaling = {"mean": data.normalizer.mean, "scale": data.normalizer.scale}
+    return MLPPolicy(params, **scaling, action_low=low, action_high=high)
 
 
 def episodes(policy: Any, data: TransitionDataset, clone: int) -> np.ndarray:
@@ -272,17 +285,9 @@ def write(cell: Cell, returns: np.ndarray, seconds: dict[str, float]) -> str:
     return f"{name(cell)}: {figures}"
 
 
-def write_text(file: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
-
-
 def work(missing: Iterable[Cell]) -> list[list[Cell]]:
     """What one call of `make` takes: a cell, or on a GPU all seeds of a distillation that has none yet."""
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu":
         return [[cell] for cell in missing]
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in missing:
@@ -385,11 +390,6 @@ def mean_and_error(values: Sequence[float], expected: int) -> str:
         return "missing"
     error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{error}" + (f" ({len(values)})" if len(values) < expected else "")
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def main() -> None:

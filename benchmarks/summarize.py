@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.table import Row, Table, cells
+from benchmarks.table import Row, Table, cells, markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD = """# Results
@@ -17,13 +17,13 @@ suffer more than one: compare rows of one table, not tables.
 """
 
 
-def markdown(table: Table) -> str:
+def table_in_markdown(table: Table) -> str:
     """A table's rows in Markdown; peak memory where it was measured."""
     memory = any(row.peak_bytes is not None for row in table.rows)
     header = ["", "median", "quartiles", "× ours"] + ["peak memory"] * memory
     rows = [cells(row, memory) for row in table.rows]
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+    return markdown(header, rows)
 
 
 def section(path: Path) -> str:
@@ -32,7 +32,7 @@ def section(path: Path) -> str:
     machine = content.pop("machine")
     table = Table(content.pop("title"), [Row(**row) for row in content.pop("rows")], **content)
     origin = f"Commit {machine['commit']}, {machine['date'][:10]}, {machine['threads']['sdw_fast']} threads."
-    return f"\n## {path.stem}\n\n{table.title}. {origin}\n\n{markdown(table)}\n"
+    return f"\n## {path.stem}\n\n{table.title}. {origin}\n\n{table_in_markdown(table)}\n"
 
 
 def main() -> None:

@@ -320,11 +320,21 @@ def _git(*arguments: str) -> str:
 
 
 def write_json(table: Table, path: Path) -> None:
-    """Writes a table and the machine as JSON (by a temporary name, then renamed)."""
+    """Writes a table and the machine as JSON."""
+    write_text(path, json.dumps({"machine": machine(), **asdict(table)}, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"machine": machine(), **asdict(table)}, indent=1) + "\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
     temporary.replace(path)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import sdw_fast as sdw
+from benchmarks.table import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVS = ("halfcheetah", "hopper", "walker2d")
@@ -39,7 +40,7 @@ which fall, depend much on the settings. Those of a task were chosen among one t
 | task | algorithm | settings | return | D4RL-normalized | the dataset's mean | Q |
 | --- | --- | --- | --- | --- | --- | --- |
 """
-# Arguments of sdw.train_teacher. What was tried is in benchmarks/teachers/README.md.
+# Arguments of sdw.train_teacher.
 TEACHERS: dict[str, dict[str, Any]] = {
     "halfcheetah/medium-replay": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 6.0},
     "halfcheetah/medium": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 6.0},
@@ -124,7 +125,7 @@ def write_page() -> None:
         rows.append(
             f"| {task} | {provenance['algorithm']} | {chosen} | {returns} | {normalized} | {behavior} | {q} |\n"
         )
-    (ROOT / "benchmarks/teachers/README.md").write_text(PAGE + "".join(rows))
+    write_text(ROOT / "benchmarks/teachers/README.md", PAGE + "".join(rows))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import sdw_fast as sdw
 from sdw_fast import plots
 from sdw_fast.distill import read_metrics
-from sdw_fast.synthetic import choose_pairs
+from sdw_fast.synthetic import choose_pairs, real_pairs
 
 ENV, DATASET = "Hopper-v5", "hopper/medium"
 CLONES, EPISODES = 20, 60  # a set's score: policies cloned on it from different initializations, episodes in all
@@ -75,10 +75,7 @@ def main() -> None:
 def random_pairs(data: sdw.TransitionDataset, seed: int) -> sdw.SyntheticDataset:
     """As many real pairs as a distilled set has, in the same container, to be cloned with the same settings."""
     rows = choose_pairs(data, SETTINGS["size"], rng=np.random.default_rng(seed))
-    low, high = data.action_bounds
-    return sdw.SyntheticDataset(
-        data.observations[rows], data.actions[rows], data.normalizer, low, high, data.env_id, config=SETTINGS
-    )
+    return real_pairs(data, rows, SETTINGS)
 
 
 def score(pairs: sdw.SyntheticDataset) -> np.ndarray:

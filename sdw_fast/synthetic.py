@@ -190,6 +190,21 @@ class SyntheticDataset:
         )
 
 
+def real_pairs(data: TransitionDataset, rows: NDArray[np.int64], config: dict[str, Any]) -> SyntheticDataset:
+    """Puts real pairs of a dataset into the container of distilled ones, to be cloned with the settings in config."""
+    low, high = data.action_bounds
+    return SyntheticDataset(
+        observations=data.observations[rows],
+        actions=data.actions[rows],
+        normalizer=data.normalizer,
+        action_low=low,
+        action_high=high,
+        env_id=data.env_id,
+        reference_scores=data.reference_scores,
+        config=config,
+    )
+
+
 def choose_pairs(
     data: TransitionDataset,
     size: int,

@@ -82,6 +82,18 @@ def test_a_new_teacher_makes_a_new_run(tiny: Path, monkeypatch: pytest.MonkeyPat
     assert suite.run_folder(cells[0]) != before
 
 
+def test_seeds_side_by_side_leave_what_single_runs_leave(tiny: Path) -> None:
+    cells = [("hopper/medium", "sdw", seed) for seed in suite.SEEDS]
+    suite.make(cells)
+    assert all(map(suite.done, cells))
+    together = [sdw.SyntheticDataset.load(suite.run_folder(cell) / "last.npz") for cell in cells]
+    for cell, found in zip(cells, together, strict=True):
+        suite.make([cell])
+        alone = sdw.SyntheticDataset.load(suite.run_folder(cell) / "last.npz")
+        assert found.config == alone.config
+        np.testing.assert_allclose(found.observations, alone.observations, rtol=1e-3, atol=1e-3)
+
+
 def test_published_comparison_comes_first_and_names_are_unique() -> None:
     cells = suite.cells()
     assert len(set(map(suite.name, cells))) == len(cells) == len({suite.result_path(cell) for cell in cells})
@@ -125,7 +137,7 @@ def test_generalization_trains_every_variant(tiny: Path, monkeypatch: pytest.Mon
 
 def test_optimizers_and_residual_networks_fit_the_set(tiny: Path) -> None:
     data = suite.dataset("hopper/medium")
-    pairs = suite.real_pairs(data, None, suite.DistillConfig(size=32, hidden=(64, 64)))
+    pairs = suite.chosen_pairs(data, None, suite.DistillConfig(size=32, hidden=(64, 64)))
     states, actions = torch.from_numpy(pairs.observations), torch.from_numpy(pairs.actions)
     for residual in (False, True):
         train = generalization.with_optimizer(lambda p: torch.optim.Adam(p, 1e-3), 200, residual)
@@ -134,7 +146,7 @@ def test_optimizers_and_residual_networks_fit_the_set(tiny: Path) -> None:
 
 def test_ensemble_is_the_mean_action(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generalization, "ENSEMBLE", 2)
-    pairs = suite.real_pairs(suite.dataset(""), None, suite.DistillConfig(size=8, hidden=(8,), inner_steps=2))
+    pairs = suite.chosen_pairs(suite.dataset(""), None, suite.DistillConfig(size=8, hidden=(8,), inner_steps=2))
     states = torch.from_numpy(pairs.observations)
     members = [sdw.behavior_clone(pairs, seed=seed)(states) for seed in (1000, 1001)]
     torch.testing.assert_close(generalization.ensemble(pairs, 0)(states), (members[0] + members[1]) / 2)

@@ -149,9 +149,11 @@ def spread(task: str, method: str, covered: np.ndarray) -> dict[str, float] | No
     return {name: float(np.mean([m[name] for m in measured])) for name in measured[0]} if measured else None
 
 
-def _covered(task: str) -> np.ndarray:
+def _covered_and_random(task: str) -> tuple[np.ndarray, np.ndarray]:
+    """States to be covered, and as many random others as a synthetic set has pairs."""
     states = dataset(task).normalized_observations
-    return states[np.random.default_rng(0).choice(len(states), COVERED, replace=False)]
+    chosen = np.random.default_rng(0).choice(len(states), COVERED + suite.SETTINGS["size"], replace=False)
+    return states[chosen[:COVERED]], states[chosen[COVERED:]]
 
 
 def _spread(points: np.ndarray, covered: np.ndarray) -> dict[str, float]:
@@ -165,9 +167,8 @@ def sets() -> str:
     file = RESULTS / "sets.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
     for task in TASKS:
-        covered = _covered(task)
-        rows = np.random.default_rng(1).choice(len(covered), suite.SETTINGS["size"], replace=False)
-        found = {"random": _spread(covered[rows], covered)}
+        covered, random = _covered_and_random(task)
+        found = {"random": _spread(random, covered)}
         found |= {method: spread(task, method, covered) for method in suite.DISTILLED}
         kept[task] = kept.get(task, {}) | {method: figures for method, figures in found.items() if figures}
     write_text(file, json.dumps(kept, indent=1) + "\n")

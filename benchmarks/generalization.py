@@ -134,12 +134,11 @@ def measure(case: tuple[str, str]) -> str:
         returns[name] = []
         for number in range(POLICIES):
             seed = suite.TEST_SEED + number * EPISODES
-            result = sdw.evaluate(train(synthetic, suite.TEST_SEED + number), data.env_id, episodes=EPISODES, seed=seed)
-            returns[name].append(round(result.normalized_mean or 0.0, 3))
-    write_text(
-        result_path(case),
-        json.dumps({"task": task, "method": method, "seed": SEED, "returns": returns, "machine": machine()}, indent=1),
-    )
+            policy = train(synthetic, suite.TEST_SEED + number)
+            evaluation = sdw.evaluate(policy, data.env_id, episodes=EPISODES, seed=seed)
+            returns[name].append(round(evaluation.normalized_mean or 0.0, 3))
+    result = {"task": task, "method": method, "seed": SEED, "settings": suite.settings((task, method, SEED))}
+    write_text(result_path(case), json.dumps({**result, "returns": returns, "machine": machine()}, indent=1) + "\n")
     return f"{task} {method}: " + ", ".join(f"{name} {np.mean(values):.1f}" for name, values in returns.items())
 
 
@@ -147,9 +146,16 @@ def result_path(case: tuple[str, str]) -> Path:
     return RESULTS / f"{case[0].replace('/', '-')}-{case[1]}.json"
 
 
+def done(case: tuple[str, str]) -> bool:
+    """Whether there is a result on a set of the settings of now."""
+    file = result_path(case)
+    return file.exists() and json.loads(file.read_text()).get("settings") == suite.settings((*case, SEED))
+
+
 def write_page() -> None:
     """Writes generalization.md from the results there are."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    cases = [(task, method) for task in TASKS for method in METHODS]
+    found = [json.loads(result_path(case).read_text()) for case in cases if done(case)]
     names = list(dict.fromkeys(name for result in found for name in result["returns"]))
     header = ["trained on the set", *(f"{result['task']}, {suite.METHODS[result['method']]}" for result in found)]
     rows = [
@@ -173,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="sets at a time")
     options = parser.parse_args()
-    missing = [case for task in TASKS for method in METHODS if not result_path(case := (task, method)).exists()]
+    missing = [case for task in TASKS for method in METHODS if not done(case := (task, method))]
     if missing:
         with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
             for line in pool.imap_unordered(measure, missing):

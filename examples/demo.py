@@ -25,7 +25,7 @@ from sdw_fast.synthetic import choose_pairs, real_pairs
 
 ENV, DATASET = "Hopper-v5", "hopper/medium"
 CLONES, EPISODES = 20, 60  # a set's score: policies cloned on it from different initializations, episodes in all
-SETTINGS: dict[str, Any] = {"size": 256, "inner_steps": 50, "ess": 0.5, "eval_every": 50}
+SETTINGS: dict[str, Any] = {"size": 256, "ess": 0.8, "eval_every": 250}
 TEST_SEED = 10_000  # episodes unlike those that chose the best set during distillation
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where to write (default: demo)")
     parser.add_argument("--transitions", type=int, default=100_000, help="of the dataset (default: 100000)")
-    parser.add_argument("--steps", type=int, default=400, help="outer steps of each distillation (default: 400)")
+    parser.add_argument("--steps", type=int, default=1_500, help="outer steps of each distillation (default: 1500)")
     parser.add_argument("--seed", type=int, default=0, help="of the distillations and the random pairs (default: 0)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

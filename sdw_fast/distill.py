@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, overload
@@ -55,21 +55,22 @@ class DistillConfig:
     init: str = "random"  # "random", "kmeans++" or "top-q" real pairs
 
     # inner loop: behavior cloning on the synthetic set
-    hidden: tuple[int, ...] = (256, 256, 256)  # hidden widths of the policy
-    gain: float = math.sqrt(2)  # gain of the orthogonal initialization
+    hidden: tuple[int, ...] = (256, 256, 256)  # hidden widths of the policies cloned on the set
+    inner_width: int | None = 64  # hidden widths while distilling are at most this; None: those of `hidden`
+    gain: float = 1.0  # gain of the orthogonal initialization
     inner_steps: int = 100  # T
-    inner_lr: float = 0.1  # α
+    inner_lr: float = 0.35  # α
     window: int | None = None  # differentiate the last `window` inner steps only; None: all
 
     # outer loop
     steps: int = 5_000
     batch_size: int = 2_560  # states an outer step
     optimizer: str = "adam"  # "adam" or "sgd"
-    lr: float = 0.01
-    schedule: str = "constant"  # of lr over the outer steps: "constant", or "cosine" down to 0
+    lr: float = 0.04
+    schedule: str = "cosine"  # of lr over the outer steps: "constant", or "cosine" down to 0
     momentum: float = 0.9  # of SGD; β₁ of Adam
-    average: float = 0.0  # decay of the moving average that is the synthetic set; 0: the last iterate itself
-    clip_norm: float = 2.0  # bound on the global norm of the hypergradient
+    average: float = 0.9  # decay of the moving average that is the synthetic set; 0: the last iterate itself
+    clip_norm: float = 0.02  # bound on the global norm of the hypergradient
 
     # the run
     seed: int = 0
@@ -101,11 +102,15 @@ class DistillConfig:
             raise ValueError(f"window must be between 1 and inner_steps={self.inner_steps}, got {self.window}")
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
+        if self.inner_width is not None and self.inner_width < 1:
+            raise ValueError(f"inner_width must be at least 1, or None for those of hidden, got {self.inner_width}")
 
     @classmethod
     def paper(cls, **overrides: Any) -> DistillConfig:
         """The settings of the papers' public code: 50,000 outer steps of SGD at 0.1 with momentum 0.9."""
-        return replace(cls(optimizer="sgd", lr=0.1, momentum=0.9, steps=50_000), **overrides)
+        outer = {"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "average": 0.0, "clip_norm": 2.0}
+        inner = {"inner_width": None, "gain": math.sqrt(2), "inner_steps": 100, "inner_lr": 0.1}
+        return cls(**{"steps": 50_000, **outer, **inner, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -186,7 +191,8 @@ class Distiller:
         rows = chosen[0] if n_runs is None else np.stack(chosen)
         self.observations = self._leaf(data.normalized_observations[rows])
         self.actions = self._leaf(normalize_actions(data.actions[rows], *data.action_bounds))
-        self._sizes = (self.observations.shape[-1], *config.hidden, self.actions.shape[-1])
+        widths = [min(width, config.inner_width or width) for width in config.hidden]
+        self._sizes = (self.observations.shape[-1], *widths, self.actions.shape[-1])
         self._generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
         self._row_generators = self._generators
         if self._batches.device != self.device:
@@ -432,9 +438,10 @@ class Distiller:
         free += ["steps"] if self.config.schedule == "constant" else []
         now = {**self.config.to_dict(), "device": self.device.type, "n_runs": self.n_runs}
         then = {**state["config"], "device": state.get("device", "cpu"), "n_runs": state.get("n_runs")}
-        differing = [name for name, value in then.items() if name not in free and now.get(name) != value]
+        differing = [name for name in now | then if name not in free and now.get(name) != then.get(name)]
         if differing:
-            raise ValueError(f"the checkpoint was made with other settings of {differing}")
+            hint = '; schedule="constant" leaves the number of steps open' if differing == ["steps"] else ""
+            raise ValueError(f"the checkpoint was made with other settings of {differing}{hint}")
         with torch.no_grad():
             self.observations.copy_(state["observations"])
             self.actions.copy_(state["actions"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -43,7 +44,7 @@ def test_step_follows_the_hypergradient(small_data, small_teacher) -> None:
     for _ in range(5):
         inner = (forward(params, before[0]) - before[1]).square().mean()
         gradients = torch.autograd.grad(inner, params, create_graph=True)
-        params = [p - 0.1 * g for p, g in zip(params, gradients, strict=True)]
+        params = [p - config.inner_lr * g for p, g in zip(params, gradients, strict=True)]
     states = torch.as_tensor(small_data.normalized_observations).double()[rows]
     targets = torch.as_tensor(small_teacher.actions(small_data.observations)).double()[rows]
     loss = (forward(params, states) - targets).square().mean()
@@ -80,6 +81,14 @@ def test_distillation_lowers_the_outer_loss(small_data, small_teacher, objective
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
+def test_a_narrow_inner_loop_is_that_of_a_narrow_policy(small_data, small_teacher) -> None:
+    """inner_width narrows what is unrolled, layer by layer, and nothing else: clones have the widths of hidden."""
+    wide = sdw.distill(small_data, small_teacher, **{**TINY, "hidden": (16, 8)}, inner_width=10, progress=False)
+    narrow = sdw.distill(small_data, small_teacher, **{**TINY, "hidden": (10, 8)}, inner_width=None, progress=False)
+    assert same_set(wide, narrow)
+    assert [p.shape[0] for p in sdw.behavior_clone(wide).parameters()] == [16, 16, 8, 8, 3, 3]
+
+
 def test_same_seed_same_bits(small_data, small_teacher) -> None:
     runs = [sdw.distill(small_data, small_teacher, **TINY, seed=seed, progress=False) for seed in (1, 1, 2)]
     assert same_set(runs[0], runs[1])
@@ -98,10 +107,14 @@ def test_result_carries_where_it_came_from(small_data, small_teacher, tmp_path) 
 
 
 def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_path) -> None:
-    whole = sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path / "whole", progress=False)
-    sdw.distill(small_data, small_teacher, **{**TINY, "steps": 17}, folder=tmp_path / "parts", progress=False)
+    def run(folder: str, steps: int) -> sdw.SyntheticDataset:
+        settings = {**TINY, "steps": steps, "schedule": "constant"}
+        return sdw.distill(small_data, small_teacher, folder=tmp_path / folder, **settings, progress=False)
+
+    whole = run("whole", 30)
+    run("parts", 17)
     assert load_checkpoint(tmp_path / "parts" / "checkpoint")["iteration"] == 17
-    parts = sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path / "parts", progress=False)
+    parts = run("parts", 30)
     assert same_set(whole, parts)
     losses = [[m["loss"] for m in read_metrics(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
@@ -228,7 +241,7 @@ def test_runs_side_by_side_take_the_steps_of_single_runs(small_data, small_teach
 
 def test_runs_side_by_side_stop_and_go_on_to_the_same_bits(small_data, small_teacher, tmp_path) -> None:
     def run(folder: str, steps: int) -> list[sdw.SyntheticDataset]:
-        settings = {**TINY, "steps": steps}
+        settings = {**TINY, "steps": steps, "schedule": "constant"}
         return sdw.distill(small_data, small_teacher, n_runs=2, folder=tmp_path / folder, **settings, progress=False)
 
     whole = run("whole", 20)
@@ -242,8 +255,9 @@ def test_runs_side_by_side_stop_and_go_on_to_the_same_bits(small_data, small_tea
         assert losses[0] == losses[1]
         assert len(losses[0]) == 20
     assert {"config.json", "checkpoint"} <= set(os.listdir(tmp_path / "whole"))
+    settings = {**TINY, "schedule": "constant"}
     with pytest.raises(ValueError, match=r"other settings of \['n_runs'\]"):
-        sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path / "whole", progress=False)
+        sdw.distill(small_data, small_teacher, folder=tmp_path / "whole", **settings, progress=False)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -368,6 +382,7 @@ def test_evaluation_needs_an_environment(small_data, small_teacher) -> None:
         ({"average": 1.0}, "average"),
         ({"schedule": "linear"}, "schedule"),
         ({"hidden": (0,)}, "hidden"),
+        ({"inner_width": 0}, "inner_width"),
         ({"optimiser": "adam"}, "unknown settings"),
     ],
 )
@@ -387,3 +402,6 @@ def test_paper_settings() -> None:
     assert (config.optimizer, config.lr, config.momentum, config.clip_norm) == ("sgd", 0.1, 0.9, 2.0)
     assert (config.steps, config.size, config.inner_steps, config.inner_lr) == (50_000, 256, 100, 0.1)
     assert (config.batch_size, config.beta, config.seed) == (2_560, 0.02, 3)
+    assert (config.hidden, config.inner_width, config.gain) == ((256, 256, 256), None, math.sqrt(2))
+    assert (config.schedule, config.average) == ("constant", 0.0)
+    assert DistillConfig.paper(gain=1.0, inner_steps=20).gain == 1.0

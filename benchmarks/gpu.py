@@ -240,10 +240,8 @@ def distill(out: Path, device: str) -> None:
     """Collects hopper-medium, distills it with SDW, and runs clones of the result and of random real pairs."""
     real = device != "cpu"
     os.environ.setdefault("MINARI_DATASETS_PATH", str(out / "minari"))
-    transitions, steps, clones, episodes = (50_000, 400, 10, 20) if real else (2_000, 3, 1, 1)
-    settings: dict[str, Any] = (
-        {"size": 256, "inner_steps": 50} if real else {"size": 8, "hidden": (8,), "inner_steps": 3}
-    )
+    transitions, steps, clones, episodes = (50_000, 1_500, 10, 20) if real else (2_000, 3, 1, 1)
+    settings: dict[str, Any] = {"size": 256} if real else {"size": 8, "hidden": (8,), "inner_steps": 3}
     sdw.collect("hopper/medium", steps=transitions, seed=0, overwrite=True)
     data = sdw.load_dataset("hopper/medium")
     teacher = sdw.Teacher.load(files("sdw_fast") / "assets" / "hopper-medium-teacher.safetensors")

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="outer steps profiled, in the reference shape")
     options = parser.parse_args()
     data = random_dataset(options.transitions)
-    settings = sdw.DistillConfig(objective="dbc", steps=options.steps, checkpoint_every=20)
+    settings = sdw.DistillConfig(objective="dbc", inner_width=None, steps=options.steps, checkpoint_every=20)
     distiller = sdw.Distiller(data, None, settings)
     distiller.step()
     for op in ("unrolled_bc", "behavior_matching"):

@@ -69,7 +69,7 @@ def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_pat
         monkeypatch.setattr(sys.modules[Distiller.__module__], "RESIDENT_BYTES", 0)
 
     def run(folder: str, steps: int) -> sdw.SyntheticDataset:
-        settings = {**TINY, "steps": steps, "device": "cuda", "progress": False}
+        settings = {**TINY, "steps": steps, "schedule": "constant", "device": "cuda", "progress": False}
         return sdw.distill(small_data, small_teacher, folder=tmp_path / folder, **settings)
 
     whole = run("whole", 30)

@@ -23,7 +23,7 @@ from sdw_fast import ops
 from sdw_fast.data import TransitionDataset, denormalize_actions, normalize_actions
 from sdw_fast.evaluate import Evaluation, evaluate_synthetic
 from sdw_fast.objectives import OBJECTIVES, OuterProblem, outer_problem
-from sdw_fast.policy import orthogonal_parameters
+from sdw_fast.policy import CLONING, orthogonal_parameters
 from sdw_fast.synthetic import INITIALIZATIONS, SyntheticDataset, choose_pairs
 from sdw_fast.teacher import Teacher
 from sdw_fast.version import __version__
@@ -55,11 +55,11 @@ class DistillConfig:
     init: str = "random"  # "random", "kmeans++" or "top-q" real pairs
 
     # inner loop: behavior cloning on the synthetic set
-    hidden: tuple[int, ...] = (256, 256, 256)  # hidden widths of the policies cloned on the set
+    hidden: tuple[int, ...] = CLONING["hidden"]  # hidden widths of the policies cloned on the set
     inner_width: int | None = 64  # hidden widths while distilling are at most this; None: those of `hidden`
-    gain: float = 1.0  # gain of the orthogonal initialization
-    inner_steps: int = 100  # T
-    inner_lr: float = 0.35  # α
+    gain: float = CLONING["gain"]  # gain of the orthogonal initialization
+    inner_steps: int = CLONING["inner_steps"]  # T
+    inner_lr: float = CLONING["inner_lr"]  # α
     window: int | None = None  # differentiate the last `window` inner steps only; None: all
 
     # outer loop

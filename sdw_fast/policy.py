@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +14,9 @@ from sdw_fast import ops
 
 if TYPE_CHECKING:
     from sdw_fast.synthetic import SyntheticDataset
+
+# How a policy is cloned on a set that does not say it. `DistillConfig` has the same defaults under the same names.
+CLONING: dict[str, Any] = {"hidden": (256, 256, 256), "gain": 1.0, "inner_steps": 100, "inner_lr": 0.35}
 
 
 def orthogonal_parameters(
@@ -131,12 +133,12 @@ def behavior_clone(
     """Trains a fresh policy on a synthetic set by full-batch gradient descent, as the distillation's inner loop did.
 
     L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², `steps` steps of plain SGD. What is not given is taken from the
-    configuration the set was distilled with.
+    configuration the set was distilled with, and what that lacks from `DistillConfig`'s defaults.
 
     Args:
         synthetic: The synthetic set (or real pairs in the same shape).
-        steps: Inner steps.
-        lr: Step size.
+        steps: Inner steps, `inner_steps` of the configuration.
+        lr: Step size, `inner_lr` of the configuration.
         hidden: Hidden widths.
         gain: Gain of the orthogonal initialization.
         seed: Seed of the initialization.
@@ -148,20 +150,18 @@ def behavior_clone(
     Raises:
         FloatingPointError: training diverged (a parameter is not finite).
     """
-    settings = synthetic.config
-    widths = tuple(settings.get("hidden", (256, 256, 256)) if hidden is None else hidden)
+    settings = CLONING | synthetic.config
+    widths = settings["hidden"] if hidden is None else hidden
     generator = torch.Generator(device).manual_seed(seed)
     sizes = (synthetic.observations.shape[1], *widths, synthetic.actions.shape[1])
-    initial = orthogonal_parameters(
-        sizes, gain=settings.get("gain", math.sqrt(2)) if gain is None else gain, generator=generator
-    )
+    initial = orthogonal_parameters(sizes, gain=settings["gain"] if gain is None else gain, generator=generator)
     with torch.no_grad():
         params = ops.unrolled_bc(
             torch.as_tensor(synthetic.normalized_observations, device=device),
             torch.as_tensor(synthetic.normalized_actions, device=device),
             initial,
-            steps=settings.get("inner_steps", 100) if steps is None else steps,
-            lr=settings.get("inner_lr", 0.1) if lr is None else lr,
+            steps=settings["inner_steps"] if steps is None else steps,
+            lr=settings["inner_lr"] if lr is None else lr,
         )
     if not all(torch.isfinite(p).all() for p in params):
         raise FloatingPointError(

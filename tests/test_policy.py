@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import sdw_fast as sdw
+from sdw_fast.distill import DistillConfig
 from sdw_fast.policy import _cholesky_qr, orthogonal_parameters
 
 
@@ -101,6 +102,12 @@ def test_behavior_clone_learns_and_respects_bounds() -> None:
         predicted = policy(torch.as_tensor(synthetic.observations)).numpy()
     assert np.abs(predicted).max() <= 0.4
     assert np.abs(predicted - synthetic.actions).mean() < 0.05
+
+
+def test_behavior_clone_of_a_set_without_settings_takes_the_defaults_of_a_distillation() -> None:
+    bare, configured = make_set(), make_set(config=DistillConfig().to_dict())
+    for a, b in zip(sdw.behavior_clone(bare).parameters(), sdw.behavior_clone(configured).parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_behavior_clone_takes_the_run_s_own_settings() -> None:

@@ -70,7 +70,7 @@ class DistillConfig:
     schedule: str = "cosine"  # of lr over the outer steps: "constant", or "cosine" down to 0
     momentum: float = 0.9  # of SGD; β₁ of Adam
     average: float = 0.9  # decay of the moving average that is the synthetic set; 0: the last iterate itself
-    clip_norm: float = 0.02  # bound on the global norm of the hypergradient
+    clip_norm: float = 0.02  # bound on the global norm of the hypergradient; SGD, which it slows down, wants more
 
     # the run
     seed: int = 0
@@ -238,7 +238,7 @@ class Distiller:
         return torch.optim.Adam(leaves, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
 
     def step(self) -> Metrics:
-        """Takes one outer step.
+        """Takes one outer step. Beyond config.steps a cosine schedule leaves nothing to move by.
 
         Returns:
             "loss": H on this step's batch before the step; "gradient_norm": norm of the hypergradient before clipping;

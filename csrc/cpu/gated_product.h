@@ -33,7 +33,7 @@ constexpr int kChunk = 128 / kRowTile * kRowTile;  // rows whose lists and parti
 constexpr int kLineBytes = 4 * kPanel;
 // With AVX-512, where one instruction makes a list, and from this width on; with AVX2 making lists eats the gain.
 constexpr bool kGatingPays = kLanes == 16;
-constexpr int64_t kGateWidth = 128;
+constexpr int64_t kGateWidth = 64;
 constexpr double kMaxDensity = 0.62;  // above it the plain product is as fast
 
 // One thread's working memory, on cache lines of its own.

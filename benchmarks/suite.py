@@ -89,6 +89,7 @@ CHANGES: list[dict[str, Any]] = [
     *({"tau": tau} for tau in (0.02, 0.05, 0.1, 0.2, 0.4)),
     *({"ess": ess} for ess in (0.5, 0.95)),
     {"clip": 0.99},
+    {"k": 500},  # density at a coarser scale: wider than the initial states of all episodes lie
     {"density_method": "flow"},
     *({"init": init} for init in ("kmeans++", "top-q")),
 ]

@@ -1,10 +1,12 @@
-"""The SDW paper's analysis: quality against diversity of the data, returns against τ, diversity of the synthetic sets.
+"""The SDW paper's analysis: quality against diversity of the data, returns against τ, weights and errors along an
+episode, diversity of the synthetic sets.
 
 python -m benchmarks.diversity_study
 
 ranking: policies cloned on whole datasets of rising quality and falling diversity, stopped early and late: the return
 against the training loss that was reached, where the ranking of the datasets may flip.
 tau: returns of SDW against τ, from the results of `benchmarks.suite` (its ablations; τ = 0 is Av-PBC).
+stages: where in an episode the density weights lie, and the errors of policies cloned on the suite's sets.
 sets: how widely the suite's synthetic sets spread, from runs/suite.
 
 Writes results/diversity/*.json, results/diversity.md and docs/diversity_*.png.
@@ -13,6 +15,7 @@ Writes results/diversity/*.json, results/diversity.md and docs/diversity_*.png.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,16 +29,19 @@ from matplotlib.figure import Figure
 import sdw_fast as sdw
 from benchmarks import suite
 from benchmarks.table import machine, markdown, write_text
-from benchmarks.train_teachers import ROOT, TASKS, dataset
+from benchmarks.train_teachers import ROOT, TASKS, dataset, path
 from sdw_fast import plots
 from sdw_fast.data import TransitionDataset, normalize_actions
 from sdw_fast.synthetic import SyntheticDataset
+from sdw_fast.teacher import Teacher
 
 RESULTS, DOCS = suite.RESULTS.parent / "diversity", ROOT / "docs"
 ENVS = ("hopper", "walker2d")
 QUALITIES = ("medium-replay", "medium", "medium-expert", "expert")  # rising quality
 STOPS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)  # gradient steps after which a policy is looked at
 POLICIES, EPISODES = 3, 8
+STAGES = (0, 1, 10, 40, 100, 200, 400, 1000)  # steps into an episode, from each to the next
+SCALES = (10, 100, 500)  # k of the density
 COVERED, NEIGHBORHOOD = 20_000, 80  # states of a dataset, and how many of them a neighborhood holds: 256 cover it
 
 
@@ -138,14 +144,76 @@ def tau() -> str:
 """
 
 
+def stages() -> str:
+    """Measures weights and errors along an episode, and returns the section of the page."""
+    file = RESULTS / "stages.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    for task in suite.ABLATED:
+        kept[task] = kept.get(task, {}) | _along_an_episode(task)
+    write_text(file, json.dumps(kept, indent=1) + "\n")
+    tables = [
+        f"**{task}**\n\n"
+        + markdown(
+            ["steps into the episode", *figures],
+            [
+                [f"{first} to {last - 1}", *(f"{values[i]:.3f}" for values in figures.values())]
+                for i, (first, last) in enumerate(itertools.pairwise(STAGES))
+            ],
+        )
+        for task, figures in kept.items()
+    ]
+    return f"""## Weights and errors along an episode
+
+Share of the transitions; mean density weight (effective sample size {suite.SETTINGS["ess"]}, clipped at quantile
+{suite.SETTINGS["clip"]}) for several k; mean squared distance from the teacher's actions (normalized units) of policies
+cloned on the suite's sets, {POLICIES} a set, mean over seeds.
+
+{(chr(10) * 2).join(tables)}
+"""
+
+
+def _along_an_episode(task: str) -> dict[str, list[float]]:
+    """The columns of a task's table, a number a stage."""
+    data, teacher = dataset(task), Teacher.load(path(task))
+    step = np.concatenate([np.arange(length) for length in np.diff(data.episode_ends, prepend=-1)])
+    stage = np.searchsorted(STAGES, step, side="right") - 1
+    count = np.bincount(stage, minlength=len(STAGES) - 1)
+
+    def mean(values: np.ndarray) -> list[float]:
+        return (np.bincount(stage, values, minlength=len(count)) / np.maximum(count, 1)).tolist()
+
+    columns = {"share": (count / len(data)).tolist()}
+    for k in SCALES:
+        logd = sdw.log_density(data, k=k)
+        weights = sdw.density_weights(logd, ess=suite.SETTINGS["ess"], clip=suite.SETTINGS["clip"])
+        columns[f"weight, k = {k}"] = mean(weights.weights)
+    targets = normalize_actions(teacher.actions(data.observations), *data.action_bounds)
+    for method in ("av-pbc", "sdw"):
+        if errors := [_errors(pairs, data, targets) for pairs in _sets(task, method)]:
+            columns[f"error, {suite.METHODS[method]}"] = mean(np.mean(errors, axis=0))
+    return columns
+
+
+def _errors(pairs: SyntheticDataset, data: TransitionDataset, targets: np.ndarray) -> np.ndarray:
+    """Squared distance from the targets, mean over actions and over policies cloned on a set: (M,)."""
+    states = torch.from_numpy(data.observations)
+    errors = []
+    for seed in range(POLICIES):
+        with torch.no_grad():
+            actions = normalize_actions(sdw.behavior_clone(pairs, seed=seed)(states).numpy(), *data.action_bounds)
+        errors.append(((actions - targets) ** 2).mean(1))
+    return np.mean(errors, axis=0)
+
+
+def _sets(task: str, method: str) -> list[SyntheticDataset]:
+    """The suite's synthetic sets of a method that lie in runs/suite, a seed each."""
+    files = [suite.run_folder((task, method, seed)) / "last.npz" for seed in suite.SEEDS]
+    return [SyntheticDataset.load(file) for file in files if file.exists()]
+
+
 def spread(task: str, method: str, covered: np.ndarray) -> dict[str, float] | None:
     """Diversity of the suite's synthetic sets of a method, mean over the seeds that there are; None without any."""
-    measured = []
-    for seed in suite.SEEDS:
-        file = suite.run_folder((task, method, seed)) / "last.npz"
-        if file.exists():
-            points = SyntheticDataset.load(file).normalized_observations
-            measured.append(_spread(points, covered))
+    measured = [_spread(pairs.normalized_observations, covered) for pairs in _sets(task, method)]
     return {name: float(np.mean([m[name] for m in measured])) for name in measured[0]} if measured else None
 
 
@@ -192,7 +260,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="datasets at a time")
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    sections = [ranking(options.jobs), tau(), sets()]
+    sections = [ranking(options.jobs), tau(), stages(), sets()]
     head = "# Diversity\n\nMade by `python -m benchmarks.diversity_study`.\n\n"
     write_text(RESULTS.with_suffix(".md"), head + "\n".join(sections))
 

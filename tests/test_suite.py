@@ -24,7 +24,15 @@ def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "RESULTS": tmp_path / "results/suite",
         "RUNS": tmp_path / "runs",
         "PAGE": tmp_path / "results/suite.md",
-        "SETTINGS": {"size": 12, "steps": 2, "inner_steps": 2, "hidden": (8,), "batch_size": 32},
+        "SETTINGS": {
+            "size": 12,
+            "ess": 0.8,
+            "clip": 0.9,
+            "steps": 2,
+            "inner_steps": 2,
+            "hidden": (8,),
+            "batch_size": 32,
+        },
         "BC": {"steps": 3, "batch_size": 16, "lr": 1e-3},
         "POLICIES": 2,
         "EPISODES": 1,
@@ -152,7 +160,7 @@ def test_ensemble_is_the_mean_action(tiny: Path, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(generalization.ensemble(pairs, 0)(states), (members[0] + members[1]) / 2)
 
 
-def test_diversity_study(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diversity_study(tiny: Path, small_teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "RESULTS": tiny / "results/diversity",
         "DOCS": tiny,
@@ -164,6 +172,8 @@ def test_diversity_study(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "EPISODES": 1,
         "TASKS": ["hopper/medium"],
         "COVERED": 300,
+        "SCALES": (3, 5),
+        "path": suite.path,
     }.items():
         monkeypatch.setattr(diversity_study, name, value)
     suite.make([("hopper/medium", "sdw", 0)])
@@ -175,6 +185,17 @@ def test_diversity_study(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (reached[:, 1, 0] < reached[:, 0, 0]).all()  # the loss falls
     assert "| hopper/medium |" in diversity_study.ranking(jobs=1)
     assert "| hopper/medium | 0 | " in diversity_study.tau()
+    monkeypatch.setattr(diversity_study, "STAGES", (0, 3, 1000))
+    monkeypatch.setattr(suite, "ABLATED", ("hopper/medium",))
+    assert "| 3 to 999 | " in diversity_study.stages()
+    columns = json.loads((tiny / "results/diversity/stages.json").read_text())["hopper/medium"]
+    assert sum(columns["share"]) == pytest.approx(1)
+    assert np.dot(columns["share"], columns["weight, k = 3"]) == pytest.approx(1)  # weights have mean 1
+    states = torch.from_numpy(suite.dataset("").observations)
+    pairs = diversity_study._sets("hopper/medium", "sdw")[0]
+    actions = [sdw.behavior_clone(pairs, seed=seed)(states) for seed in range(2)]
+    expected = np.mean([((a.detach().numpy() - small_teacher.actions(states.numpy())) ** 2).mean() for a in actions])
+    assert np.dot(columns["share"], columns["error, SDW"]) == pytest.approx(expected, rel=1e-4)
     assert "| hopper/medium | random pairs | " in (section := diversity_study.sets())
     assert "| hopper/medium | SDW | " in section
     spread = json.loads((tiny / "results/diversity/sets.json").read_text())["hopper/medium"]["random"]

@@ -50,7 +50,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "hopper/medium-expert": {"algorithm": "iql", "steps": 20_000, "expectile": 0.7, "temperature": 3.0},
     "walker2d/medium-replay": {"algorithm": "iql", "steps": 10_000, "expectile": 0.7, "temperature": 3.0},
     "walker2d/medium": {"algorithm": "iql", "steps": 10_000, "expectile": 0.7, "temperature": 1.0},
-    "walker2d/medium-expert": {"algorithm": "iql", "steps": 10_000, "expectile": 0.7, "temperature": 3.0},
+    "walker2d/medium-expert": {"algorithm": "iql", "steps": 20_000, "expectile": 0.7, "temperature": 1.0},
 }
 
 

@@ -45,7 +45,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "halfcheetah/medium-replay": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 6.0},
     "halfcheetah/medium": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 6.0},
     "halfcheetah/medium-expert": {"algorithm": "iql", "steps": 20_000, "expectile": 0.7, "temperature": 1.0},
-    "hopper/medium-replay": {"algorithm": "iql", "steps": 10_000, "expectile": 0.7, "temperature": 3.0},
+    "hopper/medium-replay": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 3.0},
     "hopper/medium": {"algorithm": "iql", "steps": 10_000, "expectile": 0.8, "temperature": 6.0},
     "hopper/medium-expert": {"algorithm": "iql", "steps": 20_000, "expectile": 0.7, "temperature": 3.0},
     "walker2d/medium-replay": {"algorithm": "iql", "steps": 10_000, "expectile": 0.7, "temperature": 3.0},

@@ -32,6 +32,7 @@ from benchmarks.table import machine, markdown, write_text
 from benchmarks.train_teachers import ROOT, TASKS, dataset, path
 from sdw_fast import plots
 from sdw_fast.data import TransitionDataset, normalize_actions
+from sdw_fast.density import DensityWeights
 from sdw_fast.synthetic import SyntheticDataset
 from sdw_fast.teacher import Teacher
 
@@ -116,27 +117,28 @@ participation ratio of the states, each dataset in its own normalization.
 
 def tau() -> str:
     """Draws docs/diversity_tau.png from the suite's results, and returns the section of the page."""
-    exponents = {
-        0.0: "av-pbc",
-        **{overrides["tau"]: method for method, overrides in suite.ABLATIONS.items() if "tau" in overrides},
-    }
+    given = {overrides["tau"]: method for method, overrides in suite.ABLATIONS.items() if "tau" in overrides}
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
     axes = figure.subplots()
     rows = []
     for task in suite.ABLATED:
         points = []
+        found = _weights(dataset(task), k=10).tau  # by the effective sample size: the base of the ablations
+        exponents = {0.0: "av-pbc", found: "sdw,k=10", **given}
         for exponent, method in sorted(exponents.items()):
             cells = [cell for seed in suite.SEEDS if suite.done(cell := (task, method, seed))]
             values = [json.loads(suite.result_path(cell).read_text())["normalized_return"] for cell in cells]
             if len(values) > 1:
                 points.append((exponent, np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))))
-            rows.append([task, f"{exponent:g}", suite.mean_and_error(values, len(suite.SEEDS))])
+            rows.append([task, f"{exponent:.2g}", suite.mean_and_error(values, len(suite.SEEDS))])
         if points:
             axes.errorbar(*np.array(points).T, marker="o", capsize=2, label=task)
     axes.set(xlabel="τ (0: Av-PBC)", ylabel="D4RL-normalized return")
     axes.legend()
     plots.save(figure, DOCS / "diversity_tau.png")
     return f"""## Return against τ
+
+Densities of k = 10; the τ that is not round is that of an effective sample size of {suite.SETTINGS["ess"]}.
 
 ![return against τ](../../docs/diversity_tau.png)
 
@@ -184,14 +186,17 @@ def _along_an_episode(task: str) -> dict[str, list[float]]:
 
     columns = {"share": (count / len(data)).tolist()}
     for k in SCALES:
-        logd = sdw.log_density(data, k=k)
-        weights = sdw.density_weights(logd, ess=suite.SETTINGS["ess"], clip=suite.SETTINGS["clip"])
-        columns[f"weight, k = {k}"] = mean(weights.weights)
+        columns[f"weight, k = {k}"] = mean(_weights(data, k).weights)
     targets = normalize_actions(teacher.actions(data.observations), *data.action_bounds)
     for method in ("av-pbc", "sdw"):
         if errors := [_errors(pairs, data, targets) for pairs in _sets(task, method)]:
             columns[f"error, {suite.METHODS[method]}"] = mean(np.mean(errors, axis=0))
     return columns
+
+
+def _weights(data: TransitionDataset, k: int) -> DensityWeights:
+    """The suite's density weights at another scale."""
+    return sdw.density_weights(sdw.log_density(data, k=k), ess=suite.SETTINGS["ess"], clip=suite.SETTINGS["clip"])
 
 
 def _errors(pairs: SyntheticDataset, data: TransitionDataset, targets: np.ndarray) -> np.ndarray:

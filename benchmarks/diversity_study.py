@@ -164,13 +164,14 @@ def stages() -> str:
         )
         for task, figures in kept.items()
     ]
+    body = "\n\n".join(tables)
     return f"""## Weights and errors along an episode
 
 Share of the transitions; mean density weight (effective sample size {suite.SETTINGS["ess"]}, clipped at quantile
 {suite.SETTINGS["clip"]}) for several k; mean squared distance from the teacher's actions (normalized units) of policies
 cloned on the suite's sets, {POLICIES} a set, mean over seeds.
 
-{(chr(10) * 2).join(tables)}
+{body}
 """
 
 

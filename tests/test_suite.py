@@ -60,6 +60,11 @@ def test_a_cell_writes_its_result_and_is_then_done(tiny: Path, method: str) -> N
     assert result["standard_error"] == pytest.approx(np.std(result["policies"], ddof=1) / np.sqrt(2), abs=1e-3)
 
 
+def test_the_base_of_the_ablations_differs_from_sdw_in_k_only() -> None:
+    own, base = (suite.settings(("hopper/medium", method, 0)) for method in ("sdw", "sdw,k=10"))
+    assert {name for name in own if own[name] != base[name]} == {"k"}
+
+
 def test_a_cell_reports_the_last_set(tiny: Path) -> None:
     suite.make([("hopper/medium", "sdw", 1)])
     last = sdw.SyntheticDataset.load(suite.run_folder(("hopper/medium", "sdw", 1)) / "last.npz")

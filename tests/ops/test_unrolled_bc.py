@@ -110,6 +110,7 @@ COMPILED_CASES = [
     ((8, 1024, 3), 12, 2, 2),
     ((11, 128, 128, 3), 1, 20, 7),
     ((5, 131, 260, 150, 40), 150, 4, None),  # zeros of the ReLU left out, at odd widths
+    ((11, 64, 70, 64, 3), 70, 20, 9),  # the narrowest layers that they are left out for
     ((3, 300, 129, 2), 65, 3, 2),
 ]
 

@@ -113,7 +113,7 @@ void bind_unrolled_bc(py::module_& m) {
     m.def(
         "unrolled_bc",
         [](const py::object& observations, const py::object& actions, const py::sequence& params,
-           const py::sequence& trained, int64_t steps, int64_t window, float lr, bool recompute,
+           const py::sequence& trained, int64_t steps, int64_t window, float lr, float momentum, bool recompute,
            bool keep_tape) -> std::unique_ptr<PyUnrolledBCTape> {
             const sdw::TensorView<float> s(observations, "observations", 2), a(actions, "actions", 2);
             const std::vector<int64_t> widths = widths_of(s.size(1), params);
@@ -129,6 +129,7 @@ void bind_unrolled_bc(py::module_& m) {
                                     start.pointers<const float*>(),
                                     end.pointers<float*>(),
                                     lr,
+                                    momentum,
                                     steps,
                                     window,
                                     keep_tape,
@@ -140,7 +141,8 @@ void bind_unrolled_bc(py::module_& m) {
             return std::make_unique<PyUnrolledBCTape>(PyUnrolledBCTape{std::move(tape), widths, p.rows});
         },
         py::arg("observations"), py::arg("actions"), py::arg("params"), py::arg("trained"), py::kw_only(),
-        py::arg("steps"), py::arg("window"), py::arg("lr"), py::arg("recompute"), py::arg("keep_tape"));
+        py::arg("steps"), py::arg("window"), py::arg("lr"), py::arg("momentum"), py::arg("recompute"),
+        py::arg("keep_tape"));
 }
 
 void bind_behavior_matching(py::module_& m) {

@@ -32,6 +32,7 @@ def unrolled_bc(
     steps: int,
     window: int,
     lr: float,
+    momentum: float,
     recompute: bool,
     keep_tape: bool,
 ) -> UnrolledBCTape | None: ...
@@ -64,6 +65,7 @@ class UnrolledBCCudaProblem:
         widths: Sequence[int],
         steps: int,
         window: int,
+        momentum: float,
         keep_tape: bool,
         recompute: bool,
         ieee: bool,

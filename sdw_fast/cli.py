@@ -154,6 +154,9 @@ def distill(
     steps: Annotated[int, typer.Option(help="Outer steps.")] = 2_000,
     inner_steps: Annotated[int, typer.Option(help="Inner steps of behavior cloning.")] = _DEFAULTS.inner_steps,
     inner_lr: Annotated[float, typer.Option(help="Step size of behavior cloning.")] = _DEFAULTS.inner_lr,
+    inner_momentum: Annotated[
+        float, typer.Option(help="Momentum of behavior cloning; 0 wants a larger --inner-lr.")
+    ] = _DEFAULTS.inner_momentum,
     window: Annotated[int | None, typer.Option(help="Differentiate only the last inner steps.")] = None,
     optimizer: Annotated[str, typer.Option(help="Outer optimizer: adam or sgd.")] = _DEFAULTS.optimizer,
     lr: Annotated[float, typer.Option(help="Outer step size.")] = _DEFAULTS.lr,
@@ -186,6 +189,7 @@ def distill(
                 steps=steps,
                 inner_steps=inner_steps,
                 inner_lr=inner_lr,
+                inner_momentum=inner_momentum,
                 window=window,
                 optimizer=optimizer,
                 lr=lr,

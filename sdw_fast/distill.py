@@ -60,6 +60,7 @@ class DistillConfig:
     gain: float = CLONING["gain"]  # gain of the orthogonal initialization
     inner_steps: int = CLONING["inner_steps"]  # T
     inner_lr: float = CLONING["inner_lr"]  # α
+    inner_momentum: float = CLONING["inner_momentum"]  # μ; 0: plain SGD, which wants a larger α
     window: int | None = None  # differentiate the last `window` inner steps only; None: all
 
     # outer loop
@@ -95,7 +96,7 @@ class DistillConfig:
             raise ValueError(f"eval_every must be 0 (never) or more, got {self.eval_every}")
         if self.eval_episodes < self.eval_clones:
             raise ValueError(f"eval_episodes={self.eval_episodes} must be at least eval_clones={self.eval_clones}")
-        for name in ("momentum", "average"):
+        for name in ("momentum", "inner_momentum", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.window is not None and not 1 <= self.window <= self.inner_steps:
@@ -109,7 +110,7 @@ class DistillConfig:
     def paper(cls, **overrides: Any) -> DistillConfig:
         """The settings of the papers' public code: 50,000 outer steps of SGD at 0.1 with momentum 0.9."""
         outer = {"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "average": 0.0, "clip_norm": 2.0}
-        inner = {"inner_width": None, "gain": math.sqrt(2), "inner_steps": 100, "inner_lr": 0.1}
+        inner = {"inner_width": None, "gain": math.sqrt(2), "inner_steps": 100, "inner_lr": 0.1, "inner_momentum": 0.0}
         return cls(**{"steps": 50_000, **outer, **inner, **overrides})
 
     def to_dict(self) -> dict[str, Any]:
@@ -267,6 +268,7 @@ class Distiller:
             initial,
             steps=config.inner_steps,
             lr=config.inner_lr,
+            momentum=config.inner_momentum,
             window=config.window,
         )
         for parameter in final:

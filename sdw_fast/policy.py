@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from sdw_fast.synthetic import SyntheticDataset
 
 # How a policy is cloned on a set that does not say it. `DistillConfig` has the same defaults under the same names.
-CLONING: dict[str, Any] = {"hidden": (256, 256, 256), "gain": 1.0, "inner_steps": 100, "inner_lr": 0.35}
+CLONING: dict[str, Any] = {
+    "hidden": (256, 256, 256),
+    "gain": 1.0,
+    "inner_steps": 100,
+    "inner_lr": 0.1,
+    "inner_momentum": 0.9,
+}
 
 
 def orthogonal_parameters(
@@ -125,6 +131,7 @@ def behavior_clone(
     *,
     steps: int | None = None,
     lr: float | None = None,
+    momentum: float | None = None,
     hidden: Sequence[int] | None = None,
     gain: float | None = None,
     seed: int = 0,
@@ -132,13 +139,14 @@ def behavior_clone(
 ) -> MLPPolicy:
     """Trains a fresh policy on a synthetic set by full-batch gradient descent, as the distillation's inner loop did.
 
-    L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², `steps` steps of plain SGD. What is not given is taken from the
+    L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², `steps` steps of SGD with momentum. What is not given is taken from the
     configuration the set was distilled with, and what that lacks from `DistillConfig`'s defaults.
 
     Args:
         synthetic: The synthetic set (or real pairs in the same shape).
         steps: Inner steps, `inner_steps` of the configuration.
         lr: Step size, `inner_lr` of the configuration.
+        momentum: `inner_momentum` of the configuration; 0 where that has an inner_lr alone.
         hidden: Hidden widths.
         gain: Gain of the orthogonal initialization.
         seed: Seed of the initialization.
@@ -150,7 +158,9 @@ def behavior_clone(
     Raises:
         FloatingPointError: training diverged (a parameter is not finite).
     """
-    settings = CLONING | synthetic.config
+    own = synthetic.config
+    # A set distilled before there was momentum does not say that it was without.
+    settings = CLONING | ({"inner_momentum": 0.0} if "inner_lr" in own else {}) | own
     widths = settings["hidden"] if hidden is None else hidden
     generator = torch.Generator(device).manual_seed(seed)
     sizes = (synthetic.observations.shape[1], *widths, synthetic.actions.shape[1])
@@ -162,6 +172,7 @@ def behavior_clone(
             initial,
             steps=settings["inner_steps"] if steps is None else steps,
             lr=settings["inner_lr"] if lr is None else lr,
+            momentum=settings["inner_momentum"] if momentum is None else momentum,
         )
     if not all(torch.isfinite(p).all() for p in params):
         raise FloatingPointError(

@@ -30,15 +30,18 @@ def policy(params, observations: Tensor) -> Tensor:
     return torch.tanh(torch.nn.functional.linear(h, params[-2], params[-1]))
 
 
-def autograd_unroll(observations, actions, params, steps, lr, window):
+def autograd_unroll(observations, actions, params, steps, lr, momentum, window):
     """The oracle: plain differentiation through the unrolled training. Returns θ_T and θ_{T-K}."""
     theta = start = list(params)
+    velocity = [torch.zeros_like(p) for p in params]
     for step in range(steps):
         if step == steps - window and step > 0:
             theta = start = [p.detach().requires_grad_() for p in theta]
+            velocity = [u.detach() for u in velocity]
         loss = torch.nn.functional.mse_loss(policy(theta, observations), actions)
         gradients = torch.autograd.grad(loss, theta, create_graph=True)
-        theta = [p - lr * g for p, g in zip(theta, gradients, strict=True)]
+        velocity = [momentum * u + lr * g for u, g in zip(velocity, gradients, strict=True)]
+        theta = [p - u for p, u in zip(theta, velocity, strict=True)]
     return theta, start
 
 

@@ -41,10 +41,12 @@ def test_step_follows_the_hypergradient(small_data, small_teacher) -> None:
         return torch.tanh(hidden @ params[4].T + params[5])
 
     params = [p.double().requires_grad_() for p in params]
+    velocity = [torch.zeros_like(p) for p in params]
     for _ in range(5):
         inner = (forward(params, before[0]) - before[1]).square().mean()
         gradients = torch.autograd.grad(inner, params, create_graph=True)
-        params = [p - config.inner_lr * g for p, g in zip(params, gradients, strict=True)]
+        velocity = [config.inner_momentum * u + g for u, g in zip(velocity, gradients, strict=True)]
+        params = [p - config.inner_lr * u for p, u in zip(params, velocity, strict=True)]
     states = torch.as_tensor(small_data.normalized_observations).double()[rows]
     targets = torch.as_tensor(small_teacher.actions(small_data.observations)).double()[rows]
     loss = (forward(params, states) - targets).square().mean()
@@ -74,7 +76,7 @@ def test_distillation_lowers_the_outer_loss(small_data, small_teacher, objective
         objective=objective,
         optimizer=optimizer,
         lr=0.03 if optimizer == "adam" else 0.5,
-        **{"size": 40, "hidden": (32, 32), "gain": 1.0, "inner_steps": 30, "inner_lr": 0.3, "steps": 100},
+        **{"size": 40, "hidden": (32, 32), "gain": 1.0, "inner_steps": 30, "inner_lr": 0.05, "steps": 100},
         callback=lambda distiller, metrics: losses.append(metrics["loss"]),
         progress=False,
     )
@@ -379,6 +381,7 @@ def test_evaluation_needs_an_environment(small_data, small_teacher) -> None:
         ({"lr": float("nan")}, "lr"),
         ({"window": 101}, "window"),
         ({"momentum": 1.0}, "momentum"),
+        ({"inner_momentum": 1.0}, "inner_momentum"),
         ({"average": 1.0}, "average"),
         ({"schedule": "linear"}, "schedule"),
         ({"hidden": (0,)}, "hidden"),
@@ -400,7 +403,8 @@ def test_a_missing_gpu_is_named(small_data, small_teacher) -> None:
 def test_paper_settings() -> None:
     config = DistillConfig.paper(seed=3)
     assert (config.optimizer, config.lr, config.momentum, config.clip_norm) == ("sgd", 0.1, 0.9, 2.0)
-    assert (config.steps, config.size, config.inner_steps, config.inner_lr) == (50_000, 256, 100, 0.1)
+    assert (config.steps, config.size) == (50_000, 256)
+    assert (config.inner_steps, config.inner_lr, config.inner_momentum) == (100, 0.1, 0.0)
     assert (config.batch_size, config.beta, config.seed) == (2_560, 0.02, 3)
     assert (config.hidden, config.inner_width, config.gain) == ((256, 256, 256), None, math.sqrt(2))
     assert (config.schedule, config.average) == ("constant", 0.0)

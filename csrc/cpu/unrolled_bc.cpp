@@ -1,10 +1,11 @@
 // Behavior cloning unrolled, and its adjoint.
 //
-//     theta_{t+1} = theta_t - alpha g_t,  g_t the gradient of 1/(N A) sum_i |pi(s_i) - a_i|^2
-//     lambda_t    = v - alpha (Hessian at theta_t) v,  v = lambda_{t+1}
+//     u_{t+1} = mu u_t + alpha g_t,  theta_{t+1} = theta_t - u_{t+1},  g_t the gradient of 1/(N A) sum_i |pi(s_i) -
+//     a_i|^2 lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
 //
 // The Hessian product comes from one tangent pass along v (R-operator): R x is the derivative of x along v. Products of
 // a sum, as R h W + h V, are one product with twice the inner length, so that no tile is loaded and stored twice.
+// Without momentum u is nothing to remember and v is lambda: neither is read or written.
 //
 // One step is two stages with a barrier after each: rows through all layers and back, then tiles of weight gradients
 // with the update in their epilogue, which writes theta_{t+1} (or lambda_t) and its transpose as the next stage reads
@@ -43,14 +44,21 @@ struct Step {
     Pass pass;
 };
 
+// What a segment is run again from.
+struct Start {
+    Weights theta, velocity;
+};
+
 // Where everything lies in the tape's block.
 struct Layout {
     Matrix observations, actions;
     std::vector<Matrix> transposed;  // of the parameters in use
+    Weights velocity;                // u
     std::vector<Step> steps;         // of a segment, and one more that has parameters only
-    std::vector<Weights> starts;     // parameters at the start of each segment, if there are several
-    Weights adjoint;                 // lambda
-    std::vector<Matrix> adjoint_transposed;
+    std::vector<Start> starts;       // of each segment, if there are several
+    Weights adjoint;                 // lambda; unused without momentum
+    Weights direction;               // v
+    std::vector<Matrix> direction_transposed;
     Pass tangent;  // R h, R delta
     Matrix observations_gradient, actions_gradient;
     size_t bytes;
@@ -60,17 +68,22 @@ struct Layout {
         observations = mlp.take_rows(arena, mlp.widths.front());
         actions = mlp.take_rows(arena, mlp.widths.back());
         transposed = mlp.take_transposed(arena);
+        velocity = mlp.take_weights(arena);
         for (int64_t step = 0; step < plan.length; ++step) {
             Weights theta = mlp.take_weights(arena);
             steps.push_back({std::move(theta), mlp.take_pass(arena, observations)});
         }
         steps.push_back({mlp.take_weights(arena), {}});
         if (plan.segments > 1) {
-            for (int64_t segment = 0; segment < plan.segments; ++segment) starts.push_back(mlp.take_weights(arena));
+            for (int64_t segment = 0; segment < plan.segments; ++segment) {
+                Weights theta = mlp.take_weights(arena);
+                starts.push_back({std::move(theta), mlp.take_weights(arena)});
+            }
         }
         if (plan.keep) {
             adjoint = mlp.take_weights(arena);
-            adjoint_transposed = mlp.take_transposed(arena);
+            direction = mlp.take_weights(arena);
+            direction_transposed = mlp.take_transposed(arena);
             tangent = mlp.take_pass(arena, {});
             observations_gradient = mlp.take_rows(arena, mlp.widths.front());
             actions_gradient = mlp.take_rows(arena, mlp.widths.back());
@@ -104,6 +117,7 @@ class Unroll final : public UnrolledBCTape {
         : mlp_(params.widths, params.rows),
           plan_(params, params.recompute),
           lr_(params.lr),
+          momentum_(params.momentum),
           scale_(2.0f / static_cast<float>(params.rows * params.widths.back())),
           buffer_(checked_bytes(params, mlp_, plan_)),
           at_(mlp_, plan_, buffer_.data()) {}
@@ -121,15 +135,18 @@ class Unroll final : public UnrolledBCTape {
                  Team& team) const;
     void run_segment(int64_t segment, const Strips& strips, GateLists& lists, int member, Team& team) const;
     void adjoint_rows(const Step& step, bool want_observations, GateLists& lists, int member, Team& team);
-    void adjoint_weights(const Step& step, const Weights* previous, const Strips& strips, GateLists& lists,
+    void adjoint_weights(const Step& step, const Weights* previous, bool first, const Strips& strips, GateLists& lists,
                          Team& team) const;
 
+    Vec descended(Vec gradient, const float* theta, float* velocity) const;
+    Vec turned(Vec curvature, float momentum, float* adjoint, const float* direction) const;
     void output_delta(const Pass& pass, Range range) const;
     void output_tangent(const Pass& pass, Range range);
 
     const Mlp mlp_;
     const Plan plan_;
     const float lr_;
+    const float momentum_;
     const float scale_;  // 2 / (N A)
     const Buffer buffer_;
     const Layout at_;
@@ -170,7 +187,15 @@ void Unroll::output_delta(const Pass& pass, Range range) const {
     });
 }
 
-// One SGD step: the pass at step.theta, and `next` = theta - alpha g with its transpose. `next` may be step.theta.
+// theta_{t+1} = theta_t - (mu u_t + alpha g), and u.
+Vec Unroll::descended(Vec gradient, const float* theta, float* velocity) const {
+    if (momentum_ == 0.0f) return load(theta) - lr_ * gradient;
+    const Vec moved = momentum_ * load(velocity) + lr_ * gradient;
+    store(velocity, moved);
+    return load(theta) - moved;
+}
+
+// One SGD step: the pass at step.theta, and `next` = theta_{t+1} with its transpose. `next` may be step.theta.
 void Unroll::descend(const Step& step, const Weights& next, const Strips& strips, GateLists& lists, int member,
                      Team& team) const {
     const Range range = team.share(mlp_.tiles, member, kRowTile);
@@ -181,14 +206,18 @@ void Unroll::descend(const Step& step, const Weights& next, const Strips& strips
     for (const Strip& strip : strips) {
         const int l = strip.layer;
         const Matrix &from = step.theta.matrices[l], &to = next.matrices[l], &delta = step.pass.delta[l + 1];
+        float* velocity = at_.velocity.matrices[l].data;
         const Term terms[] = {{step.pass.h[l], delta, mlp_.rows}};
         mlp_.multiply_columns(
             lists, step.pass, strip, terms, to.stride,
-            [&](Vec x, int64_t offset, int64_t) { store(to.data + offset, load(from.data + offset) - lr_ * x); },
+            [&](Vec x, int64_t offset, int64_t) {
+                store(to.data + offset, descended(x, from.data + offset, velocity + offset));
+            },
             [&](int64_t row, int64_t panel) { transpose_tile(to, at_.transposed[l], row, panel); });
         if (strip.rows.begin == 0) {
             mlp_.for_each_bias(delta, strip, [&](Vec x, int64_t column) {
-                store(next.biases[l] + column, load(step.theta.biases[l] + column) - lr_ * x);
+                store(next.biases[l] + column,
+                      descended(x, step.theta.biases[l] + column, at_.velocity.biases[l] + column));
             });
         }
     }
@@ -201,7 +230,7 @@ void Unroll::run_segment(int64_t segment, const Strips& strips, GateLists& lists
 }
 
 void Unroll::train(const UnrolledBCParams& params) {
-    std::fill_n(buffer_.data(), at_.steps[0].pass.h[1].data - buffer_.data(), 0.0f);  // padding of data and theta_0
+    std::fill_n(buffer_.data(), at_.steps[0].pass.h[1].data - buffer_.data(), 0.0f);  // padding, and the velocity
     pack(params.observations, mlp_.widths.front(), {0, mlp_.rows}, at_.observations);
     pack(params.actions, mlp_.widths.back(), {0, mlp_.rows}, at_.actions);
     pack_weights(mlp_, params.params, at_.steps[0].theta, at_.transposed);
@@ -218,7 +247,10 @@ void Unroll::train(const UnrolledBCParams& params) {
             descend(first, first.theta, strips, lists, member, team);
         for (int64_t segment = 0; segment < plan_.segments; ++segment) {
             if (segment > 0) copy_weights(at_.steps[plan_.length].theta, first.theta, member, team);
-            if (plan_.segments > 1) copy_weights(first.theta, at_.starts[segment], member, team);
+            if (plan_.segments > 1) {
+                copy_weights(first.theta, at_.starts[segment].theta, member, team);
+                copy_weights(at_.velocity, at_.starts[segment].velocity, member, team);
+            }
             run_segment(segment, strips, lists, member, team);
         }
     });
@@ -248,7 +280,7 @@ void Unroll::adjoint_rows(const Step& step, bool want_observations, GateLists& l
     const Range range = team.share(mlp_.tiles, member, kRowTile);
     const Pass &pass = step.pass, &tangent = at_.tangent;
     for (int l = 0; l < mlp_.layers; ++l) {
-        const float* bias = at_.adjoint.biases[l];
+        const float* bias = at_.direction.biases[l];
         const float* h = pass.h[l + 1].data;
         float* out = tangent.h[l + 1].data;
         const bool hidden = l + 1 < mlp_.layers;
@@ -256,7 +288,7 @@ void Unroll::adjoint_rows(const Step& step, bool want_observations, GateLists& l
             x += load(bias + column);
             store(out + offset, hidden ? masked(x, load(h + offset)) : x);
         };
-        const Term moved_weights{pass.h[l], at_.adjoint.matrices[l], mlp_.widths[l]};
+        const Term moved_weights{pass.h[l], at_.direction.matrices[l], mlp_.widths[l]};
         if (l == 0) {  // the observations do not move
             product({moved_weights}, range, mlp_.widths[l + 1], mlp_.stride, epilogue);
         } else {
@@ -267,7 +299,7 @@ void Unroll::adjoint_rows(const Step& step, bool want_observations, GateLists& l
     output_tangent(pass, range);
     for (int l = mlp_.layers - 1; l >= (want_observations ? 0 : 1); --l) {
         const Term terms[] = {{tangent.delta[l + 1], at_.transposed[l], mlp_.widths[l + 1]},
-                              {pass.delta[l + 1], at_.adjoint_transposed[l], mlp_.widths[l + 1]}};
+                              {pass.delta[l + 1], at_.direction_transposed[l], mlp_.widths[l + 1]}};
         const float* h = pass.h[l].data;
         if (l > 0) {
             float* out = tangent.delta[l].data;
@@ -284,32 +316,43 @@ void Unroll::adjoint_rows(const Step& step, bool want_observations, GateLists& l
     team.wait();
 }
 
-// lambda_t = v - alpha H v in place, and the transpose of the parameters that the next step back needs.
-void Unroll::adjoint_weights(const Step& step, const Weights* previous, const Strips& strips, GateLists& lists,
-                             Team& team) const {
+// v_{t-1} = lambda_t + mu v_t, and lambda_t = lambda_{t+1} - alpha H v_t.
+Vec Unroll::turned(Vec curvature, float momentum, float* adjoint, const float* direction) const {
+    if (momentum_ == 0.0f) return load(direction) - lr_ * curvature;
+    const Vec lambda = load(adjoint) - lr_ * curvature;
+    store(adjoint, lambda);
+    return lambda + momentum * load(direction);
+}
+
+// The direction of the step before, and the transpose of the parameters that it needs. Without a step before, the
+// direction is left at lambda.
+void Unroll::adjoint_weights(const Step& step, const Weights* previous, bool first, const Strips& strips,
+                             GateLists& lists, Team& team) const {
+    const float momentum = first ? 0.0f : momentum_;
     for (const Strip& strip : strips) {
         const int l = strip.layer;
-        const Matrix& lambda = at_.adjoint.matrices[l];
+        const Matrix& direction = at_.direction.matrices[l];
+        float* adjoint = at_.adjoint.matrices[l].data;
         const Matrix& tangent_delta = at_.tangent.delta[l + 1];
         const auto update = [&](Vec x, int64_t offset, int64_t) {
-            store(lambda.data + offset, load(lambda.data + offset) - lr_ * x);
+            store(direction.data + offset, turned(x, momentum, adjoint + offset, direction.data + offset));
         };
         const auto transpose_both = [&](int64_t row, int64_t panel) {
-            transpose_tile(lambda, at_.adjoint_transposed[l], row, panel);
+            transpose_tile(direction, at_.direction_transposed[l], row, panel);
             if (previous != nullptr) transpose_tile(previous->matrices[l], at_.transposed[l], row, panel);
         };
         const Term moved_deltas{step.pass.h[l], tangent_delta, mlp_.rows};
         if (l == 0) {
-            mlp_.multiply_columns(lists, step.pass, strip, {moved_deltas}, lambda.stride, update, transpose_both);
+            mlp_.multiply_columns(lists, step.pass, strip, {moved_deltas}, direction.stride, update, transpose_both);
         } else {
             const Term moved_inputs{at_.tangent.h[l], step.pass.delta[l + 1], mlp_.rows};
-            mlp_.multiply_columns(lists, step.pass, strip, {moved_inputs, moved_deltas}, lambda.stride, update,
+            mlp_.multiply_columns(lists, step.pass, strip, {moved_inputs, moved_deltas}, direction.stride, update,
                                   transpose_both);
         }
         if (strip.rows.begin == 0) {
             mlp_.for_each_bias(tangent_delta, strip, [&](Vec x, int64_t column) {
-                float* bias = at_.adjoint.biases[l] + column;
-                store(bias, load(bias) - lr_ * x);
+                float* bias = at_.direction.biases[l] + column;
+                store(bias, turned(x, momentum, at_.adjoint.biases[l] + column, bias));
             });
         }
     }
@@ -320,7 +363,7 @@ void Unroll::backward(UnrolledBCGradients& gradients, int threads) {
     const std::lock_guard<std::mutex> lock(mutex_);
     float* const scratch = at_.adjoint.matrices[0].data;
     std::fill_n(scratch, buffer_.data() + at_.bytes / sizeof(float) - scratch, 0.0f);
-    pack_weights(mlp_, gradients.trained, at_.adjoint, at_.adjoint_transposed);
+    pack_weights(mlp_, gradients.trained, at_.direction, at_.direction_transposed);
     lr_gradient_.assign(mlp_.tiles * kRowTile, 0.0);
 
     const bool want_observations = gradients.observations != nullptr, want_params = !gradients.params.empty();
@@ -330,10 +373,12 @@ void Unroll::backward(UnrolledBCGradients& gradients, int threads) {
         const FlushDenormals flush;
         GateLists& lists = gate_lists[member];
         const Strips strips = mlp_.strips(team.size())[member];
+        if (momentum_ != 0.0f) copy_weights(at_.direction, at_.adjoint, member, team);
         int64_t held = held_;
         for (int64_t segment = plan_.segments - 1; segment >= 0; --segment) {
             if (segment != std::exchange(held, segment)) {
-                copy_weights(at_.starts[segment], at_.steps[0].theta, member, team);
+                copy_weights(at_.starts[segment].theta, at_.steps[0].theta, member, team);
+                copy_weights(at_.starts[segment].velocity, at_.velocity, member, team);
                 transpose_weights(at_.steps[0].theta, strips, team);
                 run_segment(segment, strips, lists, member, team);
             }
@@ -341,14 +386,16 @@ void Unroll::backward(UnrolledBCGradients& gradients, int threads) {
             transpose_weights(at_.steps[last].theta, strips, team);
             for (int64_t i = last; i >= 0; --i) {
                 adjoint_rows(at_.steps[i], want_observations, lists, member, team);
-                if (segment + i > 0 || want_params)
-                    adjoint_weights(at_.steps[i], i > 0 ? &at_.steps[i - 1].theta : nullptr, strips, lists, team);
+                const bool first = segment + i == 0;
+                if (!first || want_params)
+                    adjoint_weights(at_.steps[i], i > 0 ? &at_.steps[i - 1].theta : nullptr, first, strips, lists,
+                                    team);
             }
         }
     });
     held_ = 0;
 
-    if (want_params) unpack_weights(mlp_, at_.adjoint, at_.adjoint_transposed, gradients.params);
+    if (want_params) unpack_weights(mlp_, at_.direction, at_.direction_transposed, gradients.params);
     if (want_observations)
         unpack(at_.observations_gradient, mlp_.widths.front(), {0, mlp_.rows}, gradients.observations);
     if (gradients.actions != nullptr)

@@ -210,13 +210,13 @@ void bind_unrolled_bc(py::module_& m) {
     // Local: tests load the emulated ops beside the package's own.
     py::class_<Problem>(m, "UnrolledBCCudaProblem", py::module_local())
         .def(py::init([](int64_t problems, int64_t rows, std::vector<int64_t> widths, int64_t steps, int64_t window,
-                         bool keep_tape, bool recompute, bool ieee) {
-                 Problem p{problems, rows, std::move(widths), steps, window, keep_tape, recompute, ieee};
+                         float momentum, bool keep_tape, bool recompute, bool ieee) {
+                 Problem p{problems, rows, std::move(widths), steps, window, momentum, keep_tape, recompute, ieee};
                  unrolled_bc_cuda_workspace(p);  // refuses what the kernels do not take
                  return p;
              }),
              py::kw_only(), py::arg("problems"), py::arg("rows"), py::arg("widths"), py::arg("steps"),
-             py::arg("window"), py::arg("keep_tape"), py::arg("recompute"), py::arg("ieee"))
+             py::arg("window"), py::arg("momentum"), py::arg("keep_tape"), py::arg("recompute"), py::arg("ieee"))
         .def_property_readonly("workspace", &unrolled_bc_cuda_workspace);
     m.def(
         "unrolled_bc_cuda",

@@ -1,7 +1,7 @@
 // Behavior cloning unrolled, and its adjoint, on CUDA: one persistent kernel a pass.
 //
-//     theta_{t+1} = theta_t - alpha g_t,  g_t the gradient of 1/(N A) sum_i |pi(s_i) - a_i|^2
-//     lambda_t    = v - alpha (Hessian at theta_t) v,  v = lambda_{t+1}
+//     u_{t+1} = mu u_t + alpha g_t,  theta_{t+1} = theta_t - u_{t+1},  g_t the gradient of 1/(N A) sum_i |pi(s_i) -
+//     a_i|^2 lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
 //
 // A problem is run by a group of blocks, one a tile of 16 rows (fewer if the chip is too small). A step is two stages
 // with a barrier of the group after each: a block takes its rows through all layers and back, by itself; then every
@@ -9,6 +9,7 @@
 // one owner and a fixed order of summation: the result's bits do not depend on the number of blocks. Groups never wait
 // for each other. All operands come from the second-level cache, where a step's 0.6 MB of weights (twice, for both
 // ways) and 3.2 MB of activations stay; README.md has the arithmetic.
+// Without momentum u is nothing to remember and v is lambda: neither is read or written.
 #include "product.h"
 
 namespace sdw {
@@ -24,6 +25,7 @@ struct Kernel {
     float* workspace;
     unsigned* counters;  // one a group, kCounterStride apart, zero at the start
     const float* lr;
+    float momentum;
 };
 
 struct Forward {
@@ -95,7 +97,7 @@ struct Problem {
     const Kernel& kernel;
     const Network& net;
     float* base;
-    float lr;
+    float lr, momentum;
     float scale;  // 2 / (N A)
 
     __device__ Problem(const Kernel& k, int index)
@@ -103,12 +105,16 @@ struct Problem {
           net(k.net),
           base(k.workspace + index * k.at.floats),
           lr(k.lr[index]),
+          momentum(k.momentum),
           scale(2.0f / (static_cast<float>(k.net.rows) * static_cast<float>(k.net.layer[k.net.layers - 1].out))) {}
 
     __device__ float* theta(int64_t step) const { return base + kernel.at.theta + step * net.theta; }
     __device__ float* pass(int64_t step) const { return base + kernel.at.passes + step * net.pass; }
-    __device__ float* start(int64_t segment) const { return base + kernel.at.starts + segment * net.theta; }
+    __device__ float* velocity() const { return base + kernel.at.velocity; }
+    __device__ float* start(int64_t segment) const { return base + kernel.at.starts + 2 * segment * net.theta; }
+    __device__ float* start_velocity(int64_t segment) const { return start(segment) + net.theta; }
     __device__ float* adjoint() const { return base + kernel.at.adjoint; }
+    __device__ float* direction() const { return base + kernel.at.direction; }
     __device__ float* tangent() const { return base + kernel.at.tangent; }
     __device__ float* actions() const { return base + kernel.at.actions; }
 
@@ -193,33 +199,64 @@ __device__ void backward_rows(const Problem& p, float* theta, float* pass, int r
     }
 }
 
-// Every warp's tiles of `to` = `from` - lr x gradient; operands(l) are those of layer l's gradient, summed over rows.
-template <typename Product, int kRows, int kColumns, typename Operands>
-__device__ void descend_tiles(const Problem& p, float* from, float* to, const Member& me, Operands operands) {
+// What becomes of a number of a set of parameters with its gradient x, and of the number kept beside it.
+struct Descent {  // theta_{t+1} = theta_t - u, u the velocity
+    float lr, momentum;
+    __device__ float operator()(float x, float theta, float& velocity) const {
+        velocity = momentum * velocity + lr * x;
+        return theta - velocity;
+    }
+};
+struct Turn {  // v_{t-1} = lambda_t + mu v_t, with x = H v_t
+    float lr, momentum;
+    __device__ float operator()(float x, float direction, float& adjoint) const {
+        adjoint -= lr * x;
+        return adjoint + momentum * direction;
+    }
+};
+
+template <typename Update>
+struct Updated {
+    float *from, *to;
+    float* kept;  // null: without momentum both updates are from - lr x
+    Update update;
+};
+
+// Every warp's tiles of weights, updated; operands(l) are those of layer l's gradient, summed over rows.
+template <typename Product, int kRows, int kColumns, typename Update, typename Operands>
+__device__ void update_tiles(const Problem& p, const Updated<Update>& sets, const Member& me, Operands operands) {
     for (int index = me.rank;; index += me.members) {
         const WeightTile tile = weight_tile(p.net, {kRows, kColumns}, index, me.warp);
         if (tile.layer == p.net.layers) return;
-        const Pair old = p.weights(from, tile.layer), updated = p.weights(to, tile.layer);
+        const Pair old = p.weights(sets.from, tile.layer), updated = p.weights(sets.to, tile.layer);
+        float* kept = sets.kept ? p.weights(sets.kept, tile.layer).rows : nullptr;
         if (tile.row >= old.height || tile.column >= old.width) continue;
         product_tiles<Product, false, kRows / 16, kColumns / 8>(
             operands(tile.layer), Span{tile.row / 16, old.height / 16}, Span{tile.column / 8, old.width / 8}, me.lane,
             [&](int row, int column) { return old.get(row, column); },
             [&](int row, int column, float x0, float x1, float2 w) {
-                updated.put(row, column, w.x - p.lr * x0, w.y - p.lr * x1);
+                if (!kept) return updated.put(row, column, w.x - p.lr * x0, w.y - p.lr * x1);
+                // Not fetched ahead as w is: the registers for that are not there.
+                float2* const beside = reinterpret_cast<float2*>(kept + tiled(row, column, old.width));
+                float2 held = *beside;
+                const float w0 = sets.update(x0, w.x, held.x), w1 = sets.update(x1, w.y, held.y);
+                *beside = held;
+                updated.put(row, column, w0, w1);
             });
     }
 }
 
-template <typename Product, typename Operands>
-__device__ void descend_weights(const Problem& p, float* from, float* to, const Member& me, Operands operands) {
+template <typename Product, typename Update, typename Operands>
+__device__ void update_weights(const Problem& p, const Updated<Update>& sets, const Member& me, Operands operands) {
     if (p.kernel.groups.fine)
-        descend_tiles<Product, kFine.rows, kFine.columns>(p, from, to, me, operands);
+        update_tiles<Product, kFine.rows, kFine.columns>(p, sets, me, operands);
     else
-        descend_tiles<Product, kCoarse.rows, kCoarse.columns>(p, from, to, me, operands);
+        update_tiles<Product, kCoarse.rows, kCoarse.columns>(p, sets, me, operands);
 }
 
 // The same of the biases: sums of `delta` over rows, eight features a warp.
-__device__ void descend_biases(const Problem& p, float* from, float* to, float* pass, const Member& me) {
+template <typename Update>
+__device__ void update_biases(const Problem& p, const Updated<Update>& sets, float* pass, const Member& me) {
     const int chunks = p.net.row_tiles();
     int task = 0;
     for (int l = 0; l < p.net.layers; ++l) {
@@ -236,12 +273,16 @@ __device__ void descend_biases(const Problem& p, float* from, float* to, float* 
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             const int feature = first + me.lane / 4;
-            if (me.lane % 4 == 0) p.biases(to, l)[feature] = p.biases(from, l)[feature] - p.lr * sum;
+            if (me.lane % 4 == 0) {
+                const float old = p.biases(sets.from, l)[feature];
+                p.biases(sets.to, l)[feature] =
+                    sets.kept ? sets.update(sum, old, p.biases(sets.kept, l)[feature]) : old - p.lr * sum;
+            }
         }
     }
 }
 
-// One SGD step: the pass at theta, and `next` = theta - alpha g. `next` may be theta.
+// One SGD step: the pass at theta, and `next`, the parameters after it. `next` may be theta.
 template <typename Product>
 __device__ void descend(const Problem& p, float* theta, float* next, float* pass, Member& me) {
     for (int tile = me.team(); tile < p.net.row_tiles(); tile += me.teams()) {
@@ -249,10 +290,11 @@ __device__ void descend(const Problem& p, float* theta, float* next, float* pass
         backward_rows<Product>(p, theta, pass, tile, me);
     }
     me.wait();
-    descend_weights<Product>(p, theta, next, me, [&](int l) {
+    const Updated<Descent> sets{theta, next, p.momentum != 0 ? p.velocity() : nullptr, {p.lr, p.momentum}};
+    update_weights<Product>(p, sets, me, [&](int l) {
         return Terms{{{p.delta(pass, l).columns, p.input(pass, l).columns}}, 1, p.net.row_tiles()};
     });
-    descend_biases(p, theta, next, pass, me);
+    update_biases(p, sets, pass, me);
     me.wait();
 }
 
@@ -270,7 +312,7 @@ __device__ void tangent_rows(const Problem& p, float* theta, float* pass, int ro
     struct Fetched {
         float2 bias, h;
     };
-    float *v = p.adjoint(), *tangent = p.tangent();
+    float *v = p.direction(), *tangent = p.tangent();
     for (int l = 0; l < p.net.layers; ++l) {
         const Pair in = p.input(pass, l), moved = p.input(tangent, l), h = p.output(pass, l);
         const Pair out = p.output(tangent, l), delta = p.delta(tangent, l);
@@ -309,7 +351,7 @@ __device__ void tangent_rows(const Problem& p, float* theta, float* pass, int ro
 template <typename Product>
 __device__ void adjoint_rows(const Problem& p, float* theta, float* pass, int row_tile, bool want_observations,
                              const Member& me) {
-    float *v = p.adjoint(), *tangent = p.tangent();
+    float *v = p.direction(), *tangent = p.tangent();
     for (int l = p.net.layers - 1; l >= (want_observations ? 0 : 1); --l) {
         const Pair moved = p.delta(tangent, l), from = p.delta(pass, l), h = p.input(pass, l);
         const Terms terms{
@@ -334,27 +376,30 @@ __device__ inline void prefetch(const float* data, int64_t floats, const Member&
     for (int64_t i = 32ll * me.thread(); i < floats; i += 32ll * me.threads()) prefetch_l2(data + i);
 }
 
-// lambda_t = v - alpha H v in place, with (H v)_l = R delta_l^T h_{l-1} + delta_l^T R h_{l-1}.
+// lambda, and the direction of the step before, with (H v)_l = R delta_l^T h_{l-1} + delta_l^T R h_{l-1}. Without a
+// step before, the direction is left at lambda.
 template <typename Product>
-__device__ void adjoint_step(const Problem& p, int64_t i, bool want_observations, bool want_lambda, Member& me) {
-    float *theta = p.theta(i), *pass = p.pass(i), *tangent = p.tangent(), *v = p.adjoint();
+__device__ void adjoint_step(const Problem& p, int64_t i, bool first, bool want_observations, bool want_params,
+                             Member& me) {
+    float *theta = p.theta(i), *pass = p.pass(i), *tangent = p.tangent(), *v = p.direction();
     for (int tile = me.team(); tile < p.net.row_tiles(); tile += me.teams()) {
         tangent_rows<Product>(p, theta, pass, tile, me);
         adjoint_rows<Product>(p, theta, pass, tile, want_observations, me);
     }
-    if (!want_lambda) return;
+    if (first && !want_params) return;
     me.wait();
     if (i > 0) {
         prefetch(p.theta(i - 1), p.net.theta, me);
         prefetch(p.pass(i - 1), p.net.pass, me);
     }
-    descend_weights<Product>(p, v, v, me, [&](int l) {
+    const Updated<Turn> sets{v, v, p.momentum != 0 ? p.adjoint() : nullptr, {p.lr, first ? 0 : p.momentum}};
+    update_weights<Product>(p, sets, me, [&](int l) {
         return Terms{{{p.delta(tangent, l).columns, p.input(pass, l).columns},
                       {p.delta(pass, l).columns, p.input(tangent, l).columns}},
                      l == 0 ? 1 : 2,
                      p.net.row_tiles()};
     });
-    descend_biases(p, v, v, tangent, me);
+    update_biases(p, sets, tangent, me);
     me.wait();
 }
 
@@ -420,12 +465,16 @@ __device__ void train(const Forward& f, int index, Member& me) {
     pack(f.actions + index * rows * out, net.rows, static_cast<int>(out), p.actions(), net.rows_padded, net.outputs(),
          me);
     pack_params(p, f.params + index * net.flat, p.theta(0), me);
+    clear(p.velocity(), net.theta, me);
     me.wait();
     // Steps that leave no tape overwrite their own parameters.
     for (int64_t step = 0; step < plan.lead_in; ++step) descend<Product>(p, p.theta(0), p.theta(0), p.pass(0), me);
     for (int64_t segment = 0; segment < plan.segments; ++segment) {
         if (segment > 0) copy(p.theta(plan.length), p.theta(0), net.theta, me);
-        if (plan.segments > 1) copy(p.theta(0), p.start(segment), net.theta, me);
+        if (plan.segments > 1) {
+            copy(p.theta(0), p.start(segment), net.theta, me);
+            copy(p.velocity(), p.start_velocity(segment), net.theta, me);
+        }
         run_segment<Product>(p, segment, me);
     }
     const int64_t last = plan.segments > 0 ? plan.steps(plan.segments - 1) : 0;
@@ -448,6 +497,7 @@ __device__ void differentiate(const Backward& b, int index, Member& me) {
     const Layout& at = b.kernel.at;
     const Plan& plan = b.kernel.plan;
     const bool want_observations = b.observations != nullptr, want_params = b.params != nullptr;
+    pack_params(p, b.trained + index * net.flat, p.direction(), me);
     pack_params(p, b.trained + index * net.flat, p.adjoint(), me);
     clear(p.base + at.observations_gradient, at.floats - at.observations_gradient, me);
     me.wait();
@@ -455,15 +505,16 @@ __device__ void differentiate(const Backward& b, int index, Member& me) {
     for (int64_t segment = plan.segments - 1; segment >= 0; --segment) {
         if (segment != held) {
             copy(p.start(segment), p.theta(0), net.theta, me);
+            copy(p.start_velocity(segment), p.velocity(), net.theta, me);
             run_segment<Product>(p, segment, me);
             held = segment;
         }
         for (int64_t i = plan.steps(segment) - 1; i >= 0; --i)
-            adjoint_step<Product>(p, i, want_observations, segment + i > 0 || want_params, me);
+            adjoint_step<Product>(p, i, segment + i == 0, want_observations, want_params, me);
     }
     me.wait();
     const int64_t rows = net.rows, in = net.layer[0].in, out = net.layer[net.layers - 1].out;
-    if (want_params) unpack_params(p, p.adjoint(), b.params + index * net.flat, me);
+    if (want_params) unpack_params(p, p.direction(), b.params + index * net.flat, me);
     if (want_observations)
         unpack(p.base + at.observations_gradient, net.inputs(), b.observations + index * rows * in, net.rows,
                static_cast<int>(in), me);
@@ -496,6 +547,7 @@ Kernel make_kernel(const UnrolledBCCudaProblem& problem, void* workspace, const 
     kernel.workspace = static_cast<float*>(workspace);
     kernel.counters = reinterpret_cast<unsigned*>(kernel.workspace + problem.problems * kernel.at.floats);
     kernel.lr = lr;
+    kernel.momentum = problem.momentum;
     return kernel;
 }
 

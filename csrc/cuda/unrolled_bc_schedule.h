@@ -118,8 +118,10 @@ struct Layout {
     int64_t actions;       // (rows, outputs)
     int64_t theta;         // parameters before each step of the segment, and after the last
     int64_t passes;        // of each step of the segment
-    int64_t starts;        // parameters at the start of each segment, if there are several
+    int64_t velocity;      // u, as parameters; as lambda unused without momentum, and the transposes of both always
+    int64_t starts;        // parameters and velocity at the start of each segment, if there are several
     int64_t adjoint;       // lambda, as parameters
+    int64_t direction;     // v, as parameters
     int64_t tangent;       // R h and R delta, as a pass
     int64_t observations_gradient, actions_gradient, lr_terms;  // (rows, inputs), (rows, outputs), (rows, outputs)
     int64_t floats;
@@ -134,9 +136,11 @@ inline Layout make_layout(const Network& net, const Plan& plan) {
     at.actions = take(rows * net.outputs());
     at.theta = take((plan.length + 1) * net.theta);
     at.passes = take(std::max<int64_t>(plan.length, 1) * net.pass);
-    at.starts = take(plan.segments > 1 ? plan.segments * net.theta : 0);
+    at.velocity = take(net.theta);
+    at.starts = take(plan.segments > 1 ? 2 * plan.segments * net.theta : 0);
     if (plan.segments > 0) {
         at.adjoint = take(net.theta);
+        at.direction = take(net.theta);
         at.tangent = take(net.pass);
         at.observations_gradient = take(rows * net.inputs());
         at.actions_gradient = take(rows * net.outputs());

@@ -1,12 +1,15 @@
 """Behavior cloning unrolled and differentiated: θ_T(S) of T full-batch SGD steps, and the hypergradient through them.
 
-    θ_{t+1} = θ_t − α g_t ,   g_t = ∇_θ L(θ_t) ,   L(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖²
+    u_{t+1} = μ u_t + α g_t ,   θ_{t+1} = θ_t − u_{t+1} ,   g_t = ∇_θ L(θ_t) ,   L(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖²
 
-No autograd graph is built. With λ_T = ∂H/∂θ_T and v = λ_{t+1}, for t running down,
+from u_0 = 0: heavy-ball momentum (Polyak 1964), as torch.optim.SGD's. No autograd graph is built. With
+λ_T = ∂H/∂θ_T and v_T = 0, for t running down,
 
-    λ_t = v − α ∇²L(θ_t) v ,   ∂H/∂(s, a) −= α ∇_{s,a} ⟨g_t, v⟩ ,   ∂H/∂α −= ⟨g_t, v⟩
+    v_t = λ_{t+1} + μ v_{t+1} ,   λ_t = λ_{t+1} − α ∇²L(θ_t) v_t ,
+    ∂H/∂(s, a) −= α ∇_{s,a} ⟨g_t, v_t⟩ ,   ∂H/∂α −= ⟨g_t, v_t⟩
 
-and one tangent pass (R-operator, Pearlmutter 1994) along v gives all of them: Rx is the derivative of x along v.
+and one tangent pass (R-operator, Pearlmutter 1994) along v_t gives all of them: Rx is the derivative of x along v_t.
+Without momentum v_t is λ_{t+1}.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ def unrolled_bc(
     *,
     steps: int,
     lr: float | Tensor,
+    momentum: float = 0.0,
     window: int | None = None,
     tape: str = "full",
     precision: str = "tf32",
@@ -53,8 +57,9 @@ def unrolled_bc(
         params: [W1, b1, W2, b2, …] at the start, in `torch.nn.Linear` layout, W (out, in); depth ≥ 1.
         steps: T ≥ 1, inner SGD steps.
         lr: α, the inner learning rate: a float, or a scalar tensor (of any device) if its gradient is wanted.
+        momentum: μ in [0, 1) of the inner steps; 0 is plain SGD.
         window: K: go back through the last K steps only (truncated backpropagation through time), with θ_{T−K}
-            taken as a constant. `params` then receive λ_{T−K}, the gradient for θ_{T−K}, as first-order
+            and its velocity taken as constants. `params` then receive λ_{T−K}, the gradient for θ_{T−K}, as first-order
             meta-learning takes it. None: all steps, the exact hypergradient.
         tape: "full" keeps every step's parameters and activations for the backward pass; "recompute" keeps
             parameters every ~√K steps and runs each stretch again: the same bits, about √K times less memory, a
@@ -83,9 +88,11 @@ def unrolled_bc(
         raise ValueError(f"unrolled_bc: window must be between 1 and steps = {steps}, or None, got {window}")
     if tape not in ("full", "recompute"):
         raise ValueError(f"unrolled_bc: tape must be 'full' or 'recompute', got {tape!r}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"unrolled_bc: momentum must be in [0, 1), got {momentum}")
     check_precision("unrolled_bc", precision)
     resolved = resolve_backend("unrolled_bc", backend, [observations, actions, *params])
-    schedule = _Schedule(steps, window or steps, tape == "recompute", precision == "ieee")
+    schedule = _Schedule(steps, window or steps, float(momentum), tape == "recompute", precision == "ieee")
     if isinstance(lr, Tensor):
         if lr.numel() != 1 and not (batched and lr.shape == observations.shape[:1]):
             expected = "a float, a scalar tensor or a tensor (R,)" if batched else "a float or a scalar tensor"
@@ -127,6 +134,7 @@ def _check_problem(observations: Tensor, actions: Tensor, params: Sequence[Tenso
 class _Schedule(NamedTuple):
     steps: int
     window: int
+    momentum: float
     recompute: bool
     ieee: bool  # backend "cuda" only
 
@@ -151,24 +159,24 @@ class _TorchUnrolledBC(torch.autograd.Function):
         ctx: Any, schedule: _Schedule, lr: float | Tensor, observations: Tensor, actions: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         alpha = lr.detach() if isinstance(lr, Tensor) else lr
-        theta = list(params)
+        descent = _Descent(observations, actions, alpha, schedule.momentum)
+        state = _State(list(params), [torch.zeros_like(param) for param in params])
         for _ in range(schedule.steps - schedule.window):
-            theta = _descend(_inner_step(theta, observations, actions), alpha)
-        ctx.segments = []  # (θ at the start, its steps or None to run them again, their number)
+            state, _ = descent.step(state)
+        ctx.segments = []  # (state at the start, its steps or none: run them again, their number)
         keep = any(ctx.needs_input_grad)
         for length in schedule.segments():
-            start = theta
+            start = state
             recorded = []
             for _ in range(length):
-                step = _inner_step(theta, observations, actions)
-                theta = _descend(step, alpha)
+                state, step = descent.step(state)
                 if keep and not schedule.recompute:
                     recorded.append(step)
             if keep:
                 ctx.segments.append((start, recorded, length))
-        ctx.alpha = alpha
+        ctx.alpha, ctx.momentum = alpha, schedule.momentum
         ctx.save_for_backward(observations, actions, *params)  # params: to refuse their change in place
-        return tuple(theta)
+        return tuple(state.theta)
 
     @staticmethod
     @once_differentiable
@@ -176,13 +184,15 @@ class _TorchUnrolledBC(torch.autograd.Function):
         observations, actions, *_ = ctx.saved_tensors
         _, needs_lr, needs_observations, needs_actions, *needs_params = ctx.needs_input_grad
         adjoint = list(grad_params)
+        direction = [torch.zeros_like(grad) for grad in adjoint]
+        descent = _Descent(observations, actions, ctx.alpha, ctx.momentum)
         grad_observations = torch.zeros_like(observations)
         grad_actions = torch.zeros_like(actions)
         grad_lr = observations.new_zeros(())
         for start, recorded, length in reversed(ctx.segments):
-            tape = recorded or _record(start, length, observations, actions, ctx.alpha)
-            for step in reversed(tape):
-                adjoint, d_observations, d_actions, d_lr = _adjoint_step(step, actions, adjoint, ctx.alpha)
+            for step in reversed(recorded or descent.record(start, length)):
+                direction = [torch.add(a, v, alpha=ctx.momentum) for a, v in zip(adjoint, direction, strict=True)]
+                adjoint, d_observations, d_actions, d_lr = _adjoint_step(step, actions, adjoint, direction, ctx.alpha)
                 grad_observations -= d_observations
                 grad_actions -= d_actions
                 grad_lr -= d_lr
@@ -211,6 +221,7 @@ class _CPUUnrolledBC(torch.autograd.Function):
             steps=schedule.steps,
             window=schedule.window,
             lr=float(lr),
+            momentum=schedule.momentum,
             recompute=schedule.recompute,
             keep_tape=any(ctx.needs_input_grad),
         )
@@ -278,6 +289,7 @@ class _CUDAUnrolledBC(torch.autograd.Function):
             widths=widths,
             steps=schedule.steps,
             window=schedule.window,
+            momentum=schedule.momentum,
             keep_tape=any(ctx.needs_input_grad),
             recompute=schedule.recompute,
             ieee=schedule.ieee,
@@ -330,39 +342,50 @@ class _CUDAUnrolledBC(torch.autograd.Function):
         return None, None, grad_lr, grad_observations, grad_actions, grad_params
 
 
-def _inner_step(theta: list[Tensor], observations: Tensor, actions: Tensor) -> _Step:
-    activations = mlp_activations(theta, observations)
-    output = activations[-1]  # (N, A)
-    output_delta = 2 / actions.numel() * (output - actions) * (1 - output * output)
-    return _Step(theta, activations, mlp_deltas(theta, activations, output_delta))
+class _State(NamedTuple):
+    """Where the descent stands."""
+
+    theta: list[Tensor]
+    velocity: list[Tensor]  # u
 
 
-def _descend(step: _Step, alpha: float | Tensor) -> list[Tensor]:
-    gradients = mlp_gradients(step.activations, step.deltas)
-    return [param - alpha * gradient for param, gradient in zip(step.params, gradients, strict=True)]
+class _Descent(NamedTuple):
+    """Behavior cloning, step by step."""
 
+    observations: Tensor
+    actions: Tensor
+    alpha: float | Tensor
+    momentum: float
 
-def _record(
-    theta: list[Tensor], length: int, observations: Tensor, actions: Tensor, alpha: float | Tensor
-) -> list[_Step]:
-    steps = []
-    for _ in range(length):
-        steps.append(_inner_step(theta, observations, actions))
-        theta = _descend(steps[-1], alpha)
-    return steps
+    def step(self, state: _State) -> tuple[_State, _Step]:
+        activations = mlp_activations(state.theta, self.observations)
+        output = activations[-1]  # (N, A)
+        output_delta = 2 / output.numel() * (output - self.actions) * (1 - output * output)
+        deltas = mlp_deltas(state.theta, activations, output_delta)
+        gradients = mlp_gradients(activations, deltas)
+        velocity = [self.momentum * u + self.alpha * g for u, g in zip(state.velocity, gradients, strict=True)]
+        theta = [param - u for param, u in zip(state.theta, velocity, strict=True)]
+        return _State(theta, velocity), _Step(state.theta, activations, deltas)
+
+    def record(self, state: _State, length: int) -> list[_Step]:
+        steps = []
+        for _ in range(length):
+            state, step = self.step(state)
+            steps.append(step)
+        return steps
 
 
 def _adjoint_step(
-    step: _Step, actions: Tensor, adjoint: list[Tensor], alpha: float | Tensor
+    step: _Step, actions: Tensor, adjoint: list[Tensor], direction: list[Tensor], alpha: float | Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """From v = λ_{t+1} to λ_t, α ∇_s⟨g, v⟩ (N, D), α ∇_a⟨g, v⟩ (N, A) and ⟨g, v⟩."""
+    """From λ_{t+1} and the direction v to λ_t, α ∇_s⟨g, v⟩ (N, D), α ∇_a⟨g, v⟩ (N, A) and ⟨g, v⟩."""
     theta, activations, deltas = step
     layers = len(deltas)
     # Forward: Rz_l = Rh_{l-1} W_lᵀ + h_{l-1} V_lᵀ + v_l, masked where the ReLU is off; the observations do not move.
     tangents: list[Tensor] = [torch.zeros_like(activations[0])]  # Rh_l, (N, width)
     for layer in range(layers):
-        weight, direction, bias_direction = theta[2 * layer], adjoint[2 * layer], adjoint[2 * layer + 1]
-        tangent = torch.addmm(bias_direction, activations[layer], direction.t())
+        weight = theta[2 * layer]
+        tangent = torch.addmm(direction[2 * layer + 1], activations[layer], direction[2 * layer].t())
         if layer > 0:
             tangent.addmm_(tangents[layer], weight.t())
         if layer < layers - 1:
@@ -389,7 +412,7 @@ def _adjoint_step(
             *result,
         ]
         tangent_delta = tangent_delta @ theta[2 * layer]
-        tangent_delta.addmm_(deltas[layer], adjoint[2 * layer])
+        tangent_delta.addmm_(deltas[layer], direction[2 * layer])
         if layer > 0:
             tangent_delta *= activations[layer] > 0
     return result, alpha * tangent_delta, -alpha * scale * tangent_output, lr_gradient

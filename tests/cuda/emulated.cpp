@@ -136,9 +136,10 @@ py::dict unrolled_bc_schedule(const sdw::UnrolledBCCudaProblem& problem, int res
     std::vector<int> rows;
     for (int team = 0; team < groups.members / groups.parts; ++team)
         for (int tile = team; tile < net.row_tiles(); tile += groups.members / groups.parts) rows.push_back(tile);
-    const std::vector<int64_t> parts{at.observations,     at.actions,  at.theta,   at.passes,
-                                     at.starts,           at.adjoint,  at.tangent, at.observations_gradient,
-                                     at.actions_gradient, at.lr_terms, at.floats};
+    const std::vector<int64_t> parts{
+        at.observations,     at.actions,  at.theta,     at.passes,  at.velocity,
+        at.starts,           at.adjoint,  at.direction, at.tangent, at.observations_gradient,
+        at.actions_gradient, at.lr_terms, at.floats};
     return py::dict(py::arg("layers") = layers, py::arg("theta") = net.theta, py::arg("pass") = net.pass,
                     py::arg("flat") = net.flat, py::arg("length") = plan.length, py::arg("segments") = plan.segments,
                     py::arg("groups") = groups.groups, py::arg("members") = groups.members,

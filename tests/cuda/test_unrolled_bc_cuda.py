@@ -29,14 +29,17 @@ def unroll(backend, steps, **options):
     return lambda s, a, theta, lr: (unrolled_bc(s, a, theta, steps=steps, lr=lr, backend=backend, **options), None)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("tape", ["full", "recompute"])
 @pytest.mark.parametrize(("widths", "rows", "steps", "window"), CASES)
-def test_ieee_agrees_with_float64(cuda_on_cpu, widths, rows, steps, window, tape):
+def test_ieee_agrees_with_float64(cuda_on_cpu, widths, rows, steps, window, tape, momentum):
     observations, actions, params = random_problem(widths, rows, seed=rows, dtype=torch.float32, gain=1.0)
-    options = {"window": window, "tape": tape, "precision": "ieee"}
-    actual = hypergradient(unroll("cuda", steps, **options), observations, actions, params, 0.1)
+    options = {"momentum": momentum, "window": window}
+    actual = hypergradient(
+        unroll("cuda", steps, tape=tape, precision="ieee", **options), observations, actions, params, 0.1
+    )
     double = [tensor.double() for tensor in (observations, actions, *params)]
-    exactly = unroll("torch", steps, window=window)
+    exactly = unroll("torch", steps, **options)
     expected = hypergradient(exactly, double[0], double[1], double[2:], float(torch.tensor(0.1)))
     assert_agree(actual, expected, 1e-5)
 
@@ -157,8 +160,8 @@ def test_clusters_that_split_columns_give_the_same_bits(cuda_on_cpu, precision, 
     ],
 )
 def test_groups_fill_the_device(emulated, widths, rows, problems, resident, groups, members, parts, tile):
-    options = {"rows": rows, "widths": widths, "steps": 1, "window": 1, "keep_tape": True, "ieee": False}
-    problem = emulated.UnrolledBCCudaProblem(problems=problems, recompute=False, **options)
+    options = {"rows": rows, "widths": widths, "steps": 1, "window": 1, "momentum": 0.0}
+    problem = emulated.UnrolledBCCudaProblem(problems=problems, keep_tape=True, recompute=False, ieee=False, **options)
     plan = emulated.unrolled_bc_schedule(problem, resident)
     names = ("groups", "members", "parts_of_a_team", "tile")
     assert tuple(plan[name] for name in names) == (groups, members, parts, tile)
@@ -247,8 +250,8 @@ def test_columns_are_dealt_out_in_one_round_where_they_can_be(emulated):
     [((1, 1), 1, 1), ((17, 256, 256, 256, 6), 256, 8), ((376, 100, 33, 300, 17), 1000, 3), ((5, 7, 3), 50, 40)],
 )
 def test_every_tile_has_one_owner_and_every_number_its_place(emulated, widths, rows, problems, resident):
-    options = {"rows": rows, "widths": widths, "steps": 9, "window": 7, "keep_tape": True, "ieee": False}
-    problem = emulated.UnrolledBCCudaProblem(problems=problems, recompute=True, **options)
+    options = {"rows": rows, "widths": widths, "steps": 9, "window": 7, "momentum": 0.9}
+    problem = emulated.UnrolledBCCudaProblem(problems=problems, keep_tape=True, recompute=True, ieee=False, **options)
     plan = emulated.unrolled_bc_schedule(problem, resident)
     assert sorted(plan["rows"]) == list(range(-(-rows // 16)))
     assert plan["groups"] * plan["members"] <= resident
@@ -270,7 +273,8 @@ def test_every_tile_has_one_owner_and_every_number_its_place(emulated, widths, r
     assert (plan["flat"], plan["theta"], plan["pass"]) == (flat_end, theta_end, pass_end)
     inputs, outputs = plan["layers"][0]["in_padded"], plan["layers"][-1]["out_padded"]
     assert (plan["length"], plan["segments"]) == (3, 3)
-    sizes = [2 * inputs, outputs, 4 * theta_end, 3 * pass_end, 3 * theta_end, theta_end, pass_end]
+    sizes = [2 * inputs, outputs, 4 * theta_end, 3 * pass_end, theta_end, 6 * theta_end]
+    sizes += [theta_end, theta_end, pass_end]
     sizes = [size * padded_rows if i < 2 else size for i, size in enumerate(sizes)]
     sizes += [padded_rows * width for width in (inputs, outputs, outputs)]
     assert plan["parts"][0] == 0

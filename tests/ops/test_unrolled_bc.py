@@ -32,16 +32,17 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("tape", ["full", "recompute"])
 @pytest.mark.parametrize(("widths", "rows", "steps", "window"), CASES)
-def test_float64_agrees_with_autograd(widths, rows, steps, window, tape):
+def test_float64_agrees_with_autograd(widths, rows, steps, window, tape, momentum):
     problem = *random_problem(widths, rows, seed=rows), 0.1
 
     def ours(s, a, theta, lr):
-        return unrolled_bc(s, a, theta, steps=steps, lr=lr, window=window, tape=tape), None
+        return unrolled_bc(s, a, theta, steps=steps, lr=lr, momentum=momentum, window=window, tape=tape), None
 
     def oracle(s, a, theta, lr):
-        return autograd_unroll(s, a, theta, steps, lr, window or steps)
+        return autograd_unroll(s, a, theta, steps, lr, momentum, window or steps)
 
     assert_agree(hypergradient(ours, *problem), hypergradient(oracle, *problem), 1e-10)
 
@@ -64,6 +65,21 @@ def test_one_step_of_one_weight_by_hand():
     assert gradients == pytest.approx([0.1, 0.4, 0.2, -0.4, 2.0])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_two_steps_with_momentum_by_hand(backend):
+    # π(s) = tanh(w s) at s = 1, y = 0, with w so small that tanh is the identity, and b kept out of it by its own:
+    # with z = w + b, g = 2z for both. z_1 = z_0 − 2·α·2z_0 = (1 − 4α) z_0, the velocity of each is u_1 = 2α z_0, and
+    # u_2 = μ u_1 + 2α z_1, so that w_2 = w_0 − u_1 − u_2 = w_0 − 2α z_0 (1 + μ + 1 − 4α).
+    w0, alpha, mu = 1e-4, 0.1, 0.5
+    s, y = torch.tensor([[1.0]]), torch.tensor([[0.0]])
+    w, b = torch.tensor([[w0]], requires_grad=True), torch.zeros(1, requires_grad=True)
+    trained, _ = unrolled_bc(s, y, [w, b], steps=2, lr=alpha, momentum=mu, backend=backend)
+    moved = 2 * alpha * (2 + mu - 4 * alpha)  # of w, a unit of z_0
+    assert trained.item() == pytest.approx(w0 * (1 - moved))
+    trained.backward()
+    assert (w.grad.item(), b.grad.item()) == pytest.approx((1 - moved, -moved))
+
+
 def test_only_what_is_asked_for_gets_a_gradient():
     observations, actions, params = random_problem((3, 5, 2), 4, seed=0, dtype=torch.float32)
     actions.requires_grad_()
@@ -76,6 +92,12 @@ def test_only_what_is_asked_for_gets_a_gradient():
     assert not unrolled_bc(observations, actions.detach(), [p.detach() for p in params], steps=3, lr=0.1)[
         0
     ].requires_grad
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0])
+def test_momentum_out_of_range_is_refused(momentum):
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got"):
+        unrolled_bc(*random_problem((3, 5, 2), 4, seed=0), steps=2, lr=0.1, momentum=momentum)
 
 
 def test_a_second_derivative_is_refused():
@@ -116,19 +138,21 @@ COMPILED_CASES = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
 @pytest.mark.parametrize("tape", ["full", "recompute"])
 @pytest.mark.parametrize(("widths", "rows", "steps", "window"), COMPILED_CASES)
-def test_compiled_agrees_with_float64(widths, rows, steps, window, tape, device):
+def test_compiled_agrees_with_float64(widths, rows, steps, window, tape, momentum, device):
     observations, actions, params = random_problem(widths, rows, seed=rows, dtype=torch.float32, gain=1.0)
 
     def unroll(backend):
-        options = {"window": window, "tape": tape, "precision": "ieee", "backend": backend}
+        options = {"momentum": momentum, "window": window, "tape": tape, "precision": "ieee", "backend": backend}
         return lambda s, a, theta, lr: (unrolled_bc(s, a, theta, steps=steps, lr=lr, **options), None)
 
+    lr = 0.1 * (1 - momentum)  # moves as far
     on_device = [tensor.to(device) for tensor in (observations, actions, *params)]
-    actual = hypergradient(unroll(device), on_device[0], on_device[1], on_device[2:], 0.1)
+    actual = hypergradient(unroll(device), on_device[0], on_device[1], on_device[2:], lr)
     double = [tensor.double() for tensor in (observations, actions, *params)]
-    expected = hypergradient(unroll("torch"), double[0], double[1], double[2:], float(torch.tensor(0.1)))
+    expected = hypergradient(unroll("torch"), double[0], double[1], double[2:], float(torch.tensor(lr)))
     assert_agree(actual, expected, 2e-5)
 
 

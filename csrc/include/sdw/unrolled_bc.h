@@ -16,6 +16,7 @@ struct UnrolledBCParams {
         params;                   // [W1, b1, W2, b2, ...] at the start: W_l (widths[l], widths[l-1]), b_l (widths[l])
     std::vector<float*> trained;  // out: the same after `steps` steps
     float lr;                     // alpha, the learning rate
+    float momentum;               // mu of the velocity, 0 at the start and for plain SGD
     int64_t steps;                // T, at least 1
     int64_t window;               // K in [1, T]: steps at the end that the adjoint goes back through
     bool keep_tape;               // false: no backward pass will follow

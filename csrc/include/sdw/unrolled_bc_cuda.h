@@ -14,6 +14,7 @@ struct UnrolledBCCudaProblem {
     std::vector<int64_t> widths;  // [D, hidden widths, A]: 2 to 33, each at least 1
     int64_t steps;                // T, at least 1
     int64_t window;               // K in [1, T]: steps at the end that the adjoint goes back through
+    float momentum;               // mu of the velocity, 0 at the start and for plain SGD
     bool keep_tape;               // false: no backward pass will follow
     bool recompute;               // keep the parameters of every ~sqrt(K)-th step and run each stretch again
     bool ieee;                    // products in float32; else tf32 with float32 sums and master weights

@@ -37,13 +37,13 @@ from benchmarks.table import Table, bench, contender, contenders, measure, with_
 Run = Callable[[], Any]
 
 
-def ours(problem: Problem, **options: Any) -> Run:
+def ours(problem: Problem, momentum: float = 0.0, **options: Any) -> Run:
     """The package: unrolled_bc, then behavior_matching, then .backward() through both. Options of both: backend …"""
     observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
 
     def run() -> Any:
         trained = sdw_fast.ops.unrolled_bc(
-            observations, actions, problem.params, steps=problem.steps, lr=problem.lr, **options
+            observations, actions, problem.params, steps=problem.steps, lr=problem.lr, momentum=momentum, **options
         )
         loss = sdw_fast.ops.behavior_matching(trained, *problem.outer, **options)
         return loss, *torch.autograd.grad(loss, [observations, actions])
@@ -392,6 +392,8 @@ def _sweep() -> Iterator[tuple[str, Callable[[], Table]]]:
     swept |= {f"T={t}": replace(base, steps=t) for t in (1, 10, 100)}
     for name, problem in swept.items():
         yield f"unrolled_bc/{name}", partial(_swept, problem, SHORT)
+    for width in (64, 256):
+        yield f"unrolled_bc/momentum,width={width}", partial(_momentum, swept[f"width={width}"])
     without_jax = [name for name in SHORT if "JAX" not in name]  # its threads are fixed when it starts
     for threads in (1, 2):
         yield f"unrolled_bc/threads={threads}", partial(_swept, REFERENCE, without_jax, threads)
@@ -400,6 +402,13 @@ def _sweep() -> Iterator[tuple[str, Callable[[], Table]]]:
 def _swept(problem: Problem, names: list[str], threads: int | None = None) -> Table:
     title = describe(problem) + (f", {threads} threads" if threads else "")
     return measure(title, contenders(CONTENDERS, names, problem, threads=threads), budget=8, rounds=(3, 30))
+
+
+def _momentum(problem: Problem) -> Table:
+    """What the velocity costs: read and written once a step, as is the adjoint's."""
+    first, *others = contenders(CONTENDERS, ["sdw_fast", GEMM_FLOOR], problem)
+    with_momentum = contender("sdw_fast, momentum 0.9", partial(ours, momentum=0.9), problem)
+    return measure(describe(problem), [first, with_momentum, *others], budget=8, rounds=(3, 30))
 
 
 @pytest.mark.benchmark(group="unrolled_bc, reference shape")

@@ -123,8 +123,8 @@ def tau() -> str:
     rows = []
     for task in suite.ABLATED:
         points = []
-        found = _weights(dataset(task), k=10).tau  # by the effective sample size: the base of the ablations
-        exponents = {0.0: "av-pbc", found: "sdw,k=10", **given}
+        found = _weights(dataset(task), k=suite.SETTINGS["k"]).tau  # by the effective sample size
+        exponents = {0.0: "av-pbc", found: "sdw", **given}
         for exponent, method in sorted(exponents.items()):
             cells = [cell for seed in suite.SEEDS if suite.done(cell := (task, method, seed))]
             values = [json.loads(suite.result_path(cell).read_text())["normalized_return"] for cell in cells]
@@ -138,7 +138,8 @@ def tau() -> str:
     plots.save(figure, DOCS / "diversity_tau.png")
     return f"""## Return against τ
 
-Densities of k = 10; the τ that is not round is that of an effective sample size of {suite.SETTINGS["ess"]}.
+Densities of k = {suite.SETTINGS["k"]}; the τ that is not round is that of an effective sample size of
+{suite.SETTINGS["ess"]}.
 
 ![return against τ](../../docs/diversity_tau.png)
 

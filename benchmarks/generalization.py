@@ -94,7 +94,7 @@ def ensemble(synthetic: SyntheticDataset, seed: int) -> Policy:
 
 def variants(config: dict[str, Any]) -> dict[str, Train]:
     """What is trained on a set, by name; step counts and step sizes follow those it was distilled with."""
-    steps, lr = config["inner_steps"], config["inner_lr"]
+    steps, lr, momentum = config["inner_steps"], config["inner_lr"], config["inner_momentum"]
     sgd: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
     return {
         "as distilled": lambda synthetic, seed: sdw.behavior_clone(synthetic, seed=seed),
@@ -105,9 +105,9 @@ def variants(config: dict[str, Any]) -> dict[str, Train]:
         "width 64": with_hidden(*[64] * 3),
         "width 128": with_hidden(*[128] * 3),
         "width 512": with_hidden(*[512] * 3),
-        "residual MLP": with_optimizer(lambda p: sgd(p, lr), steps, residual=True),
-        "SGD, 4 × the steps": lambda synthetic, seed: sdw.behavior_clone(synthetic, steps=4 * steps, seed=seed),
-        "SGD, momentum 0.9": with_optimizer(lambda p: sgd(p, lr / 5, momentum=0.9), steps),
+        "residual MLP": with_optimizer(lambda p: sgd(p, lr, momentum), steps, residual=True),
+        "4 × the steps": lambda synthetic, seed: sdw.behavior_clone(synthetic, steps=4 * steps, seed=seed),
+        "SGD without momentum": with_optimizer(lambda p: sgd(p, 5 * lr), steps),
         "Adam": with_optimizer(lambda p: torch.optim.Adam(p, 1e-3), 2 * steps),
         "AdamW": with_optimizer(lambda p: torch.optim.AdamW(p, 1e-3), 2 * steps),
         f"ensemble of {ENSEMBLE}": ensemble,
@@ -167,8 +167,8 @@ def write_page() -> None:
 
 Made by `python -m benchmarks.generalization`. D4RL-normalized return, mean ± standard error over {POLICIES} policies
 trained from different initializations, {EPISODES} episodes each, on the last set of seed {SEED}. The default network
-has 4 layers (3 hidden ones of 256). SGD with momentum takes a fifth of the step size, Adam and AdamW 0.001 and twice
-the steps.
+has 4 layers (3 hidden ones of 256). SGD without momentum takes five times the step size, Adam and AdamW 0.001 and
+twice the steps.
 
 {markdown(header, rows)}
 """,

@@ -67,7 +67,7 @@ class DistillConfig:
     steps: int = 5_000
     batch_size: int = 2_560  # states an outer step
     optimizer: str = "adam"  # "adam" or "sgd"
-    lr: float = 0.04
+    lr: float = 0.03
     schedule: str = "cosine"  # of lr over the outer steps: "constant", or "cosine" down to 0
     momentum: float = 0.9  # of SGD; β₁ of Adam
     average: float = 0.9  # decay of the moving average that is the synthetic set; 0: the last iterate itself

@@ -26,6 +26,7 @@ def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "PAGE": tmp_path / "results/suite.md",
         "SETTINGS": {
             "size": 12,
+            "k": 10,
             "ess": 0.8,
             "clip": 0.9,
             "steps": 2,
@@ -35,6 +36,7 @@ def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         },
         "BC": {"steps": 3, "batch_size": 16, "lr": 1e-3},
         "POLICIES": 2,
+        "POLICIES_FOR_SCALE": 2,
         "EPISODES": 1,
         "dataset": lambda task: data,
         "path": lambda task: task,
@@ -60,9 +62,24 @@ def test_a_cell_writes_its_result_and_is_then_done(tiny: Path, method: str) -> N
     assert result["standard_error"] == pytest.approx(np.std(result["policies"], ddof=1) / np.sqrt(2), abs=1e-3)
 
 
-def test_the_base_of_the_ablations_differs_from_sdw_in_k_only() -> None:
-    own, base = (suite.settings(("hopper/medium", method, 0)) for method in ("sdw", "sdw,k=10"))
-    assert {name for name in own if own[name] != base[name]} == {"k"}
+def test_an_ablation_differs_from_sdw_in_what_it_names_only() -> None:
+    own = suite.settings(("hopper/medium", "sdw", 0))
+    for method, change in suite.ABLATIONS.items():
+        changed = suite.settings(("hopper/medium", method, 0))
+        assert {name: changed[name] for name in own if changed[name] != own[name]} == change
+
+
+def test_more_policies_are_cloned_on_the_set_that_is_there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = ("hopper/medium", "sdw", 0)
+    suite.make([cell])
+    last = suite.run_folder(cell) / "last.npz"
+    before = last.stat().st_mtime_ns
+    monkeypatch.setattr(suite, "POLICIES", 3)
+    assert not suite.done(cell)
+    suite.make([cell])
+    assert suite.done(cell)
+    assert len(json.loads(suite.result_path(cell).read_text())["policies"]) == 3
+    assert (suite.run_folder(cell) / "last.npz", last.stat().st_mtime_ns) == (last, before)
 
 
 def test_a_cell_reports_the_last_set(tiny: Path) -> None:

@@ -1,11 +1,13 @@
 // Behavior cloning unrolled, and its adjoint.
 //
-//     u_{t+1} = mu u_t + alpha g_t,  theta_{t+1} = theta_t - u_{t+1},  g_t the gradient of 1/(N A) sum_i |pi(s_i) -
-//     a_i|^2 lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
+//     u_{t+1}  = mu u_t + alpha g_t,  theta_{t+1} = theta_t - u_{t+1}
+//     lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
+//
+// with g_t the gradient of 1/(N A) sum_i |pi(s_i) - a_i|^2 and momentum mu. Without momentum u is nothing to remember
+// and v is lambda: neither is read or written.
 //
 // The Hessian product comes from one tangent pass along v (R-operator): R x is the derivative of x along v. Products of
 // a sum, as R h W + h V, are one product with twice the inner length, so that no tile is loaded and stored twice.
-// Without momentum u is nothing to remember and v is lambda: neither is read or written.
 //
 // One step is two stages with a barrier after each: rows through all layers and back, then tiles of weight gradients
 // with the update in their epilogue, which writes theta_{t+1} (or lambda_t) and its transpose as the next stage reads

@@ -1,7 +1,10 @@
 // Behavior cloning unrolled, and its adjoint, on CUDA: one persistent kernel a pass.
 //
-//     u_{t+1} = mu u_t + alpha g_t,  theta_{t+1} = theta_t - u_{t+1},  g_t the gradient of 1/(N A) sum_i |pi(s_i) -
-//     a_i|^2 lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
+//     u_{t+1}  = mu u_t + alpha g_t,  theta_{t+1} = theta_t - u_{t+1}
+//     lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
+//
+// with g_t the gradient of 1/(N A) sum_i |pi(s_i) - a_i|^2 and momentum mu. Without momentum u is nothing to remember
+// and v is lambda: neither is read or written.
 //
 // A problem is run by a group of blocks, one a tile of 16 rows (fewer if the chip is too small). A step is two stages
 // with a barrier of the group after each: a block takes its rows through all layers and back, by itself; then every
@@ -9,7 +12,6 @@
 // one owner and a fixed order of summation: the result's bits do not depend on the number of blocks. Groups never wait
 // for each other. All operands come from the second-level cache, where a step's 0.6 MB of weights (twice, for both
 // ways) and 3.2 MB of activations stay; README.md has the arithmetic.
-// Without momentum u is nothing to remember and v is lambda: neither is read or written.
 #include "product.h"
 
 namespace sdw {

@@ -52,9 +52,10 @@ EVALUATION = ("policies", "episodes")  # the settings that a distillation does n
 TEST_SEED = 10_000
 # What every set is distilled and cloned with.
 SETTINGS: dict[str, Any] = {"size": 256, "steps": 2_000, "k": 100, "ess": 0.8, "clip": 0.9}
+LONG_STEPS = 4_000  # of method "sdw-long"
 FULL_WIDTH_STEPS = 230  # as many seconds on the policy's own network, on a CPU
 PAIRS = ("random", "kmeans++", "top-q")  # real pairs, by how they are chosen
-DISTILLED = ("dbc", "pbc", "av-pbc", "sdw", "sdw-paper")
+DISTILLED = ("dbc", "pbc", "av-pbc", "sdw", "sdw-long", "sdw-paper")
 SCALE = ("bc", "teacher")  # for scale: behavior cloning on the whole dataset, and the teacher itself
 METHODS = {
     "random": "random pairs",
@@ -64,6 +65,7 @@ METHODS = {
     "pbc": "PBC",
     "av-pbc": "Av-PBC",
     "sdw": "SDW",
+    "sdw-long": f"SDW, {LONG_STEPS:,} steps",
     "sdw-paper": f"SDW, papers' settings, {FULL_WIDTH_STEPS} steps",
     "bc": "BC on all data",
     "teacher": "teacher",
@@ -141,7 +143,11 @@ def settings(cell: Cell) -> dict[str, Any]:
         return {**shared, **BC, "seed": seed}
     if method == "sdw-paper":
         return {**shared, **DistillConfig.paper(steps=FULL_WIDTH_STEPS, seed=seed).to_dict()}
-    own = {"init": method, "objective": "dbc"} if method in PAIRS else {"objective": method.split(",")[0]}
+    own: dict[str, Any] = {"objective": method.split(",")[0]}
+    if method in PAIRS:
+        own = {"objective": "dbc", "init": method}
+    if method == "sdw-long":
+        own = {"objective": "sdw", "steps": LONG_STEPS}
     return {**shared, **DistillConfig(**{**SETTINGS, **ABLATIONS.get(method, {}), **own, "seed": seed}).to_dict()}
 
 

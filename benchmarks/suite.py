@@ -83,6 +83,7 @@ PUBLISHED = {
 ABLATED = ("hopper/medium", "walker2d/medium-expert")
 CHANGES: list[dict[str, Any]] = [
     {"inner_momentum": 0.0, "inner_lr": 0.35},  # plain SGD, at its best
+    {"inner_lr": 0.07},
     {"k": 10},  # the package's
     {"k": 500},  # wider than the cluster of the first states of all episodes
     {"inner_width": None, "steps": FULL_WIDTH_STEPS},

@@ -101,6 +101,12 @@ CHANGES: list[dict[str, Any]] = [
     *({"init": init} for init in ("kmeans++", "top-q")),
 ]
 ABLATIONS = {",".join(["sdw", *(f"{name}={value}" for name, value in change.items())]): change for change in CHANGES}
+# What a method has away from SETTINGS, where that is more than the objective it is named after.
+OWN: dict[str, dict[str, Any]] = {
+    **{method: {"objective": "dbc", "init": method} for method in PAIRS},
+    "sdw-long": {"objective": "sdw", "steps": LONG_STEPS},
+    **{method: {"objective": "sdw", **change} for method, change in ABLATIONS.items()},
+}
 BC: dict[str, Any] = {"steps": 5_000, "batch_size": 256, "lr": 1e-3}
 
 Cell = tuple[str, str, int]  # task, method, seed
@@ -144,12 +150,8 @@ def settings(cell: Cell) -> dict[str, Any]:
         return {**shared, **BC, "seed": seed}
     if method == "sdw-paper":
         return {**shared, **DistillConfig.paper(steps=FULL_WIDTH_STEPS, seed=seed).to_dict()}
-    own: dict[str, Any] = {"objective": method.split(",")[0]}
-    if method in PAIRS:
-        own = {"objective": "dbc", "init": method}
-    if method == "sdw-long":
-        own = {"objective": "sdw", "steps": LONG_STEPS}
-    return {**shared, **DistillConfig(**{**SETTINGS, **ABLATIONS.get(method, {}), **own, "seed": seed}).to_dict()}
+    own = OWN.get(method, {"objective": method})
+    return {**shared, **DistillConfig(**{**SETTINGS, **own, "seed": seed}).to_dict()}
 
 
 def run_folder(cell: Cell) -> Path:

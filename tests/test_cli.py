@@ -81,6 +81,13 @@ def test_distill_resume_evaluate_plot(dataset: Path, tmp_path: Path) -> None:
     assert (whole / "metrics.png").stat().st_size > 10_000
 
 
+def test_distill_takes_the_inner_loop_s_options(dataset: Path, tmp_path: Path) -> None:
+    inner = ("--inner-lr", 0.2, "--inner-momentum", 0.4)
+    assert run("distill", dataset, *SMALL, *inner, "--steps", 1, "--out", tmp_path).exit_code == 0
+    config = sdw.SyntheticDataset.load(tmp_path / "last.npz").config
+    assert (config["inner_lr"], config["inner_momentum"]) == (0.2, 0.4)
+
+
 def test_distill_several_runs(dataset: Path, tmp_path: Path) -> None:
     assert run("distill", dataset, *SMALL, "--steps", 4, "--runs", 2, "--out", tmp_path).exit_code == 0
     sets = [sdw.SyntheticDataset.load(tmp_path / f"run-00{number}" / "best.npz") for number in range(2)]

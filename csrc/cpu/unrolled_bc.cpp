@@ -4,7 +4,7 @@
 //     lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
 //
 // with g_t the gradient of 1/(N A) sum_i |pi(s_i) - a_i|^2 and momentum mu. Without momentum u is nothing to remember
-// and v is lambda: neither is read or written.
+// and v is lambda: no step reads or writes either.
 //
 // The Hessian product comes from one tangent pass along v (R-operator): R x is the derivative of x along v. Products of
 // a sum, as R h W + h V, are one product with twice the inner length, so that no tile is loaded and stored twice.

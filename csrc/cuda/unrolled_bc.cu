@@ -4,7 +4,7 @@
 //     lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
 //
 // with g_t the gradient of 1/(N A) sum_i |pi(s_i) - a_i|^2 and momentum mu. Without momentum u is nothing to remember
-// and v is lambda: neither is read or written.
+// and v is lambda: no step reads or writes either.
 //
 // A problem is run by a group of blocks, one a tile of 16 rows (fewer if the chip is too small). A step is two stages
 // with a barrier of the group after each: a block takes its rows through all layers and back, by itself; then every

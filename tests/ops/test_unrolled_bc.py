@@ -67,8 +67,8 @@ def test_one_step_of_one_weight_by_hand():
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_two_steps_with_momentum_by_hand(backend):
-    # π(s) = tanh(w s) at s = 1, y = 0, with w so small that tanh is the identity, and b kept out of it by its own:
-    # with z = w + b, g = 2z for both. z_1 = z_0 − 2·α·2z_0 = (1 − 4α) z_0, the velocity of each is u_1 = 2α z_0, and
+    # π(s) = tanh(w s + b) at s = 1, y = 0, with w so small that tanh is the identity, and b = 0 at the start: with
+    # z = w + b, g = 2z for both. z_1 = z_0 − 2·α·2z_0 = (1 − 4α) z_0, the velocity of each is u_1 = 2α z_0, and
     # u_2 = μ u_1 + 2α z_1, so that w_2 = w_0 − u_1 − u_2 = w_0 − 2α z_0 (1 + μ + 1 − 4α).
     w0, alpha, mu = 1e-4, 0.1, 0.5
     s, y = torch.tensor([[1.0]]), torch.tensor([[0.0]])

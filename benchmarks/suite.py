@@ -52,10 +52,10 @@ EVALUATION = ("policies", "episodes")  # the settings that a distillation does n
 TEST_SEED = 10_000
 # What every set is distilled and cloned with.
 SETTINGS: dict[str, Any] = {"size": 256, "steps": 2_000, "k": 100, "ess": 0.8, "clip": 0.9}
-LONG_STEPS = 4_000  # of method "sdw-long"
+WIDE = 128  # hidden widths while distilling of methods "av-pbc-wide" and "sdw-wide"
 FULL_WIDTH_STEPS = 230  # as many seconds on the policy's own network, on a CPU
 PAIRS = ("random", "kmeans++", "top-q")  # real pairs, by how they are chosen
-DISTILLED = ("dbc", "pbc", "av-pbc", "sdw", "sdw-long", "sdw-paper")
+DISTILLED = ("dbc", "pbc", "av-pbc", "sdw", "av-pbc-wide", "sdw-wide", "sdw-paper")
 SCALE = ("bc", "teacher")  # for scale: behavior cloning on the whole dataset, and the teacher itself
 METHODS = {
     "random": "random pairs",
@@ -65,7 +65,8 @@ METHODS = {
     "pbc": "PBC",
     "av-pbc": "Av-PBC",
     "sdw": "SDW",
-    "sdw-long": f"SDW, {LONG_STEPS:,} steps",
+    "av-pbc-wide": f"Av-PBC, {WIDE} units",
+    "sdw-wide": f"SDW, {WIDE} units",
     "sdw-paper": f"SDW, papers' settings, {FULL_WIDTH_STEPS} steps",
     "bc": "BC on all data",
     "teacher": "teacher",
@@ -104,7 +105,7 @@ ABLATIONS = {",".join(["sdw", *(f"{name}={value}" for name, value in change.item
 # What a method has away from SETTINGS, where that is more than the objective it is named after.
 OWN: dict[str, dict[str, Any]] = {
     **{method: {"objective": "dbc", "init": method} for method in PAIRS},
-    "sdw-long": {"objective": "sdw", "steps": LONG_STEPS},
+    **{f"{method}-wide": {"objective": method, "inner_width": WIDE} for method in ("av-pbc", "sdw")},
     **{method: {"objective": "sdw", **change} for method, change in ABLATIONS.items()},
 }
 BC: dict[str, Any] = {"steps": 5_000, "batch_size": 256, "lr": 1e-3}
@@ -161,6 +162,17 @@ def run_folder(cell: Cell) -> Path:
     return RUNS / name(cell) / digest[:8]
 
 
+def folder(cells: Sequence[Cell]) -> Path:
+    """Where cells that differ in the seed only are distilled; more than one is a batched run."""
+    return run_folder(cells[0]) if len(cells) == 1 else run_folder(cells[0]).with_suffix(".batch")
+
+
+def logged_seconds(cells: Sequence[Cell]) -> float:
+    """Seconds of all outer steps of a distillation, those that earlier calls took too; 0 if there are none."""
+    log = next(folder(cells).rglob("metrics.jsonl"), None)
+    return sum(json.loads(line)["seconds"] for line in log.read_text().splitlines()) if log else 0.0
+
+
 def done(cell: Cell) -> bool:
     """Whether there is a result with the settings of now."""
     file = result_path(cell)
@@ -178,13 +190,13 @@ def make(cells: Sequence[Cell]) -> list[str]:
     began = time.perf_counter()
     policies = [policies_of(cell, data, teacher) for cell in cells] if method in SCALE else None
     sets = [] if policies else synthetic_sets(cells, data, teacher)
-    distilled = time.perf_counter() - began
+    training = max(time.perf_counter() - began, logged_seconds(cells))
     lines = []
     for number, cell in enumerate(cells):
         began = time.perf_counter()
         chosen = policies[number] if policies else clones(sets[number])
         returns = [episodes(policy, data, clone) for clone, policy in enumerate(chosen)]
-        seconds = {"training": distilled / len(cells), "evaluation": time.perf_counter() - began}
+        seconds = {"training": training / len(cells), "evaluation": time.perf_counter() - began}
         lines.append(write(cell, np.array(returns), seconds))
     return lines
 
@@ -198,15 +210,12 @@ def synthetic_sets(cells: Sequence[Cell], data: TransitionDataset, teacher: Teac
     ]
     if method in PAIRS:
         return [chosen_pairs(data, teacher, config) for config in configs]
-    folders = [run_folder(cell) for cell in cells]
-    if len(cells) == 1:
-        distiller = sdw.Distiller(data, teacher, configs[0], device=DEVICE)
-        distiller.run(folders[0], progress=False)
-        return distiller.sets
-    distiller = sdw.Distiller(data, teacher, configs[0], device=DEVICE, n_runs=len(cells))
-    distiller.run(folders[0].with_suffix(".batch"), progress=False)
-    for folder, synthetic in zip(folders, distiller.sets, strict=True):
-        synthetic.save(folder / "last.npz")
+    n_runs = None if len(cells) == 1 else len(cells)
+    distiller = sdw.Distiller(data, teacher, configs[0], device=DEVICE, n_runs=n_runs)
+    distiller.run(folder(cells), progress=False)
+    if n_runs:
+        for cell, synthetic in zip(cells, distiller.sets, strict=True):
+            synthetic.save(run_folder(cell) / "last.npz")
     return distiller.sets
 
 

@@ -64,7 +64,7 @@ def test_a_cell_writes_its_result_and_is_then_done(tiny: Path, method: str) -> N
 
 def test_an_ablation_differs_from_sdw_in_what_it_names_only() -> None:
     own = suite.settings(("hopper/medium", "sdw", 0))
-    for method, change in [*suite.ABLATIONS.items(), ("sdw-long", {"steps": suite.LONG_STEPS})]:
+    for method, change in [*suite.ABLATIONS.items(), ("sdw-wide", {"inner_width": suite.WIDE})]:
         changed = suite.settings(("hopper/medium", method, 0))
         assert {name: changed[name] for name in own if changed[name] != own[name]} == change
 
@@ -80,6 +80,16 @@ def test_more_policies_are_cloned_on_the_set_that_is_there(tiny: Path, monkeypat
     assert suite.done(cell)
     assert len(json.loads(suite.result_path(cell).read_text())["policies"]) == 3
     assert (suite.run_folder(cell) / "last.npz", last.stat().st_mtime_ns) == (last, before)
+
+
+def test_seconds_are_those_of_all_calls(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = ("hopper/medium", "sdw", 0)
+    suite.make([cell])
+    log = suite.run_folder(cell) / "metrics.jsonl"
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps({**step, "seconds": 1_000.0}) + "\n" for step in steps))
+    suite.make([cell])  # finds it distilled
+    assert json.loads(suite.result_path(cell).read_text())["seconds"]["training"] == 1_000 * len(steps)
 
 
 def test_a_cell_reports_the_last_set(tiny: Path) -> None:
@@ -140,7 +150,7 @@ def test_page(tiny: Path) -> None:
     page = (tiny / "results/suite.md").read_text()
     row = next(line for line in page.splitlines() if line.startswith("| hopper/medium |"))
     assert [part.strip() for part in row.strip("|").split("|")] == [
-        "hopper/medium", "5.0 (1)", *["missing"] * 5, "20.0 ± 5.8", *["missing"] * 4, "38.4",
+        "hopper/medium", "5.0 (1)", *["missing"] * 5, "20.0 ± 5.8", *["missing"] * 5, "38.4",
     ]  # fmt: skip
     assert "| SDW | 3 | 3600 | 0 | 3.00 |" in page
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 from pathlib import Path
@@ -128,8 +129,9 @@ def tau() -> str:
         for exponent, method in sorted(exponents.items()):
             cells = [cell for seed in suite.SEEDS if suite.done(cell := (task, method, seed))]
             values = [json.loads(suite.result_path(cell).read_text())["normalized_return"] for cell in cells]
-            if len(values) > 1:
-                points.append((exponent, np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))))
+            if values:
+                error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else math.nan  # no bar
+                points.append((exponent, np.mean(values), error))
             rows.append([task, f"{exponent:.2g}", suite.mean_and_error(values, len(suite.SEEDS))])
         if points:
             axes.errorbar(*np.array(points).T, marker="o", capsize=2, label=task)
@@ -249,9 +251,10 @@ def sets() -> str:
     write_text(file, json.dumps(kept, indent=1) + "\n")
     names = ("entropy", "participation_ratio", "neighbor_distance", "coverage")
     rows = [
-        [task, suite.METHODS[method], *(f"{figures[name]:.2f}" for name in names)]
-        for task, methods in kept.items()
-        for method, figures in methods.items()
+        [task, label, *(f"{kept[task][method][name]:.2f}" for name in names)]
+        for task in kept
+        for method, label in suite.METHODS.items()
+        if method in kept[task]
     ]
     return f"""## Diversity of the synthetic sets
 

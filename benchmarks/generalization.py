@@ -32,6 +32,17 @@ RESULTS = suite.RESULTS.parent / "generalization"
 TASKS, METHODS, SEED = ("hopper/medium", "walker2d/medium"), ("av-pbc", "sdw"), 0
 POLICIES, EPISODES = 5, 6  # trained a variant, and episodes of each
 ENSEMBLE = 10
+# The OBD paper's Av-PBC (arXiv 2410.22728, tables 1 to 3), on the variants that both have; distilled without momentum.
+PUBLISHED: dict[str, dict[str, float]] = {
+    "hopper/medium": {
+        **{"as distilled": 32.5, "2 layers": 26.2, "3 layers": 28.1, "5 layers": 29.1, "6 layers": 29.6},
+        **{"residual MLP": 29.8, "Adam": 31.2, "AdamW": 33.3, f"ensemble of {ENSEMBLE}": 27.6},
+    },
+    "walker2d/medium": {
+        **{"as distilled": 39.5, "2 layers": 41.3, "3 layers": 44.1, "5 layers": 36.7, "6 layers": 28.2},
+        **{"residual MLP": 35.7, "Adam": 41.9, "AdamW": 44.2, f"ensemble of {ENSEMBLE}": 58.6},
+    },
+}
 
 Policy = Callable[[Tensor], Tensor]
 Train = Callable[[SyntheticDataset, int], Policy]  # (set, seed) -> policy
@@ -157,9 +168,18 @@ def write_page() -> None:
     cases = [(task, method) for task in TASKS for method in METHODS]
     found = [json.loads(result_path(case).read_text()) for case in cases if done(case)]
     names = list(dict.fromkeys(name for result in found for name in result["returns"]))
-    header = ["trained on the set", *(f"{result['task']}, {suite.METHODS[result['method']]}" for result in found)]
+    header = [
+        "trained on the set",
+        *(f"{result['task']}, {suite.METHODS[result['method']]}" for result in found),
+        *(f"{task}, published Av-PBC" for task in TASKS),
+    ]
     rows = [
-        [name, *(suite.mean_and_error(result["returns"].get(name, []), POLICIES) for result in found)] for name in names
+        [
+            name,
+            *(suite.mean_and_error(result["returns"].get(name, []), POLICIES) for result in found),
+            *(str(PUBLISHED[task].get(name, "–")) for task in TASKS),
+        ]
+        for name in names
     ]
     write_text(
         RESULTS.with_suffix(".md"),
@@ -168,7 +188,8 @@ def write_page() -> None:
 Made by `python -m benchmarks.generalization`. D4RL-normalized return, mean ± standard error over {POLICIES} policies
 trained from different initializations, {EPISODES} episodes each, on the last set of seed {SEED}. The default network
 has 4 layers (3 hidden ones of 256). SGD without momentum takes five times the step size, Adam and AdamW 0.001 and
-twice the steps.
+twice the steps. Published: the OBD paper (arXiv 2410.22728), on D4RL's own datasets, distilled without momentum; SGD
+with momentum returned 30.9 and 40.2 on those sets.
 
 {markdown(header, rows)}
 """,

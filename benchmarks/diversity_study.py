@@ -141,7 +141,7 @@ def tau() -> str:
     return f"""## Return against τ
 
 Densities of k = {suite.SETTINGS["k"]}; the τ that is not round is that of an effective sample size of
-{suite.SETTINGS["ess"]}.
+{suite.SETTINGS["ess"]}. A point without a bar is one seed.
 
 ![return against τ](../../docs/diversity_tau.png)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
 import os
 from pathlib import Path
@@ -130,8 +129,7 @@ def tau() -> str:
             cells = [cell for seed in suite.SEEDS if suite.done(cell := (task, method, seed))]
             values = [json.loads(suite.result_path(cell).read_text())["normalized_return"] for cell in cells]
             if values:
-                error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else math.nan  # no bar
-                points.append((exponent, np.mean(values), error))
+                points.append((exponent, np.mean(values), suite.standard_error(values)))  # NaN, of one seed: no bar
             rows.append([task, f"{exponent:.2g}", suite.mean_and_error(values, len(suite.SEEDS))])
         if points:
             axes.errorbar(*np.array(points).T, marker="o", capsize=2, label=task)

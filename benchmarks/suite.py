@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -310,7 +311,7 @@ def write(cell: Cell, returns: np.ndarray, seconds: dict[str, float]) -> str:
         "method": method,
         "seed": seed,
         "normalized_return": round(float(policies.mean()), 3),
-        "standard_error": round(float(policies.std(ddof=1) / np.sqrt(len(policies))), 3),
+        "standard_error": round(standard_error(policies), 3),
         "policies": np.round(policies, 3).tolist(),
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
         "settings": settings(cell),
@@ -358,8 +359,8 @@ Made by `python -m benchmarks.suite` from the JSON files in `results/suite`;
 D4RL-normalized return, mean over seeds ± standard error of that mean (in brackets: how many seeds, where not
 {len(SEEDS)}). A seed's figure is the mean of {POLICIES} policies cloned on its set from different initializations,
 {EPISODES} episodes each; {POLICIES_FOR_SCALE} policies are cloned on all data. {SETTINGS["size"]} pairs,
-{SETTINGS["steps"]} outer steps, the last set. Published: Av-PBC (arXiv
-2410.22728) and SDW (arXiv 2512.06692), 50,000 outer steps on D4RL's own datasets.
+{SETTINGS["steps"]} outer steps, the last set. Published: Av-PBC (arXiv 2410.22728) and SDW (arXiv 2512.06692), 50,000
+outer steps on D4RL's own datasets.
 
 {_returns(results)}
 
@@ -422,11 +423,16 @@ def _seconds(results: Results) -> str:
     return markdown(["method", "cells", "training", "evaluation", "hours in all"], rows)
 
 
+def standard_error(values: Sequence[float] | np.ndarray) -> float:
+    """Of the mean of values; NaN of one."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
 def mean_and_error(values: Sequence[float], expected: int) -> str:
     """Mean ± standard error; in brackets the number of values where it is not the expected one."""
     if not values:
         return "missing"
-    error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    error = f" ± {standard_error(values):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{error}" + (f" ({len(values)})" if len(values) < expected else "")
 
 

@@ -82,7 +82,7 @@ def test_more_policies_are_cloned_on_the_set_that_is_there(tiny: Path, monkeypat
     assert (suite.run_folder(cell) / "last.npz", last.stat().st_mtime_ns) == (last, before)
 
 
-def test_seconds_are_those_of_all_calls(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_are_those_of_all_calls(tiny: Path) -> None:
     cell = ("hopper/medium", "sdw", 0)
     suite.make([cell])
     log = suite.run_folder(cell) / "metrics.jsonl"

@@ -134,6 +134,8 @@ Callback = Callable[["Distiller", Metrics], None]
 RESIDENT_BYTES = 8 << 30
 # Outer steps between two looks at what another device computed: the host runs ahead of it in between.
 FETCH_EVERY = 32
+# A step whose hypergradient is not finite is left out; as many in a row end the run.
+MAX_LEFT_OUT = 10
 
 
 class Distiller:
@@ -200,7 +202,7 @@ class Distiller:
             self._row_generators = [torch.Generator(self._batches.device).manual_seed(seed) for seed in self.seeds]
         self._optimizer = self._make_optimizer()
         self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
-        self._halted = torch.zeros((), device=self.device)  # 1 from the first step on that is not finite
+        self._left_out = 0  # steps in a row
         self.iteration = 0
         self._best_returns = [-math.inf] * len(self.seeds)
 
@@ -235,11 +237,18 @@ class Distiller:
         leaves, config = self._leaves, self.config
         fused = self._ahead or None  # the fused kernels can be told on the device to leave a step out
         if config.optimizer == "sgd":
-            return torch.optim.SGD(leaves, lr=config.lr, momentum=config.momentum, fused=fused)
+            optimizer = torch.optim.SGD(leaves, lr=config.lr, momentum=config.momentum, fused=fused)
+            if config.momentum:  # fused SGD allocates it in its first step, and leaves it undefined if that is left out
+                for leaf in leaves:
+                    optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
+            return optimizer
         return torch.optim.Adam(leaves, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
 
     def step(self) -> Metrics:
         """Takes one outer step. Beyond config.steps a cosine schedule leaves nothing to move by.
+
+        A step whose loss or hypergradient is not finite is left out: it counts, its metrics say so, and the synthetic
+        set stays as it was. With n_runs it is left out of all of them.
 
         Returns:
             "loss": H on this step's batch before the step; "gradient_norm": norm of the hypergradient before clipping;
@@ -248,12 +257,12 @@ class Distiller:
             (R,).
 
         Raises:
-            FloatingPointError: the loss or the hypergradient is not finite. The synthetic set is left as it was.
+            FloatingPointError: this is the tenth step in a row that was left out.
         """
         return self._fetch([self._advance()])[0]
 
     def _advance(self) -> Tensor:
-        """Takes one outer step; on another device it is only enqueued, and left out there if it is not finite.
+        """Takes one outer step, or leaves it out if it is not finite; on another device it is only enqueued.
 
         Returns:
             The metrics that `step` names, (3,) or (3, R).
@@ -285,17 +294,17 @@ class Distiller:
         norms = self._clip()
         metrics = torch.stack([losses.detach(), norms, self._norms(initial) / self._norms(final)])
         self.iteration += 1
+        finite = metrics[:2].isfinite().all()
         if self._ahead:
-            self._halted = torch.maximum(self._halted, 1 - metrics[:2].isfinite().all().float())
-            self._optimizer.found_inf = self._halted  # type: ignore[attr-defined]
-        elif not metrics[:2].isfinite().all():
+            self._optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
+        elif not finite:
             return metrics
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self._optimizer.step()
         if self._averages:
             # A plain mean of the iterates at first, so that the average forgets where it started.
-            share = max(1 - config.average, 1 / self.iteration) * (1 - self._halted)
+            share = max(1 - config.average, 1 / self.iteration) * finite
             for average, leaf in zip(self._averages, self._leaves, strict=True):
                 average.lerp_(leaf.detach(), share)
         return metrics
@@ -331,23 +340,15 @@ class Distiller:
         return norms
 
     def _fetch(self, steps: list[Tensor]) -> list[Metrics]:
-        """Waits for the last steps taken, and returns the metrics of each.
-
-        Raises:
-            FloatingPointError: as `step`. The distiller then stands where it stood before that step.
-        """
+        """Waits for the last steps taken, and returns the metrics of each. Raises FloatingPointError as `step`."""
         figures = torch.stack(steps).cpu().numpy()  # (steps, 3) or (steps, 3, R)
-        finite = np.isfinite(figures[:, :2]).reshape(len(steps), -1).all(axis=1)
-        if not finite.all():
-            self.iteration -= len(steps) - int(finite.argmin())
-            if self.iteration == 0:  # a first step left out leaves the momentum of fused SGD undefined
-                self._optimizer = self._make_optimizer()
-            self._halted.zero_()
-            loss, norm, _ = figures[finite.argmin()]
-            raise FloatingPointError(
-                f"outer step {self.iteration + 1}: loss {loss}, hypergradient norm {norm}; lower inner_lr or gain "
-                "(see docs: conditioning)"
-            )
+        for number, (loss, norm, _) in enumerate(figures, start=self.iteration - len(steps) + 1):
+            self._left_out = 0 if np.isfinite([loss, norm]).all() else self._left_out + 1
+            if self._left_out == MAX_LEFT_OUT:
+                raise FloatingPointError(
+                    f"{MAX_LEFT_OUT} outer steps in a row are not finite, up to step {number}: loss {loss}, "
+                    f"hypergradient norm {norm}; lower inner_lr or gain (see docs: conditioning)"
+                )
         names = ("loss", "gradient_norm", "adjoint_growth")
         return [
             {name: float(x) if self.n_runs is None else x for name, x in zip(names, step, strict=True)}

@@ -154,8 +154,8 @@ def plot_report(
 
 
 def _draw_curve(axes: Axes, metrics: Metrics, name: str, label: str) -> None:
-    """One figure of a run against the outer step; figures of every step smoothed over a 50th of the run."""
-    points = [(step["step"], step[name]) for step in metrics if name in step]
+    """One figure of a run against the outer step, where finite; those of every step smoothed over a 50th of the run."""
+    points = [(step["step"], step[name]) for step in metrics if np.isfinite(step.get(name, np.nan))]
     if not points:
         return
     steps, values = np.array(points).T

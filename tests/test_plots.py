@@ -79,3 +79,10 @@ def test_failed_save_leaves_the_old_figure(states: np.ndarray, tmp_path: Path) -
         plots.save(figure, file)
     assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
     assert file.read_text() == "old"
+
+
+def test_a_step_that_was_left_out_does_not_show() -> None:
+    metrics = [{"step": step, "loss": np.nan if step == 7 else float(step)} for step in range(1, 101)]
+    steps, values = plots.plot_metrics({"run": metrics}).axes[0].lines[0].get_data()
+    assert set(range(1, 101)) - set(steps) == {7}
+    np.testing.assert_array_equal(values, steps)

@@ -56,9 +56,10 @@ SETTINGS: dict[str, Any] = {"size": 256, "steps": 2_000, "k": 100, "ess": 0.8, "
 # Of methods "av-pbc-wide" and "sdw-wide": three times the seconds, and a density that looks farther than the cluster of
 # the first states of all episodes, of which there are 112 to 180 on the six tasks.
 WIDE: dict[str, Any] = {"inner_width": 128, "k": 500}
+MILD: dict[str, Any] = {"inner_width": 128, "ess": 0.95}  # of method "sdw-mild", on the way to Av-PBC
 FULL_WIDTH_STEPS = 230  # as many seconds on the policy's own network, on a CPU
 PAIRS = ("random", "kmeans++", "top-q")  # real pairs, by how they are chosen
-DISTILLED = ("dbc", "pbc", "av-pbc", "sdw", "av-pbc-wide", "sdw-wide", "sdw-paper")
+DISTILLED = ("dbc", "pbc", "av-pbc", "sdw", "av-pbc-wide", "sdw-wide", "sdw-mild", "sdw-paper")
 SCALE = ("bc", "teacher")  # for scale: behavior cloning on the whole dataset, and the teacher itself
 METHODS = {
     "random": "random pairs",
@@ -70,6 +71,7 @@ METHODS = {
     "sdw": "SDW",
     "av-pbc-wide": f"Av-PBC, {WIDE['inner_width']} units",
     "sdw-wide": f"SDW, {WIDE['inner_width']} units, k = {WIDE['k']}",
+    "sdw-mild": f"SDW, {MILD['inner_width']} units, ess = {MILD['ess']}",
     "sdw-paper": f"SDW, papers' settings, {FULL_WIDTH_STEPS} steps",
     "bc": "BC on all data",
     "teacher": "teacher",
@@ -121,6 +123,7 @@ ABLATIONS = {",".join(["sdw", *(f"{name}={value}" for name, value in change.item
 OWN: dict[str, dict[str, Any]] = {
     **{method: {"objective": "dbc", "init": method} for method in PAIRS},
     **{f"{method}-wide": {"objective": method, **WIDE} for method in ("av-pbc", "sdw")},
+    "sdw-mild": {"objective": "sdw", **MILD},
     **{method: {"objective": "sdw", **change} for method, change in ABLATIONS.items()},
 }
 BC: dict[str, Any] = {"steps": 5_000, "batch_size": 256, "lr": 1e-3}

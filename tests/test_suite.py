@@ -64,7 +64,7 @@ def test_a_cell_writes_its_result_and_is_then_done(tiny: Path, method: str) -> N
 
 def test_an_ablation_differs_from_sdw_in_what_it_names_only() -> None:
     own = suite.settings(("hopper/medium", "sdw", 0))
-    for method, change in [*suite.ABLATIONS.items(), ("sdw-wide", suite.WIDE)]:
+    for method, change in [*suite.ABLATIONS.items(), ("sdw-wide", suite.WIDE), ("sdw-mild", suite.MILD)]:
         changed = suite.settings(("hopper/medium", method, 0))
         assert {name: changed[name] for name in own if changed[name] != own[name]} == change
 

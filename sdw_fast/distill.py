@@ -202,7 +202,7 @@ class Distiller:
             self._row_generators = [torch.Generator(self._batches.device).manual_seed(seed) for seed in self.seeds]
         self._optimizer = self._make_optimizer()
         self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
-        self._left_out = 0  # steps in a row
+        self._left_out = 0  # steps in a row, up to the last fetched
         self.iteration = 0
         self._best_returns = [-math.inf] * len(self.seeds)
 
@@ -257,7 +257,7 @@ class Distiller:
             (R,).
 
         Raises:
-            FloatingPointError: this is the tenth step in a row that was left out.
+            FloatingPointError: ten or more steps in a row were left out, this one the last.
         """
         return self._fetch([self._advance()])[0]
 
@@ -344,9 +344,9 @@ class Distiller:
         figures = torch.stack(steps).cpu().numpy()  # (steps, 3) or (steps, 3, R)
         for number, (loss, norm, _) in enumerate(figures, start=self.iteration - len(steps) + 1):
             self._left_out = 0 if np.isfinite([loss, norm]).all() else self._left_out + 1
-            if self._left_out == MAX_LEFT_OUT:
+            if self._left_out >= MAX_LEFT_OUT:
                 raise FloatingPointError(
-                    f"{MAX_LEFT_OUT} outer steps in a row are not finite, up to step {number}: loss {loss}, "
+                    f"{self._left_out} outer steps in a row are not finite, up to step {number}: loss {loss}, "
                     f"hypergradient norm {norm}; lower inner_lr or gain (see docs: conditioning)"
                 )
         names = ("loss", "gradient_norm", "adjoint_growth")
@@ -454,6 +454,7 @@ class Distiller:
         _set_states(self._generators, state["generator"])
         if self._row_generators is not self._generators:
             _set_states(self._row_generators, state["row_generator"])
+        self._left_out = 0
         self.iteration = state["iteration"]
         self._best_returns = list(state["best_returns"]) if "best_returns" in state else [state["best_return"]]
 

@@ -319,6 +319,8 @@ def test_a_run_that_diverges_ends(small_data, small_teacher, monkeypatch, ahead:
     before = distiller.state_dict()
     with pytest.raises(FloatingPointError, match="10 outer steps in a row are not finite, up to step 10: loss nan"):
         distiller.run(progress=False)
+    with pytest.raises(FloatingPointError, match="11 outer steps in a row"):  # nor does it go on in silence
+        distiller.step()
     assert torch.equal(distiller.observations, before["observations"])
     assert torch.equal(distiller.actions, before["actions"])
     assert same_set(distiller.synthetic, Distiller(small_data, small_teacher, distiller.config).synthetic)

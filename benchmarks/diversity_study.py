@@ -214,7 +214,7 @@ def _errors(pairs: SyntheticDataset, data: TransitionDataset, targets: np.ndarra
 
 def _sets(task: str, method: str) -> list[SyntheticDataset]:
     """The suite's synthetic sets of a method that lie in runs/suite, a seed each."""
-    files = [suite.run_folder((task, method, seed)) / "last.npz" for seed in suite.SEEDS]
+    files = [suite.run_folder((task, method, seed)) / "last.npz" for seed in suite.seeds(method)]
     return [SyntheticDataset.load(file) for file in files if file.exists()]
 
 

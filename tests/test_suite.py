@@ -142,6 +142,14 @@ def test_published_comparison_comes_first_and_names_are_unique() -> None:
     assert {method for _, method, _ in first} == {"av-pbc", "sdw", "bc", "teacher"}
 
 
+def test_a_gpu_distills_all_seeds_of_a_method_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "DEVICE", "cuda")
+    three, five = ([("hopper/medium", method, s) for s in suite.seeds(method)] for method in ("sdw", "sdw-mild"))
+    assert (len(three), len(five)) == (3, 5)
+    assert suite.work([*three, *five]) == [three, five]
+    assert suite.work([three[0], *five[:3]]) == [[three[0]], *([cell] for cell in five[:3])]
+
+
 def test_page(tiny: Path) -> None:
     for seed, mean in enumerate((10.0, 20.0, 30.0)):
         suite.write(("hopper/medium", "sdw", seed), np.full((2, 1), mean), {"training": 3600.0, "evaluation": 0.0})

@@ -140,7 +140,7 @@ def test_published_comparison_comes_first_and_names_are_unique() -> None:
     first = cells[: 6 * (2 * 3 + 2)]
     assert {task for task, _, _ in first} == set(suite.PUBLISHED)
     assert {method for _, method, _ in first} == {"av-pbc", "sdw", "bc", "teacher"}
-    assert {task for task, method, _ in cells if method in suite.WIDE_METHODS} == set(suite.PUBLISHED)
+    assert {task for task, method, _ in cells if method in suite.COMPARED} == set(suite.PUBLISHED)
 
 
 def test_a_gpu_distills_all_seeds_of_a_method_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_page(tiny: Path) -> None:
     expected = ["hopper/medium", *cells.values(), "32.5", "38.4"]
     assert [part.strip() for part in row.strip("|").split("|")] == expected
     replay = next(line for line in page.splitlines() if line.startswith("| hopper/medium-replay |"))
-    without = len(suite.WIDE_METHODS)
+    without = len(suite.COMPARED)
     assert (replay.count("missing"), replay.count("–")) == (len(suite.METHODS) - without, without + 1)  # published SDW
     assert "| SDW | 3 | 3600 | 0 | 3.00 |" in page
     lead = next(line for line in page.split("## SDW against")[1].splitlines() if line.startswith("| hopper/medium |"))

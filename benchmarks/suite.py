@@ -133,6 +133,7 @@ OWN: dict[str, dict[str, Any]] = {
 BC: dict[str, Any] = {"steps": 5_000, "batch_size": 256, "lr": 1e-3}
 
 Cell = tuple[str, str, int]  # task, method, seed
+Pair = tuple[Sequence[float], Sequence[float]]  # returns of a method's seeds, and of its rival's
 
 
 def cells() -> list[Cell]:
@@ -142,14 +143,15 @@ def cells() -> list[Cell]:
         task, method, seed = cell
         return task not in PUBLISHED, method not in ("av-pbc", "sdw", *SCALE), seed
 
-    every = [(task, method, seed) for task in TASKS for method in methods(task) for seed in seeds(method)]
+    methods = [(task, method) for task in TASKS for method in METHODS if planned(task, method)]
+    every = [(task, method, seed) for task, method in methods for seed in seeds(method)]
     ablations = [(task, method, seed) for task in ABLATED for method in ABLATIONS for seed in SEEDS]
     return sorted(every, key=order) + ablations
 
 
-def methods(task: str) -> list[str]:
-    """What is run on a task, besides ablations."""
-    return [method for method in METHODS if task in PUBLISHED or method not in COMPARED]
+def planned(task: str, method: str) -> bool:
+    """Whether a method of the table is run on a task."""
+    return task in PUBLISHED or method not in COMPARED
 
 
 def seeds(method: str) -> Sequence[int]:
@@ -420,7 +422,7 @@ def _returns(results: Results) -> str:
     rows = [
         [
             task,
-            *(_cell_of_the_page(results, task, m) if m in methods(task) else "–" for m in METHODS),
+            *(_cell_of_the_page(results, task, m) if planned(task, m) else "–" for m in METHODS),
             f"{PUBLISHED_AV_PBC[task]:.1f}",
             f"{PUBLISHED[task]:.1f}" if task in PUBLISHED else "–",
         ]
@@ -432,14 +434,19 @@ def _returns(results: Results) -> str:
 def _lead(results: Results) -> str:
     header = [f"{METHODS[method]}: {of}" for method in RIVALS for of in ("/ published", "− Av-PBC")]
     rows = []
+    pairs: dict[str, list[Pair]] = {method: [] for method in RIVALS}
     for task, published in PUBLISHED.items():
         row = [task]
         for method, rival in RIVALS.items():
             own, other = (_seeds_returns(results, task, m) for m in (method, rival))
             row.append(f"{np.mean(own) / published:.2f}" if own else "missing")
             row.append(difference(own, other) if own and other else "missing")
+            pairs[method].append((own, other))
         rows.append(row)
-    return markdown(["task", *header], rows)
+    last = ["mean"]
+    for of in pairs.values():
+        last += ["", mean_difference(of) if all(own and other for own, other in of) else "missing"]
+    return markdown(["task", *header], [*rows, last])
 
 
 def _ablations(results: Results) -> str:
@@ -480,8 +487,13 @@ def mean_and_error(values: Sequence[float], expected: int) -> str:
 
 def difference(values: Sequence[float], others: Sequence[float]) -> str:
     """Difference of two means ± its standard error, where both have one."""
-    text = f"{np.mean(values) - np.mean(others):+.1f}"
-    error = math.hypot(standard_error(values), standard_error(others))
+    return mean_difference([(values, others)])
+
+
+def mean_difference(pairs: Sequence[Pair]) -> str:
+    """Mean over the pairs of the difference of their two means ± its standard error, where all have one."""
+    text = f"{np.mean([np.mean(values) - np.mean(others) for values, others in pairs]):+.1f}"
+    error = math.hypot(*(standard_error(values) for pair in pairs for values in pair)) / len(pairs)
     return text if math.isnan(error) else f"{text} ± {error:.1f}"
 
 

@@ -167,12 +167,15 @@ def test_page(tiny: Path) -> None:
     assert "| SDW | 3 | 3600 | 0 | 3.00 |" in page
     lead = next(line for line in page.split("## SDW against")[1].splitlines() if line.startswith("| hopper/medium |"))
     assert lead == "| hopper/medium | 0.52 | missing | missing | missing | missing | missing |"
+    assert "| mean |  | missing |  | missing |  | missing |" in page
 
 
 def test_difference_of_means() -> None:
     assert suite.difference([10.0, 20.0, 30.0], [40.0, 40.0, 40.0]) == "-20.0 ± 5.8"
     assert suite.difference([1.0, 3.0], [1.0, 5.0]) == "-1.0 ± 2.2"  # standard errors 1 and 2
     assert suite.difference([3.0], [1.0, 2.0]) == "+1.5"
+    apart = ([1.0, 3.0], [1.0, 5.0])  # -1.0 ± 2.236
+    assert suite.mean_difference([apart, ([8.0, 8.0], [4.0, 4.0])]) == "+1.5 ± 1.1"
 
 
 def test_generalization_trains_every_variant(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

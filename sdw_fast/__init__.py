@@ -1,64 +1,53 @@
 """sdw_fast: offline behavior distillation with state-density weights, on compiled kernels."""
 
-from sdw_fast import ops
-from sdw_fast.collect import collect
-from sdw_fast.data import Normalizer, TransitionDataset, concatenate, load_dataset, normalized_return
-from sdw_fast.density import (
-    DensityWeights,
-    Diversity,
-    coverage,
-    density_weights,
-    diversity,
-    effective_sample_size,
-    estimate_dimension,
-    flow_log_density,
-    kde_log_density,
-    knn_log_density,
-    log_density,
-)
-from sdw_fast.distill import DistillConfig, Distiller, distill
-from sdw_fast.evaluate import Evaluation, evaluate, evaluate_synthetic
+from sdw_fast import density, diversity, ops
+from sdw_fast.config import DistillConfig, TeacherConfig
+from sdw_fast.data import TransitionDataset, concatenate
+from sdw_fast.density import density_weights, log_density
+from sdw_fast.distiller import Distiller
+from sdw_fast.evaluation import Evaluation, evaluate, evaluate_synthetic
 from sdw_fast.objectives import OuterProblem, outer_problem
 from sdw_fast.policy import MLPPolicy, behavior_clone
-from sdw_fast.runtime import config, get_num_threads, set_num_threads
-from sdw_fast.synthetic import SyntheticDataset
-from sdw_fast.teacher import Teacher, train_teacher
+from sdw_fast.readers import load_dataset
+from sdw_fast.run import distill, run
+from sdw_fast.runtime import get_num_threads, set_num_threads, show_config
+from sdw_fast.suite import collect
+from sdw_fast.synthetic import SyntheticDataset, real_pairs
+from sdw_fast.teacher import Teacher
+from sdw_fast.training import train_teacher
+from sdw_fast.units import Affine, Units
 from sdw_fast.version import __version__
 
 __all__ = [
-    "DensityWeights",
+    "Affine",
     "DistillConfig",
     "Distiller",
-    "Diversity",
     "Evaluation",
     "MLPPolicy",
-    "Normalizer",
     "OuterProblem",
     "SyntheticDataset",
     "Teacher",
+    "TeacherConfig",
     "TransitionDataset",
+    "Units",
     "__version__",
     "behavior_clone",
     "collect",
     "concatenate",
-    "config",
-    "coverage",
+    "density",
     "density_weights",
     "distill",
     "diversity",
-    "effective_sample_size",
-    "estimate_dimension",
     "evaluate",
     "evaluate_synthetic",
-    "flow_log_density",
     "get_num_threads",
-    "kde_log_density",
-    "knn_log_density",
     "load_dataset",
     "log_density",
-    "normalized_return",
     "ops",
     "outer_problem",
+    "real_pairs",
+    "run",
     "set_num_threads",
+    "show_config",
     "train_teacher",
 ]

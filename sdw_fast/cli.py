@@ -1,23 +1,25 @@
-"""`sdw-fast`: a thin shell over the package's functions."""
+"""`sdw-fast`: a thin shell over the package's functions. Settings become options by themselves, see `settings_of`."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
-import os
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_args, get_type_hints
 
 import numpy as np
 import typer
 
 import sdw_fast as sdw
-from sdw_fast import plots
-from sdw_fast.distill import DistillConfig, Distiller, read_metrics, read_run
-
-_DEFAULTS = DistillConfig()
+from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
+from sdw_fast.density import DensityWeights
+from sdw_fast.diversity import diversity
+from sdw_fast.files import replacing
+from sdw_fast.run import new_distiller, read_metrics, read_run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +32,65 @@ app = typer.Typer(
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, or .npz")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def settings_of(config: type, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each setting of a dataclass (or for those named), in place of its **settings.
+
+    The command receives those that were given. Where None is a value, it is given as "none".
+    """
+    hints = get_type_hints(config, include_extras=True)
+    options = {}
+    for setting in fields(config):
+        if not names or setting.name in names:
+            kind, help_text = get_args(hints[setting.name])
+            default = setting.default
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+            if kind == bool | None:
+                options[setting.name] = Annotated[bool | None, typer.Option(help=help_text)]
+                continue
+            option = typer.Option(
+                help=f"{help_text} [{shown}]", metavar=_word(kind), parser=functools.partial(_parse, kind)
+            )
+            options[setting.name] = Annotated[str | None, option]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature, types = inspect.signature(command), get_type_hints(command, include_extras=True)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        own = [
+            parameter.replace(kind=keyword, annotation=types[parameter.name])
+            for parameter in signature.parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+
+        @functools.wraps(command)
+        def wrapped(**arguments: Any) -> None:
+            given = {name: arguments.pop(name) for name in options}
+            settings = {n: None if v == "none" else v for n, v in given.items() if v is not None}
+            command(**arguments, **settings)
+
+        extra = [inspect.Parameter(name, keyword, default=None, annotation=option) for name, option in options.items()]
+        wrapped.__signature__ = signature.replace(parameters=own + extra)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {**types, **options}
+        return wrapped
+
+    return decorate
+
+
+def _word(kind: Any) -> str:
+    """How a setting's type is written in the help."""
+    types = [t for t in get_args(kind) if t is not type(None)] or [kind]
+    return "INT,INT,…" if types[0] is int and ... in types else f"{types[0].__name__.upper()}"
+
+
+def _parse(kind: Any, text: str) -> Any:
+    """Text as a setting's type; "none" where it may be None."""
+    types = get_args(kind) or (kind,)
+    if text == "none" and type(None) in types:
+        return text
+    if ... in types:
+        return tuple(int(width) for width in text.split(","))
+    return next(t for t in types if t is not type(None))(text)
 
 
 @contextlib.contextmanager
@@ -58,7 +119,7 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
 def info(as_json: Json = False) -> None:
     """Print what is installed and what is used."""
     with _readable_errors():
-        _show(sdw.config(), as_json)
+        _show(sdw.show_config("dicts") or {}, as_json)
 
 
 @app.command(epilog="Example: `sdw-fast collect hopper/medium --steps 100000 --seed 0`")
@@ -82,56 +143,53 @@ def collect(
     "train-teacher",
     epilog="Example: `sdw-fast train-teacher hopper/medium --algorithm td3bc --steps 100000 --out teacher.safetensors`",
 )
+@settings_of(TeacherConfig)
 def train_teacher(
     dataset: Dataset,
     out: Annotated[Path, typer.Option(help="Where to write the teacher (.safetensors).")],
-    algorithm: Annotated[Literal["td3bc", "iql"], typer.Option(help="Offline RL algorithm.")] = "td3bc",
-    steps: Annotated[int, typer.Option(help="Gradient steps.")] = 100_000,
-    seed: Seed = 0,
+    **settings: Any,
 ) -> None:
     """Train a teacher (policy and Q) on a dataset by offline RL."""
     with _readable_errors():
-        teacher = sdw.train_teacher(sdw.load_dataset(dataset), algorithm=algorithm, steps=steps, seed=seed)
-        teacher.save(out)
+        sdw.train_teacher(sdw.load_dataset(dataset), **settings).save(out)
         typer.echo(out)
 
 
 @app.command(epilog="Example: `sdw-fast density hopper/medium --k 10 --out logd.npy`")
+@settings_of(DistillConfig, "density_method", "k", "tau", "ess", "clip", "seed")
 def density(
     dataset: Dataset,
     out: Annotated[
         Path | None, typer.Option(help="Where to write the log-densities (.npy); the picture goes beside it.")
     ] = None,
-    method: Annotated[str, typer.Option(help="knn, flow or kde.")] = "knn",
-    k: Annotated[int, typer.Option(help="Neighbors of the k-NN estimate.")] = 10,
-    tau: Annotated[float | None, typer.Option(help="Exponent of the weights; default: set by --ess.")] = None,
-    ess: Annotated[float, typer.Option(help="Effective sample size of the weights.")] = _DEFAULTS.ess,
-    seed: Seed = 0,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
     """Estimate every state's log-density, and show the dataset's diversity and the weights it leads to."""
     with _readable_errors():
+        config = DistillConfig(**settings)
         data = sdw.load_dataset(dataset)
-        options = {"knn": {"k": k}, "flow": {"seed": seed}}.get(method, {})
-        logd = sdw.log_density(data, method, progress=not as_json, **options)
-        weights = sdw.density_weights(logd, tau=tau, ess=ess if tau is None else None)
-        values = asdict(sdw.diversity(data, k)) | weights.to_dict()
+        options = {"k": config.k} if config.density_method == "knn" else {"seed": config.seed}
+        logd = sdw.log_density(data, config.density_method, progress=not as_json, **options)
+        weights = sdw.density_weights(
+            logd, tau=config.tau, ess=config.ess if config.tau is None else None, clip=config.clip
+        )
+        values = asdict(diversity(data, config.k)) | weights.to_dict()
         if out is not None:
-            values |= _write_density(out, data, logd, weights, seed)
+            values |= _write_density(out, data, logd, weights, config)
         _show(values, as_json)
 
 
 def _write_density(
-    out: Path, data: sdw.TransitionDataset, logd: np.ndarray, weights: sdw.DensityWeights, seed: int
+    out: Path, data: sdw.TransitionDataset, logd: np.ndarray, weights: DensityWeights, config: DistillConfig
 ) -> dict[str, str]:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.npy")
-    try:
-        np.save(temporary, logd)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    plots.save(plots.plot_density(data.normalized_observations, logd, weights, seed=seed), out.with_suffix(".png"))
-    plots.save(plots.plot_tau(logd, chosen=weights.tau), out.with_suffix(".tau.png"))
+    from sdw_fast import plots
+
+    with replacing(out) as temporary, temporary.open("wb") as file:
+        np.save(file, logd)
+    states = data.normalized_observations()
+    plots.save(plots.plot_density(states, logd, weights, seed=config.seed), out.with_suffix(".png"))
+    plots.save(plots.plot_tau(logd, clip=config.clip, chosen=weights.tau), out.with_suffix(".tau.png"))
     return {
         "log_density": str(out),
         "picture": str(out.with_suffix(".png")),
@@ -142,6 +200,7 @@ def _write_density(
 @app.command(
     epilog="Example: `sdw-fast distill hopper/medium --teacher teacher.safetensors --steps 2000 --out runs/hopper`"
 )
+@settings_of(DistillConfig)
 def distill(
     dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5 or .npz")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher (.safetensors); objective dbc needs none.")] = None,
@@ -149,69 +208,35 @@ def distill(
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder; no other option is needed.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="dbc, pbc, av-pbc or sdw.")] = _DEFAULTS.objective,
-    size: Annotated[int, typer.Option(help="Synthetic pairs.")] = _DEFAULTS.size,
-    steps: Annotated[int, typer.Option(help="Outer steps.")] = 2_000,
-    inner_steps: Annotated[int, typer.Option(help="Inner steps of behavior cloning.")] = _DEFAULTS.inner_steps,
-    inner_lr: Annotated[float, typer.Option(help="Step size of behavior cloning.")] = _DEFAULTS.inner_lr,
-    inner_momentum: Annotated[
-        float, typer.Option(help="Momentum of behavior cloning; 0 wants a larger --inner-lr.")
-    ] = _DEFAULTS.inner_momentum,
-    window: Annotated[int | None, typer.Option(help="Differentiate only the last inner steps.")] = None,
-    optimizer: Annotated[str, typer.Option(help="Outer optimizer: adam or sgd.")] = _DEFAULTS.optimizer,
-    lr: Annotated[float, typer.Option(help="Outer step size.")] = _DEFAULTS.lr,
-    batch_size: Annotated[int, typer.Option(help="States an outer step.")] = _DEFAULTS.batch_size,
-    init: Annotated[str, typer.Option(help="Start from real pairs: random, kmeans++ or top-q.")] = _DEFAULTS.init,
-    tau: Annotated[float | None, typer.Option(help="Exponent of the density; default: set by --ess.")] = None,
-    ess: Annotated[float, typer.Option(help="Effective sample size of the density weights.")] = _DEFAULTS.ess,
-    checkpoint_every: Annotated[int, typer.Option(help="Outer steps between checkpoints.")] = 100,
-    eval_every: Annotated[int, typer.Option(help="Outer steps between evaluations; 0: never.")] = 0,
-    eval_episodes: Annotated[int, typer.Option(help="Episodes of an evaluation.")] = 10,
-    seed: Seed = 0,
+    preset: Annotated[str, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}.")] = "default",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    runs: Annotated[
-        int | None, typer.Option(help="Distill this many sets side by side, seeds from --seed on; see RUN/run-000, …")
+    n_runs: Annotated[
+        int | None, typer.Option(help="Distill this many sets side by side, seeds from --seed on; see OUT/run-000, …")
     ] = None,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
     """Distill a dataset into a synthetic set; interrupted runs continue with --resume to the same result."""
     with _readable_errors():
         if resume is not None:
-            source, config = read_run(resume)
-            out, dataset, teacher = resume, source["dataset"], source["teacher"]
-            device, runs = source["device"], source.get("runs")
+            source, saved = read_run(resume)
+            config = DistillConfig.from_dict({**saved.to_dict(), **settings})
+            out = resume
         elif dataset is None or out is None:
             raise ValueError("give DATASET and --out RUN for a new run, or --resume RUN to continue one")
         else:
-            config = DistillConfig(
-                objective=objective,
-                size=size,
-                steps=steps,
-                inner_steps=inner_steps,
-                inner_lr=inner_lr,
-                inner_momentum=inner_momentum,
-                window=window,
-                optimizer=optimizer,
-                lr=lr,
-                batch_size=batch_size,
-                init=init,
-                tau=tau,
-                ess=ess,
-                checkpoint_every=checkpoint_every,
-                eval_every=eval_every,
-                eval_episodes=eval_episodes,
-                seed=seed,
-            )
-        loaded = sdw.Teacher.load(teacher) if teacher is not None else None
-        distiller = Distiller(sdw.load_dataset(dataset), loaded, config, device=device, n_runs=runs)
-        source = {
-            "dataset": _absolute(dataset),
-            "teacher": teacher and _absolute(teacher),
-            "device": device,
-            "runs": runs,
-        }
-        distiller.run(out, source=source)
-        _show({"run": str(out), "pairs": config.size, "best_return": distiller.best_return}, as_json)
+            config = DistillConfig.preset(preset, **settings)
+            source = {
+                "dataset": _absolute(dataset),
+                "teacher": teacher and _absolute(teacher),
+                "device": device,
+                "n_runs": n_runs,
+            }
+        loaded = sdw.Teacher.load(source["teacher"]) if source["teacher"] is not None else None
+        data = sdw.load_dataset(source["dataset"])
+        distiller = new_distiller(data, loaded, config, device=source["device"], n_runs=source["n_runs"])
+        sdw.run(distiller, out, source=source)
+        _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
 
 
 def _absolute(source: str | Path) -> str:
@@ -239,6 +264,8 @@ def evaluate(
 @app.command(epilog="Example: `sdw-fast plot runs/hopper`")
 def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
     """Draw a run's learning curves into RUN/metrics.png."""
+    from sdw_fast import plots
+
     with _readable_errors():
         plots.save(plots.plot_metrics({run.name: read_metrics(run)}), run / "metrics.png")
         typer.echo(run / "metrics.png")

@@ -1,4 +1,4 @@
-"""The outer objectives: from a dataset, a teacher and a density to targets and weights, once for the whole dataset.
+"""The outer problem: from a dataset, a teacher and a density to targets and weights, once for the whole dataset.
 
     H(S) = E_{s~D} [ w(s) · ‖π_θ_T(S)(s) − y(s)‖² / A ]
 
@@ -13,15 +13,19 @@ three; Lei, Cheng, Tao 2025, arXiv 2512.06692, for the last).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdw_fast.data import TransitionDataset, normalize_actions
-from sdw_fast.density import DensityWeights, density_weights, effective_sample_size, log_density
+from sdw_fast.config import DistillConfig
+from sdw_fast.data import TransitionDataset
+from sdw_fast.density import density_weights, effective_sample_size, log_density
 from sdw_fast.teacher import Teacher
+from sdw_fast.units import Units
 
 
 @dataclass(frozen=True)
@@ -41,93 +45,90 @@ OBJECTIVES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OuterProblem:
     """What the outer loop samples from: one row a state of the dataset.
 
     Attributes:
-        states: Normalized observations, (M, D) float32.
+        observations: (M, D) float32 in environment units: the dataset's own array. A batch is normalized when it is
+            gathered.
         targets: Actions to match, scaled so that the action bounds are −1 and 1, (M, A) float32.
         weights: w(s) ≥ 0, (M,) float32.
+        units: The dataset's, with known action bounds.
         report: Figures worth showing: effective sample size, weights floored, mean Q, the density weights' own.
     """
 
-    states: NDArray[np.float32]
+    observations: NDArray[np.float32]
     targets: NDArray[np.float32]
     weights: NDArray[np.float32]
+    units: Units
     report: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+    def fingerprint(self) -> dict[str, str]:
+        """A hash of each part that a distillation's bits depend on, by which a checkpoint knows its problem."""
+        parts = {name: getattr(self, name) for name in ("observations", "targets", "weights")}
+        hashes = {name: hashlib.blake2b(array.data, digest_size=16).hexdigest() for name, array in parts.items()}
+        units = json.dumps(self.units.to_dict()).encode()
+        return {**hashes, "units": hashlib.blake2b(units, digest_size=16).hexdigest()}
 
 
 def outer_problem(
-    data: TransitionDataset,
-    teacher: Teacher | None = None,
-    *,
-    objective: str = "sdw",
-    density: bool | None = None,
-    density_method: str = "knn",
-    k: int = 10,
-    tau: float | None = None,
-    ess: float | None = None,
-    clip: float = 0.99,
-    beta: float = 0.02,
+    data: TransitionDataset, teacher: Teacher | None = None, config: DistillConfig | None = None
 ) -> OuterProblem:
     """Computes the targets and weights of an objective for every state of a dataset.
 
     Args:
         data: The offline dataset.
-        teacher: π* and Q, in the environment's units; "dbc" needs none, "pbc" no critic.
-        objective: "dbc", "pbc", "av-pbc" or "sdw".
-        density: Whether the weights carry d(s)^(−τ); None: as the objective says.
-        density_method: Estimator of log d, see `log_density`.
-        k: Neighbors of the k-NN estimate.
-        tau, ess, clip: Exactly one of tau and ess, and the clipping quantile: see `density_weights`.
-        beta: β, the scale of Q in the weights.
+        teacher: π* and Q; "dbc" needs none, "pbc" no critic.
+        config: objective, density, density_method, k, tau, ess, clip and beta are read.
 
     Returns:
         The outer problem. Weights below 0 (states of negative value, which would reward error) are floored at 0 and
         counted in the report.
 
     Raises:
-        ValueError: the objective is unknown, or needs a teacher that is missing, or no weight is positive.
+        ValueError: the objective needs a teacher that is missing, the action bounds are not known, or no weight is
+            positive.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
-    kind = OBJECTIVES[objective]
-    if kind.teacher_actions and teacher is None:
-        raise ValueError(f"objective {objective!r} matches a teacher's actions: pass a teacher, or use objective='dbc'")
+    config = config or DistillConfig()
+    kind = OBJECTIVES[config.objective]
+    report: dict[str, Any] = {"objective": config.objective, "states": len(data)}
     weights = np.ones(len(data), dtype=np.float64)
-    report: dict[str, Any] = {"objective": objective, "states": len(data)}
-    targets = data.actions
-    if teacher is not None and kind.teacher_actions:
-        targets = np.asarray(teacher.actions(data.observations), dtype=np.float32)
-    if teacher is not None and kind.action_values:
-        values = np.asarray(teacher.values(data.observations, targets), dtype=np.float64)
-        weights = np.maximum(beta * values, 0.0)
-        report |= {"mean_q": float(values.mean()), "weights_floored": int((values < 0).sum())}
-    if kind.density if density is None else density:
-        factor = _density_factor(data, density_method, k, tau, ess, clip)
+    if not kind.teacher_actions:
+        targets = data.units.require_actions().normalize(data.actions)
+    elif teacher is None:
+        raise ValueError(
+            f"objective {config.objective!r} matches a teacher's actions: pass a teacher, or use objective='dbc'"
+        )
+    else:
+        targets, values = teacher.label(data.observations, data.units, values=kind.action_values)
+        if values is not None:
+            weights = np.maximum(config.beta * values.astype(np.float64), 0.0)
+            report |= {
+                "mean_q": float(values.mean(dtype=np.float64)),
+                "weights_floored": int((values < 0).sum()),
+            }
+    if kind.density if config.density is None else config.density:
+        options: dict[str, Any] = {"k": config.k} if config.density_method == "knn" else {}
+        factor = density_weights(
+            log_density(data, config.density_method, **options),
+            tau=config.tau,
+            ess=config.ess if config.tau is None else None,
+            clip=config.clip,
+        )
         weights = weights * factor.weights
         report["density"] = factor.to_dict()
     if not weights.any():
         raise ValueError(
-            f"every weight of objective {objective!r} is 0: the teacher values all {len(data)} states at 0 or less; "
-            "use objective='pbc', or a teacher whose returns are positive"
+            f"every weight of objective {config.objective!r} is 0: the teacher values all {len(data)} states at 0 or "
+            "less; use objective='pbc', or a teacher whose returns are positive"
         )
     report |= {
         "effective_sample_size": float(effective_sample_size(weights)),
         "mean_weight": float(weights.mean()),
         "largest_weight": float(weights.max()),
     }
-    return OuterProblem(
-        states=data.normalized_observations,
-        targets=normalize_actions(targets, *data.action_bounds),
-        weights=weights.astype(np.float32),
-        report=report,
-    )
-
-
-def _density_factor(
-    data: TransitionDataset, method: str, k: int, tau: float | None, ess: float | None, clip: float
-) -> DensityWeights:
-    logd = log_density(data, method=method, k=k) if method == "knn" else log_density(data, method=method)
-    return density_weights(logd, tau=tau, ess=ess, clip=clip)
+    return OuterProblem(data.observations, targets, weights.astype(np.float32), data.units, report)

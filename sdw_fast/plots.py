@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from sdw_fast.density import DensityWeights, density_weights
+from sdw_fast.files import replacing
 
 Metrics = Sequence[Mapping[str, float]]  # one dict an outer step
 POINTS = 20_000  # drawn in a scatter plot at most: more hide one another and make files heavy
@@ -19,13 +19,8 @@ POINTS = 20_000  # drawn in a scatter plot at most: more hide one another and ma
 
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure, whole or not at all; the suffix of `path` chooses the format (.png, .pdf, .svg)."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def principal_components(states: np.ndarray, count: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -23,12 +23,28 @@ def get_num_threads() -> int:
     return _C.num_threads()
 
 
-def config() -> dict[str, Any]:
-    """Describes the installation: versions, compiled backends, instruction set, threads, optional libraries, devices.
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Shows what was built and what is used: versions, compiled backends, instruction set, threads, libraries, devices.
+
+    Args:
+        mode: "stdout" prints it, a line each; "dicts" returns it, as `numpy.show_config` does.
 
     Returns:
-        A dict of plain values (JSON-serializable); `sdw-fast info` prints it.
+        None, or a dict of plain values (JSON-serializable).
+
+    Raises:
+        ValueError: another mode.
     """
+    if mode == "dicts":
+        return _config()
+    if mode != "stdout":
+        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    for name, value in _config().items():
+        print(f"{name:<28}{value}")
+    return None
+
+
+def _config() -> dict[str, Any]:
     return {
         "sdw_fast": __version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The product of a distillation: a few hundred synthetic state-action pairs and how they came about."""
+"""The synthetic set: some hundred state-action pairs, chosen among real ones to start from, saved, loaded, exported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdw_fast.data import Normalizer, TransitionDataset, normalize_actions
+from sdw_fast.config import INITIALIZATIONS
+from sdw_fast.data import TransitionDataset
+from sdw_fast.files import read_npz, write_npz
+from sdw_fast.units import Affine, Units
 from sdw_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -19,12 +22,12 @@ if TYPE_CHECKING:
 
     from sdw_fast.teacher import Teacher
 
-FORMAT = 1
-INITIALIZATIONS = ("random", "kmeans++", "top-q")
+FORMAT = 2
 _ARRAYS = ("observations", "actions", "mean", "scale", "action_low", "action_high")
+_POOL = 100_000  # pairs looked at by the methods that rank or compare them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SyntheticDataset:
     """A synthetic set of N state-action pairs, in the environment's units.
 
@@ -32,25 +35,19 @@ class SyntheticDataset:
         observations: (N, D) float32.
         actions: (N, A) float32. Distilled actions are free: they may lie outside the action bounds, as targets that
             pull the policy to a bound; the trained policy's actions never do.
-        normalizer: Normalization of the observations, that of the dataset distilled.
-        action_low, action_high: Action bounds of the environment, (A,) float32.
-        env_id: Gymnasium id of the environment, if known.
-        reference_scores: (random, expert) returns for normalized scores, if the dataset carries its own.
+        units: Those of the dataset distilled, with known action bounds.
         config: Everything the run was configured with (see DistillConfig).
         dataset_name, dataset_hash: What was distilled; the hash is TransitionDataset.content_hash.
         version: Version of sdw_fast that wrote it.
 
     Raises:
-        ValueError: shapes do not fit together, the set is empty, or a number is not finite.
+        ValueError: shapes do not fit together, the set is empty, the action bounds are not known, or a number is not
+            finite.
     """
 
     observations: NDArray[np.float32]
     actions: NDArray[np.float32]
-    normalizer: Normalizer
-    action_low: NDArray[np.float32]
-    action_high: NDArray[np.float32]
-    env_id: str | None = None
-    reference_scores: tuple[float, float] | None = None
+    units: Units
     config: dict[str, Any] = field(default_factory=dict)
     dataset_name: str | None = None
     dataset_hash: str | None = None
@@ -64,10 +61,10 @@ class SyntheticDataset:
             )
         if len(self.observations) == 0:
             raise ValueError("a synthetic set needs at least one pair, got none")
-        expected = {"mean": self.observations.shape[1:], "action_low": self.actions.shape[1:]}
-        got = {"mean": self.normalizer.mean.shape, "action_low": self.action_low.shape}
+        expected = {"states": self.observations.shape[1:], "actions": self.actions.shape[1:]}
+        got = {"states": self.units.states.offset.shape, "actions": self.units.require_actions().offset.shape}
         if expected != got:
-            raise ValueError(f"a synthetic set's arrays do not fit together: expected {expected}, got {got}")
+            raise ValueError(f"a synthetic set and its units do not fit together: expected {expected}, got {got}")
         for name in ("observations", "actions"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"the synthetic {name} hold NaN or Inf: the distillation diverged, or the file is bad")
@@ -76,49 +73,43 @@ class SyntheticDataset:
         return len(self.observations)
 
     @property
-    def normalized_observations(self) -> NDArray[np.float32]:
-        """Observations as the policy's network sees them, (N, D) float32."""
-        return self.normalizer.normalize(self.observations)
+    def env_id(self) -> str | None:
+        """Gymnasium id of the environment, if known."""
+        return self.units.env_id
 
-    @property
-    def normalized_actions(self) -> NDArray[np.float32]:
-        """Actions scaled so that the bounds are −1 and 1, (N, A) float32."""
-        return normalize_actions(self.actions, self.action_low, self.action_high)
+    def normalized(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """States (N, D) and actions (N, A) as a policy's network sees them."""
+        actions = self.units.require_actions()
+        return self.units.states.normalize(self.observations), actions.normalize(self.actions)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the set as one `.npz` (arrays and a JSON header, no pickle), under a temporary name first.
+        """Writes the set as one `.npz` (arrays and a JSON header, no pickle), whole or not at all.
 
         Returns:
             The path written, ending in `.npz`.
         """
         path = Path(path)
         path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
-        path.parent.mkdir(parents=True, exist_ok=True)
         header = {
             "format": FORMAT,
-            "env_id": self.env_id,
-            "reference_scores": self.reference_scores,
+            "env_id": self.units.env_id,
+            "returns": self.units.returns and self.units.returns.to_dict(),
             "config": self.config,
             "dataset_name": self.dataset_name,
             "dataset_hash": self.dataset_hash,
             "version": self.version,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(
-                    file,
-                    observations=self.observations,
-                    actions=self.actions,
-                    mean=self.normalizer.mean,
-                    scale=self.normalizer.scale,
-                    action_low=self.action_low,
-                    action_high=self.action_high,
-                    header=np.array(json.dumps(header)),
-                )
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        low, high = self.units.action_bounds
+        write_npz(
+            path,
+            observations=self.observations,
+            actions=self.actions,
+            mean=self.units.states.offset.astype(np.float32),
+            scale=self.units.states.scale.astype(np.float32),
+            action_low=low,
+            action_high=high,
+            header=np.array(json.dumps(header)),
+        )
         return path
 
     @classmethod
@@ -127,28 +118,32 @@ class SyntheticDataset:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, is not a synthetic set, or comes from a newer format.
+            ValueError: the file is truncated, is not a synthetic set, or is of another format.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no synthetic set at {path}")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                missing = [name for name in (*_ARRAYS, "header") if name not in file]
-                if missing:
-                    raise ValueError(f"keys missing: {missing}")
-                arrays: dict[str, Any] = {name: np.ascontiguousarray(file[name], dtype=np.float32) for name in _ARRAYS}
-                header = json.loads(str(file["header"]))
+            content = read_npz(path)
+            missing = [name for name in (*_ARRAYS, "header") if name not in content]
+            if missing:
+                raise ValueError(f"keys missing: {missing}")
+            arrays = {name: np.ascontiguousarray(content[name], dtype=np.float32) for name in _ARRAYS}
+            header = json.loads(str(content["header"]))
+            if header["format"] != FORMAT:
+                raise ValueError(f"its format is {header['format']} (sdw_fast {header['version']}), not {FORMAT}")
+            units = Units(
+                states=Affine(arrays["mean"], arrays["scale"]),
+                actions=Affine.between(arrays["action_low"], arrays["action_high"]),
+                returns=header["returns"] and Affine(**header["returns"]),
+                env_id=header["env_id"],
+            )
+            rest = {name: header[name] for name in ("config", "dataset_name", "dataset_hash", "version")}
         except Exception as error:  # zipfile, json and numpy each raise their own on a damaged file
             raise ValueError(
                 f"{path} is not a readable synthetic set (truncated, or another kind of file?): {error}"
             ) from error
-        if header.pop("format") > FORMAT:
-            raise ValueError(f"{path} was written by a newer sdw_fast ({header['version']}); this is {__version__}")
-        if header["reference_scores"] is not None:
-            header["reference_scores"] = tuple(header["reference_scores"])
-        normalizer = Normalizer(arrays.pop("mean"), arrays.pop("scale"))
-        return cls(normalizer=normalizer, **arrays, **header)
+        return cls(arrays["observations"], arrays["actions"], units, **rest)
 
     def to_minari(self, dataset_id: str) -> minari.MinariDataset:
         """Exports the set as a local Minari dataset of N one-step episodes, for tools that read only Minari.
@@ -163,7 +158,8 @@ class SyntheticDataset:
         import minari
         from minari.data_collector import EpisodeBuffer
 
-        actions = np.clip(self.actions, self.action_low, self.action_high)
+        low, high = self.units.action_bounds
+        actions = np.clip(self.actions, low, high)
         buffers = [
             EpisodeBuffer(
                 id=i,
@@ -175,7 +171,7 @@ class SyntheticDataset:
             )
             for i, (observation, action) in enumerate(zip(self.observations, actions, strict=True))
         ]
-        low, high = np.float32(-np.inf), np.float32(np.inf)
+        infinity = np.float32(np.inf)
         return minari.create_dataset_from_buffers(
             dataset_id,
             buffers,
@@ -183,68 +179,58 @@ class SyntheticDataset:
             eval_env=self.env_id,
             author="sdw_fast",
             author_email="none",
-            observation_space=gymnasium.spaces.Box(low, high, self.observations.shape[1:], np.float32),
-            action_space=gymnasium.spaces.Box(self.action_low, self.action_high, dtype=np.float32),
+            observation_space=gymnasium.spaces.Box(-infinity, infinity, self.observations.shape[1:], np.float32),
+            action_space=gymnasium.spaces.Box(low, high, dtype=np.float32),
             algorithm_name=f"sdw_fast {self.version} {self.config.get('objective', 'synthetic set')}",
             description=json.dumps({"dataset": self.dataset_name, "dataset_hash": self.dataset_hash, **self.config}),
         )
 
 
-def real_pairs(data: TransitionDataset, rows: NDArray[np.int64], config: dict[str, Any]) -> SyntheticDataset:
-    """Puts real pairs of a dataset into the container of distilled ones, to be cloned with the settings in config."""
-    low, high = data.action_bounds
-    return SyntheticDataset(
-        observations=data.observations[rows],
-        actions=data.actions[rows],
-        normalizer=data.normalizer,
-        action_low=low,
-        action_high=high,
-        env_id=data.env_id,
-        reference_scores=data.reference_scores,
-        config=config,
-    )
-
-
-def choose_pairs(
-    data: TransitionDataset,
-    size: int,
-    *,
-    method: str = "random",
-    teacher: Teacher | None = None,
-    rng: np.random.Generator,
-) -> NDArray[np.int64]:
-    """Chooses the real pairs that a synthetic set starts from.
+def real_pairs(
+    data: TransitionDataset, size: int, *, init: str = "random", teacher: Teacher | None = None, seed: int = 0
+) -> SyntheticDataset:
+    """Chooses real pairs of a dataset: what a synthetic set starts from, or what it is compared with.
 
     Args:
         data: The dataset, M transitions.
         size: How many, at most M.
-        method: "random": uniformly without replacement. "kmeans++": spread over the normalized states, each new one
+        init: "random": uniformly without replacement. "kmeans++": spread over the normalized states, each new one
             drawn with probability proportional to its squared distance to the nearest one chosen (Arthur and
             Vassilvitskii 2007). "top-q": uniformly among the tenth of the pairs with the highest Q(s, a).
             The last two look at 100,000 random pairs of a larger dataset.
         teacher: Needed by "top-q".
-        rng: Source of the draw.
+        seed: Of the draw.
 
     Returns:
-        Row indices, (size,) int64, distinct.
+        The pairs, without a configuration.
 
     Raises:
-        ValueError: size is not in 1 … M, the method is unknown, or "top-q" has no teacher.
+        ValueError: size is not in 1 … M, the method is unknown, "top-q" has no teacher, or the dataset's action bounds
+            are not known.
     """
     if not 1 <= size <= len(data):
         raise ValueError(f"size must be between 1 and the dataset's {len(data)} transitions, got {size}")
-    if method == "random":
-        return rng.choice(len(data), size, replace=False)
-    pool = rng.choice(len(data), min(len(data), max(100_000, 10 * size)), replace=False)
-    if method == "kmeans++":
-        return pool[_kmeans_plus_plus(data.normalized_observations[pool], size, rng)]
-    if method == "top-q":
+    rng = np.random.default_rng(seed)
+    if init == "random":
+        rows = rng.choice(len(data), size, replace=False)
+    elif init == "kmeans++":
+        pool = rng.choice(len(data), min(len(data), max(_POOL, 10 * size)), replace=False)
+        rows = pool[_kmeans_plus_plus(data.units.states.normalize(data.observations[pool]), size, rng)]
+    elif init == "top-q":
         if teacher is None:
             raise ValueError("init='top-q' ranks pairs by the teacher's Q(s, a): pass a teacher with a critic")
+        pool = rng.choice(len(data), min(len(data), max(_POOL, 10 * size)), replace=False)
         values = np.asarray(teacher.values(data.observations[pool], data.actions[pool]))
-        best = pool[np.argsort(-values, kind="stable")[: max(size, len(pool) // 10)]]
-        return rng.choice(best, size, replace=False)
-    raise ValueError(f"init must be one of {list(INITIALIZATIONS)}, got {method!r}")
+        rows = rng.choice(pool[np.argsort(-values, kind="stable")[: max(size, len(pool) // 10)]], size, replace=False)
+    else:
+        raise ValueError(f"init must be one of {list(INITIALIZATIONS)}, got {init!r}")
+    return SyntheticDataset(
+        observations=data.observations[rows],
+        actions=data.actions[rows],
+        units=data.units,
+        dataset_name=data.name,
+        dataset_hash=data.content_hash,
+    )
 
 
 def _kmeans_plus_plus(points: np.ndarray, size: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -23,16 +23,17 @@ from functools import partial
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from sdw_fast.data import find_reference_scores
-from sdw_fast.evaluate import BATCH, act, acting, make_env, make_vector_env
+from sdw_fast.units import d4rl_scores
 from sdw_fast.version import __version__
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 QUALITIES = ("medium", "medium-replay", "medium-expert", "expert")
 _LOG_STD_BOUNDS = (-20.0, 2.0)
@@ -127,6 +128,7 @@ def collect(name: str, *, steps: int = 100_000, seed: int = 0, progress: bool = 
         ImportError: if MuJoCo is not installed.
     """
     from minari.storage.datasets_root_dir import get_dataset_path
+    from tqdm.auto import tqdm
 
     env, quality = _parse(name)
     snapshots = SUITE[env]
@@ -166,6 +168,8 @@ def _parse(name: str) -> tuple[str, str]:
 
 def _rollout(env_id: str, policy: GaussianPolicy, steps: int, seed: tuple[int, int], bar: tqdm) -> list[dict[str, Any]]:
     """Samples exactly `steps` transitions from the policy, in streams that step together; episodes stream by stream."""
+    from sdw_fast.rollout import BATCH, act, acting, make_vector_env
+
     streams = max(1, min(BATCH, steps // _FULL_EPISODE))
     quotas = [steps // streams + (s < steps % streams) for s in range(streams)]
     envs = make_vector_env(env_id, [map(partial(_episode_seed, seed, s), itertools.count()) for s in range(streams)])
@@ -220,11 +224,13 @@ def _write(target: Path, dataset_id: str, env_id: str, recipe: dict[str, Any], e
     from minari.dataset.minari_storage import MinariStorage
     from minari.namespace import create_namespace, list_local_namespaces
 
+    from sdw_fast.rollout import make_env
+
     namespace = dataset_id.rsplit("/", 1)[0]
     if namespace not in list_local_namespaces():
         create_namespace(namespace)
     env = make_env(env_id)
-    scores = find_reference_scores(env_id)
+    scores = d4rl_scores(env_id)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         folder.chmod(0o755)  # mkdtemp's is private; a dataset's folder is as any other

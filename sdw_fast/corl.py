@@ -1,0 +1,99 @@
+"""CORL checkpoints (TD3+BC, IQL, CQL, Cal-QL) → networks. Nothing but tensors and plain containers is unpickled."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdw_fast.networks import MLP, below
+from sdw_fast.units import SCALE_FLOOR, Affine
+
+# CORL's one-number module, under the name that its training scripts pickle it with. The stand-in only receives the
+# pickled attributes; nothing of it is used, because a multiplier of the log-std does not move the mean action.
+_CORL_SCALAR = type("Scalar", (), {"__module__": "__main__"})
+
+
+def load_networks(path: str | os.PathLike[str]) -> tuple[MLP, list[MLP]]:
+    """Actor and critics of a checkpoint, frozen; see `sdw_fast.teacher.Teacher.from_corl`."""
+    path = Path(path)
+    checkpoint = _load_checkpoint(path)
+    try:
+        return _networks(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def state_map(mean: Sequence[float], std: Sequence[float], width: int) -> Affine:
+    """CORL's normalization of (width,) states, (s − mean) / (std + 1e-3). Raises ValueError for other arrays."""
+    center, spread = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
+    if center.shape != (width,) or spread.shape != (width,):
+        raise ValueError(
+            f"the checkpoint holds an actor of {width} state dimensions; mean and std must be ({width},) arrays, got "
+            f"{center.shape} and {spread.shape}"
+        )
+    if not (np.isfinite(center).all() and np.isfinite(spread).all() and (spread >= 0).all()):
+        raise ValueError("mean and std of the states must be finite, and std not negative")
+    return Affine(center, spread + np.float32(SCALE_FLOOR))
+
+
+def _load_checkpoint(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with torch.serialization.safe_globals([_CORL_SCALAR]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a CORL checkpoint: it is truncated, no PyTorch file, or pickles more than "
+            f"tensors and plain containers, which is never unpickled ({error})"
+        ) from error
+    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("actor"), Mapping):
+        held = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+        raise ValueError(f"{path} is no CORL checkpoint: it has no state dict 'actor' (it holds {held})")
+    return checkpoint
+
+
+def _networks(checkpoint: Mapping[str, Any]) -> tuple[MLP, list[MLP]]:
+    """Actor and critics of a CORL checkpoint; a Gaussian actor becomes the network of its mean."""
+    actor_state = checkpoint["actor"]
+    if any(key.startswith("base_network.") for key in actor_state):  # CQL, Cal-QL: outputs (mean, log-std)
+        layers = _linear_layers(below(actor_state, "base_network"))
+        weight, bias = layers[-1]
+        layers[-1] = weight[: len(weight) // 2], bias[: len(bias) // 2]
+    elif any(key.startswith("net.") for key in actor_state):  # TD3+BC; IQL, whose log-std is a parameter beside the net
+        layers = _linear_layers(below(actor_state, "net"))
+    else:
+        raise ValueError(
+            "unknown actor layout: expected base_network.* (CQL, Cal-QL) or net.* (TD3+BC, IQL), got "
+            f"{sorted(actor_state)}. Wrap such a network yourself: Teacher(actor=..., critic=...)"
+        )
+    actor = _mlp_of(layers, tanh=True)
+    states = [checkpoint[key] for key in ("critic1", "critic_1", "critic2", "critic_2") if key in checkpoint]
+    if "qf" in checkpoint:  # IQL keeps both critics in one module
+        states = [below(checkpoint["qf"], name) for name in ("q1", "q2")]
+    critics = [_mlp_of(_linear_layers(state), tanh=False) for state in states]
+    inputs = actor.sizes[0] + actor.sizes[-1]
+    for critic in critics:
+        if critic.sizes[0] != inputs or critic.sizes[-1] != 1:
+            raise ValueError(f"a critic maps {critic.sizes[0]} to {critic.sizes[-1]}, the actor asks for {inputs} to 1")
+    return actor, critics
+
+
+def _linear_layers(state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(weight, bias) of the linear layers in a state dict, which keeps the order of the modules."""
+    unknown = [key for key in state if not key.endswith((".weight", ".bias")) or state[key].ndim > 2]
+    layers = [(state[key], state[f"{key.removesuffix('.weight')}.bias"]) for key in state if key.endswith(".weight")]
+    if unknown or not layers or any(weight.ndim != 2 for weight, _ in layers):
+        raise ValueError(f"expected linear layers only (ReLU between them), got {list(state)}")
+    return layers
+
+
+def _mlp_of(layers: Sequence[tuple[Tensor, Tensor]], *, tanh: bool) -> MLP:
+    return MLP.of([tensor.float() for layer in layers for tensor in layer], tanh=tanh).requires_grad_(False)

@@ -1,0 +1,356 @@
+"""The outer loop, step by step: an outer problem and a synthetic set → a better set.
+
+Knows nothing of files, environments or reinforcement learning. R sets are distilled at once, each with random numbers
+of its own; one set is R = 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdw_fast import ops
+from sdw_fast.config import DistillConfig
+from sdw_fast.networks import orthogonal_parameters
+from sdw_fast.objectives import OuterProblem
+from sdw_fast.synthetic import SyntheticDataset
+from sdw_fast.version import __version__
+
+Metrics = dict[str, Any]  # a float each; of several sets an array (R,) each
+
+# Outer states, targets and weights up to this size lie on the device; a larger problem stays in host memory.
+RESIDENT_BYTES = 8 << 30
+# A step whose hypergradient is not finite is left out; as many in a row end the run.
+MAX_LEFT_OUT = 10
+# Settings that a checkpoint may differ in: they do not change the steps.
+_FREE_SETTINGS = ("eval_every", "eval_clones", "eval_episodes", "checkpoint_every", "tape")
+
+_STATE = {"version", "problem", "config", "device", "n_runs", "iteration", "observations", "actions", "averages"}
+_STATE |= {"optimizer", "generators"}
+
+
+class Distiller:
+    """Distills an outer problem into a synthetic set, or into several at once.
+
+    An outer step draws θ_0 and a batch of states, unrolls T steps of behavior cloning on the synthetic set, takes the
+    weighted matching loss at θ_T, and follows its hypergradient (design of Lei et al.; see `sdw_fast.ops.unrolled_bc`).
+    The synthetic states and actions are optimized in normalized units.
+
+    On a GPU everything that a step needs lies there; a problem beyond 8 GiB stays in host memory, where each batch is
+    gathered and sent ahead.
+
+    Args:
+        problem: What to match.
+        start: The set to start from (see `real_pairs`), or R sets of one size: then R are distilled side by side. Run r
+            takes the draws of a single run with seed + r.
+        config: The settings; those of the inner and outer loop and the seed are read.
+        device: Where the problem, the sets and the kernels live.
+
+    Attributes:
+        observations, actions: The sets in normalized units, (R, N, D) and (R, N, A).
+        iteration: Outer steps taken.
+        seeds: Of each run.
+
+    Raises:
+        ValueError: a set does not fit the problem or the others, or the device is a GPU and there is none.
+    """
+
+    def __init__(
+        self,
+        problem: OuterProblem,
+        start: SyntheticDataset | Sequence[SyntheticDataset],
+        config: DistillConfig | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.problem = problem
+        self.config = config = config or DistillConfig()
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={device!r} needs a GPU and a CUDA build of torch, and torch finds none here")
+        self.batched = not isinstance(start, SyntheticDataset)
+        self._start = [start] if isinstance(start, SyntheticDataset) else list(start)
+        self._check_start()
+        self.n_runs = len(self._start)
+        self.seeds = [config.seed + run for run in range(self.n_runs)]
+        self._batches = OuterBatches(problem, self.device)
+        states, actions = zip(*(one.normalized() for one in self._start), strict=True)
+        self.observations, self.actions = self._leaf(states), self._leaf(actions)
+        widths = [min(width, config.inner_width or width) for width in config.hidden]
+        self._sizes = (self.observations.shape[-1], *widths, self.actions.shape[-1])
+        self._generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
+        self._row_generators = self._generators
+        if self._batches.device != self.device:
+            self._row_generators = [torch.Generator(self._batches.device).manual_seed(seed) for seed in self.seeds]
+        self._optimizer = self._make_optimizer()
+        self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
+        self._left_out = 0  # steps in a row, up to the last fetched
+        self.iteration = 0
+
+    def _check_start(self) -> None:
+        if not self._start:
+            raise ValueError("a distillation starts from at least one synthetic set, got none")
+        expected = (len(self._start[0]), self.problem.observations.shape[1], self.problem.targets.shape[1])
+        for one in self._start:
+            got = (len(one), one.observations.shape[1], one.actions.shape[1])
+            if got != expected:
+                raise ValueError(f"the starting sets must all have (pairs, states, actions) {expected}, got {got}")
+            if (one.units.states, one.units.actions) != (self.problem.units.states, self.problem.units.actions):
+                raise ValueError("the starting set is in other units than the problem: choose it from the same dataset")
+
+    def _leaf(self, arrays: Sequence[np.ndarray]) -> Tensor:
+        return torch.tensor(np.stack(arrays), dtype=torch.float32, device=self.device, requires_grad=True)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps are only enqueued, so that the host must not ask what came of them."""
+        return self.device.type != "cpu"
+
+    @property
+    def _leaves(self) -> list[Tensor]:
+        return [self.observations, self.actions]
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        leaves, config = self._leaves, self.config
+        fused = self.runs_ahead or None  # the fused kernels can be told on the device to leave a step out
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(leaves, lr=config.lr, momentum=config.momentum, fused=fused)
+            if config.momentum:  # fused SGD allocates it in its first step, and leaves it undefined if that is left out
+                for leaf in leaves:
+                    optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
+            return optimizer
+        return torch.optim.Adam(leaves, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
+
+    def step(self) -> Metrics:
+        """Takes one outer step. Beyond config.steps a cosine schedule leaves nothing to move by.
+
+        A step whose loss or hypergradient is not finite is left out: it counts, its metrics say so, and the synthetic
+        set stays as it was. Of several sets it is left out for all.
+
+        Returns:
+            "loss": H on this step's batch before the step; "gradient_norm": norm of the hypergradient before clipping;
+            "adjoint_growth": ‖∂H/∂θ_start‖ / ‖∂H/∂θ_T‖, where θ_start is θ_0 (or the start of the window): the factor
+            by which the unroll amplifies, large when inner training is chaotic. A float each; an array (R,) where the
+            distiller was given a list of sets.
+
+        Raises:
+            FloatingPointError: ten or more steps in a row were left out, this one the last.
+        """
+        return self.fetch([self.advance()])[0]
+
+    def advance(self) -> Tensor:
+        """Takes one outer step and waits for nothing; returns its figures (3, R), to be given to `fetch`."""
+        config = self.config
+        initial = orthogonal_parameters(self._sizes, gain=config.gain, generators=self._generators)
+        states, targets, weights = self._draw_batches()
+        for parameter in initial:
+            parameter.requires_grad_()
+        final = ops.unrolled_bc(
+            self.observations,
+            self.actions,
+            initial,
+            steps=config.inner_steps,
+            lr=config.inner_lr,
+            momentum=config.inner_momentum,
+            window=config.window,
+            tape=config.tape,
+            precision=config.precision,
+        )
+        for parameter in final:
+            parameter.retain_grad()
+        losses = torch.stack(
+            [
+                ops.behavior_matching([p[r] for p in final], states[r], targets[r], weights[r])
+                for r in range(self.n_runs)
+            ]
+        )  # TEMPORARY until behavior_matching takes R
+        self._optimizer.zero_grad()
+        losses.sum().backward()
+        norms = self._clip()
+        figures = torch.stack([losses.detach(), norms, _norms(initial) / _norms(final)])
+        self.iteration += 1
+        finite = figures[:2].isfinite().all()
+        if self.runs_ahead:
+            self._optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
+        elif not finite:
+            return figures
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self._optimizer.step()
+        # A plain mean of the iterates at first, so that the average forgets where it started.
+        share = max(1 - config.average, 1 / self.iteration) * finite
+        for average, leaf in zip(self._averages, self._leaves, strict=False):
+            average.lerp_(leaf.detach(), share)
+        return figures
+
+    def _learning_rate(self) -> float:
+        """The outer learning rate of the step under way."""
+        if self.config.schedule == "constant":
+            return self.config.lr
+        done = min((self.iteration - 1) / self.config.steps, 1.0)
+        return self.config.lr * (1 + math.cos(math.pi * done)) / 2
+
+    def _draw_batches(self) -> list[Tensor]:
+        """Every run's states (R, B, D), targets (R, B, A) and weights (R, B)."""
+        draws = [self._batches.draw(self.config.batch_size, generator) for generator in self._row_generators]
+        return [torch.stack(parts) for parts in zip(*draws, strict=True)]
+
+    def _clip(self) -> Tensor:
+        """Scales each run's hypergradient down to norm clip_norm where it is longer; returns the norms before, (R,)."""
+        norms = _norms(self._leaves)
+        factors = (self.config.clip_norm / (norms + 1e-6)).clamp(max=1.0)
+        for leaf in self._leaves:
+            if leaf.grad is not None:
+                leaf.grad.mul_(factors[:, None, None])
+        return norms
+
+    def fetch(self, steps: Sequence[Tensor]) -> list[Metrics]:
+        """Waits for the last steps taken by `advance`, and returns the metrics of each. Raises as `step`."""
+        figures = torch.stack(list(steps)).cpu().numpy()  # (steps, 3, R)
+        for number, (loss, norm, _) in enumerate(figures, start=self.iteration - len(steps) + 1):
+            self._left_out = 0 if np.isfinite([loss, norm]).all() else self._left_out + 1
+            if self._left_out >= MAX_LEFT_OUT:
+                raise FloatingPointError(
+                    f"{self._left_out} outer steps in a row are not finite, up to step {number}: loss {loss}, "
+                    f"hypergradient norm {norm}; lower inner_lr or gain (see docs: conditioning)"
+                )
+        names = ("loss", "gradient_norm", "adjoint_growth")
+        return [{name: self.of_runs(x) for name, x in zip(names, step, strict=True)} for step in figures]
+
+    def of_runs(self, values: np.ndarray) -> Any:
+        """A figure of every run, (R,), as metrics have it: a float where the distiller was given one set."""
+        return values if self.batched else float(values[0])
+
+    @property
+    def sets(self) -> list[SyntheticDataset]:
+        """The synthetic sets as they stand, one a run, in environment units; moving averages if so configured."""
+        states, actions = (x.detach().cpu().numpy() for x in self._averages or self._leaves)
+        units, config = self.problem.units, {**self.config.to_dict(), "size": states.shape[1]}
+        return [
+            dataclasses.replace(
+                start,
+                observations=units.states.denormalize(states[run]),
+                actions=units.require_actions().denormalize(actions[run]),
+                units=units,
+                config={**config, "seed": seed, "iteration": self.iteration},
+                version=__version__,
+            )
+            for run, (start, seed) in enumerate(zip(self._start, self.seeds, strict=True))
+        ]
+
+    @property
+    def synthetic(self) -> SyntheticDataset:
+        """The synthetic set as it stands, in environment units; of several see `sets`."""
+        if self.batched:
+            raise ValueError(f"{self.n_runs} sets are being distilled: take .sets, a list, in place of .synthetic")
+        return self.sets[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on to the same bits; tensors and plain values only."""
+        generators = [self._generators]
+        if self._row_generators is not self._generators:
+            generators.append(self._row_generators)
+        return {
+            **self._identity(),
+            "iteration": self.iteration,
+            "observations": self.observations.detach().clone(),
+            "actions": self.actions.detach().clone(),
+            "averages": [average.clone() for average in self._averages],
+            "optimizer": self._optimizer.state_dict(),
+            "generators": [torch.stack([generator.get_state() for generator in group]) for group in generators],
+        }
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        return self.problem.fingerprint()
+
+    def _identity(self) -> dict[str, Any]:
+        """What the bits depend on and a checkpoint must share."""
+        return {
+            "version": __version__,
+            "problem": self._fingerprint,
+            "config": self.config.to_dict(),
+            "device": self.device.type,
+            "n_runs": self.n_runs,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken.
+
+        Raises:
+            ValueError: the state is of another version, another problem (its observations, targets, weights or units
+                differ), another configuration (the number of evaluations and of checkpoints may differ, and with
+                schedule="constant" that of the steps), another kind of device (whose random numbers are others) or
+                another number of runs.
+        """
+        own = self._identity()
+        if not set(state) >= _STATE or state["version"] != __version__:
+            raise ValueError(
+                f"the checkpoint was written by sdw_fast {state.get('version', 'of an unknown version')}, and this is "
+                f"{__version__}: finish that run with the version it was started with, or start it anew"
+            )
+        parts = [name for name, digest in own["problem"].items() if state["problem"].get(name) != digest]
+        if parts:
+            raise ValueError(
+                f"the checkpoint belongs to another problem: its {', '.join(parts)} differ. Was the dataset or the "
+                "teacher changed, or its action bounds? Start a new run in another folder"
+            )
+        free = (*_FREE_SETTINGS, *(["steps"] if self.config.schedule == "constant" else []))
+        now, then = ({**x["config"], "device": x["device"], "n_runs": x["n_runs"]} for x in (own, state))
+        differing = [name for name in now | then if name not in free and now.get(name) != then.get(name)]
+        if differing:
+            hint = '; schedule="constant" leaves the number of steps open' if differing == ["steps"] else ""
+            raise ValueError(f"the checkpoint was made with other settings of {differing}{hint}")
+        with torch.no_grad():
+            self.observations.copy_(state["observations"])
+            self.actions.copy_(state["actions"])
+            for average, saved in zip(self._averages, state["averages"], strict=True):
+                average.copy_(saved)
+        self._optimizer.load_state_dict(state["optimizer"])
+        _set_states(self._generators, state["generators"][0])
+        if self._row_generators is not self._generators:
+            _set_states(self._row_generators, state["generators"][1])
+        self._left_out = 0
+        self.iteration = state["iteration"]
+
+
+class OuterBatches:
+    """Draws batches of an outer problem for a device: from there, or from host memory above RESIDENT_BYTES.
+
+    Attributes:
+        device: Where the rows lie and where the generators that draw them must live.
+    """
+
+    def __init__(self, problem: OuterProblem, device: torch.device) -> None:
+        arrays = (problem.observations, problem.targets, problem.weights)
+        resident = sum(array.nbytes for array in arrays) <= RESIDENT_BYTES
+        self.device = device if resident else torch.device("cpu")
+        self._target = device
+        self._tensors = [torch.as_tensor(array, device=self.device) for array in arrays]
+        self._states = problem.units.states
+
+    def draw(self, size: int, generator: torch.Generator) -> list[Tensor]:
+        """Returns the normalized states (B, D), targets (B, A) and weights (B,) of rows drawn with replacement."""
+        rows = torch.randint(len(self._tensors[0]), (size,), generator=generator, device=self.device)
+        batch = [tensor[rows] for tensor in self._tensors]
+        if self.device != self._target:
+            batch = [part.pin_memory().to(self._target, non_blocking=True) for part in batch]
+        return [self._states.normalize(batch[0]), *batch[1:]]
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """For each run the norm of the gradients of all tensors together, (R,)."""
+    norms = [torch.linalg.vector_norm(t.grad, dim=tuple(range(1, t.ndim))) for t in tensors if t.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def _set_states(generators: Sequence[torch.Generator], states: Tensor) -> None:
+    for generator, state in zip(generators, states.cpu(), strict=True):
+        generator.set_state(state.clone())  # a view into other states is misaligned

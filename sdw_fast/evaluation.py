@@ -1,0 +1,177 @@
+"""Evaluation: a policy's undiscounted returns in a Gymnasium environment, raw and D4RL-normalized; those of a set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sdw_fast.policy import behavior_clone
+from sdw_fast.units import Affine, d4rl_returns
+
+if TYPE_CHECKING:
+    from sdw_fast.synthetic import SyntheticDataset
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Returns of a policy's episodes.
+
+    Attributes:
+        env_id: Gymnasium id.
+        seed: episode i was reset with seed + i.
+        returns: (E,) float64, undiscounted.
+        lengths: (E,) int64, steps.
+        normalized: (E,) float64, D4RL-normalized, or None where no reference scores are known.
+    """
+
+    env_id: str
+    seed: int
+    returns: np.ndarray
+    lengths: np.ndarray
+    normalized: np.ndarray | None
+
+    @property
+    def mean(self) -> float:
+        """Mean return over episodes."""
+        return float(self.returns.mean())
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the return over episodes (population)."""
+        return float(self.returns.std())
+
+    @property
+    def normalized_mean(self) -> float | None:
+        """Mean D4RL-normalized return, or None."""
+        return None if self.normalized is None else float(self.normalized.mean())
+
+    @property
+    def normalized_std(self) -> float | None:
+        """Standard deviation of the D4RL-normalized return over episodes, or None."""
+        return None if self.normalized is None else float(self.normalized.std())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values (JSON-serializable): the fields and the four statistics."""
+        return {
+            "env_id": self.env_id,
+            "seed": self.seed,
+            "episodes": len(self.returns),
+            "mean": self.mean,
+            "std": self.std,
+            "normalized_mean": self.normalized_mean,
+            "normalized_std": self.normalized_std,
+            "returns": self.returns.tolist(),
+            "lengths": self.lengths.tolist(),
+            "normalized": None if self.normalized is None else self.normalized.tolist(),
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.env_id}: return {self.mean:.1f} ± {self.std:.1f} over {len(self.returns)} episodes"
+        if self.normalized is None:
+            return text
+        return f"{text} (D4RL-normalized {self.normalized_mean:.1f} ± {self.normalized_std:.1f})"
+
+
+def evaluate(
+    policy: Callable[[torch.Tensor], Any],
+    env_id: str,
+    *,
+    episodes: int = 10,
+    seed: int = 0,
+    returns: Affine | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Runs a policy for whole episodes in a vectorized environment.
+
+    Episode i is reset with seed + i, and its return does not depend on how many others are run: the first 5 of 20
+    episodes are the 5 of a shorter evaluation, bit for bit, for a deterministic policy.
+
+    Args:
+        policy: maps raw observations (B, D), a float32 tensor, to actions (B, A), a tensor or array. An nn.Module is
+            put in evaluation mode for the duration and gets its input on its own device. Every call gets the same B;
+            rows beyond the running episodes are padding. Actions are clipped to the action space.
+        env_id: Gymnasium id with one-dimensional Box observations and actions, such as "Hopper-v5".
+        episodes: number of episodes, at least 1.
+        seed: of the first episode.
+        returns: how returns are normalized, as a dataset's `units.returns`; None: as D4RL does, where it knows the
+            environment.
+        progress: show a progress bar over episodes.
+
+    Raises:
+        ValueError: if the environment's spaces do not fit, or actions have a wrong shape or are not finite.
+        ImportError: if the environment needs MuJoCo and it is not installed.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    from tqdm.auto import tqdm
+
+    from sdw_fast.rollout import BATCH, act, acting, make_vector_env
+
+    slots = min(episodes, BATCH)
+    envs = make_vector_env(env_id, [range(seed + slot, seed + episodes, slots) for slot in range(slots)])
+    totals = np.zeros(episodes)
+    lengths = np.zeros(episodes, dtype=np.int64)
+    current = np.arange(slots)  # the episode that each environment is in; past the last, it idles
+    with closing(envs), acting(policy), tqdm(total=episodes, desc="evaluate", disable=not progress) as bar:
+        observations, _ = envs.reset()
+        while (running := current < episodes).any():
+            actions = act(policy, observations, envs.single_action_space)
+            observations, rewards, terminations, truncations, _ = envs.step(actions)
+            totals[current[running]] += rewards[running]
+            lengths[current[running]] += 1
+            ended = running & (terminations | truncations)
+            current[ended] += slots
+            bar.update(int(ended.sum()))
+    scores = returns or d4rl_returns(env_id)
+    return Evaluation(env_id, seed, totals, lengths, None if scores is None else scores.normalize(totals))
+
+
+def evaluate_synthetic(
+    synthetic: SyntheticDataset,
+    env_id: str | None = None,
+    *,
+    clones: int = 5,
+    episodes: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Clones several policies on a synthetic set and runs each for its share of the episodes.
+
+    Policies cloned on one set from different initializations can differ more than the sets that one wants to compare,
+    so one clone says little.
+
+    Args:
+        synthetic: the set; clones are trained with its own settings, from the seeds seed, seed + 1, …
+        env_id: Gymnasium id; None: the set's own.
+        clones: policies, at most `episodes`.
+        episodes: in all; episode i is reset with seed + i.
+        seed: of the first clone and the first episode.
+        progress: show a progress bar for each clone.
+
+    Raises:
+        ValueError: no environment is known, or clones is not in 1 … episodes.
+    """
+    env_id = env_id or synthetic.env_id
+    if env_id is None:
+        raise ValueError("the synthetic set names no environment: pass env_id, such as 'Hopper-v5'")
+    if not 1 <= clones <= episodes:
+        raise ValueError(f"clones must be between 1 and episodes = {episodes}, got {clones}")
+    scores = synthetic.units.returns_in(env_id)
+    results = [
+        evaluate(
+            behavior_clone(synthetic, seed=seed + clone),
+            env_id,
+            episodes=len(share),
+            seed=seed + int(share[0]),
+            returns=scores,
+            progress=progress,
+        )
+        for clone, share in enumerate(np.array_split(np.arange(episodes), clones))
+    ]
+    returns, lengths = (np.concatenate([getattr(r, name) for r in results]) for name in ("returns", "lengths"))
+    return Evaluation(env_id, seed, returns, lengths, None if scores is None else scores.normalize(returns))

@@ -1,0 +1,181 @@
+"""Units: the affine maps between an environment's own numbers and the normalized ones that the package computes with.
+
+Environment units are what a user sees: datasets, synthetic sets, files, inputs and outputs of policies and teachers.
+Inside, a state has mean 0 and about unit deviation, an action lies in [−1, 1], and a return is D4RL's score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+# Returns of a uniformly random policy and of an expert, from D4RL (Fu et al., arXiv 2004.07219).
+REFERENCE_SCORES: dict[str, tuple[float, float]] = {
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+}
+
+SCALE_FLOOR = 1e-3  # added to the standard deviation, as D4RL code does: a constant column stays finite
+_ROW_BLOCK = 16_384  # rows looked at together where a whole-array temporary would double the memory
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """The map x ↦ (x − offset) / scale to normalized units, column by column.
+
+    Attributes:
+        offset: (n,) float64, or () for a single number.
+        scale: of the same shape, positive.
+
+    Raises:
+        ValueError: shapes differ, a number is not finite, or a scale is not positive.
+    """
+
+    offset: NDArray[np.floating]
+    scale: NDArray[np.floating]
+
+    def __post_init__(self) -> None:
+        for name in ("offset", "scale"):
+            object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.float64))
+        if self.offset.shape != self.scale.shape or self.offset.ndim > 1:
+            raise ValueError(
+                f"offset and scale must both have shape (n,) or (), got {self.offset.shape} and {self.scale.shape}"
+            )
+        if not (np.isfinite(self.offset).all() and np.isfinite(self.scale).all() and (self.scale > 0).all()):
+            raise ValueError(f"offset must be finite, and scale finite and positive, got {self.offset}, {self.scale}")
+
+    @classmethod
+    def fit(cls, observations: NDArray[np.float32]) -> Affine:
+        """Mean and standard deviation + 1e-3 of the columns of (M, D), accumulated in float64, rounded to float32."""
+        mean = observations.mean(axis=0, dtype=np.float64)
+        squares = np.zeros_like(mean)
+        for start in range(0, len(observations), _ROW_BLOCK):
+            centered = observations[start : start + _ROW_BLOCK] - mean
+            squares += np.einsum("ij,ij->j", centered, centered)
+        return cls(mean.astype(np.float32), (np.sqrt(squares / len(observations)) + SCALE_FLOOR).astype(np.float32))
+
+    @classmethod
+    def between(cls, low: ArrayLike, high: ArrayLike) -> Affine:
+        """The map that takes [low, high] to [−1, 1]; bounds are rounded to float32, as Gymnasium's spaces hold them.
+
+        Raises:
+            ValueError: the bounds are not finite numbers with low < high, of one shape (A,).
+        """
+        try:
+            lower, upper = (np.asarray(bound, dtype=np.float32).astype(np.float64) for bound in (low, high))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"action bounds must be arrays of numbers, got {low!r} and {high!r}") from error
+        finite = np.isfinite(lower).all() and np.isfinite(upper).all()
+        if lower.shape != upper.shape or lower.ndim != 1 or not finite or (lower >= upper).any():
+            raise ValueError(f"action bounds must be finite (A,) arrays with low < high, got {low!r}, {high!r}")
+        return cls((upper + lower) / 2, (upper - lower) / 2)
+
+    @classmethod
+    def scores(cls, random: float, expert: float) -> Affine:
+        """The map of returns that takes the random policy's to 0 and the expert's to 100, as D4RL does."""
+        return cls(np.array(random), np.array((expert - random) / 100))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Affine)
+            and np.array_equal(self.offset, other.offset)
+            and np.array_equal(self.scale, other.scale)
+        )
+
+    def normalize(self, x: Array) -> Array:
+        """Maps x (…, n) to normalized units: a NumPy array or a tensor; same type, dtype and device."""
+        offset, scale = self._constants(x)
+        y = x - offset
+        y /= scale
+        return cast("Array", y)
+
+    def denormalize(self, x: Array) -> Array:
+        """Maps x (…, n) back to environment units; the inverse of `normalize`."""
+        offset, scale = self._constants(x)
+        y = x * scale
+        y += offset
+        return cast("Array", y)
+
+    def _constants(self, x: Any) -> tuple[Any, Any]:
+        if self.offset.ndim and x.shape[-1:] != self.offset.shape:
+            raise ValueError(f"expected rows of {len(self.offset)} numbers, got shape {tuple(x.shape)}")
+        if isinstance(x, torch.Tensor):
+            return torch.from_numpy(self.offset).to(x), torch.from_numpy(self.scale).to(x)
+        dtype = x.dtype if np.issubdtype(x.dtype, np.floating) else np.float64
+        return self.offset.astype(dtype), self.scale.astype(dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Offset and scale as plain JSON values."""
+        return {"offset": self.offset.tolist(), "scale": self.scale.tolist()}
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of an environment: how its states, actions and returns are normalized, and its name.
+
+    Attributes:
+        states: to mean 0 and about unit deviation, (D,).
+        actions: the environment's bounds to [−1, 1], (A,); None where they are not known.
+        returns: the random policy's return to 0, the expert's to 100; None where they are not known.
+        env_id: Gymnasium id, such as "Hopper-v5", or None.
+    """
+
+    states: Affine
+    actions: Affine | None = None
+    returns: Affine | None = None
+    env_id: str | None = None
+
+    def require_actions(self) -> Affine:
+        """The map of the actions. Raises ValueError where the bounds are not known."""
+        if self.actions is None:
+            raise ValueError(
+                "the environment's action bounds are not known, because the dataset does not say them and its actions "
+                "leave [-1, 1]: give them as action_low and action_high, load_dataset({..., 'action_low': low, "
+                "'action_high': high}), or hold them in the file under these names"
+            )
+        return self.actions
+
+    @property
+    def action_bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(low, high), each (A,) float32. Raises ValueError where they are not known."""
+        actions = self.require_actions()
+        low, high = actions.offset - actions.scale, actions.offset + actions.scale
+        return low.astype(np.float32), high.astype(np.float32)
+
+    def returns_in(self, env_id: str) -> Affine | None:
+        """The map of the returns in an environment: these units' own in theirs, D4RL's by its name in another."""
+        own = self.env_id is not None and _family(self.env_id) == _family(env_id)
+        return self.returns if own and self.returns else d4rl_returns(env_id)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, which hold every bit."""
+        maps = {name: getattr(self, name) for name in ("states", "actions", "returns")}
+        return {**{name: map_ and map_.to_dict() for name, map_ in maps.items()}, "env_id": self.env_id}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Units:
+        """Inverse of `to_dict`. Raises KeyError, TypeError or ValueError for something else."""
+        maps = {name: values[name] and Affine(**values[name]) for name in ("states", "actions", "returns")}
+        return cls(**maps, env_id=values["env_id"])
+
+
+def d4rl_scores(env_id: str | None) -> tuple[float, float] | None:
+    """D4RL's (random, expert) returns for a Gymnasium id of any version, or None where D4RL has none."""
+    return REFERENCE_SCORES.get(_family(env_id)) if env_id else None
+
+
+def d4rl_returns(env_id: str | None) -> Affine | None:
+    """D4RL's map of returns for a Gymnasium id, or None."""
+    scores = d4rl_scores(env_id)
+    return Affine.scores(*scores) if scores else None
+
+
+def _family(env_id: str) -> str:
+    return env_id.rsplit("-v", 1)[0]

@@ -12,7 +12,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ import numpy as np
 
 import sdw_fast as sdw
 from sdw_fast import plots
-from sdw_fast.distill import read_metrics
-from sdw_fast.synthetic import choose_pairs, real_pairs
+from sdw_fast.files import write_text
+from sdw_fast.run import read_metrics
 
 ENV, DATASET = "Hopper-v5", "hopper/medium"
 CLONES, EPISODES = 20, 60  # a set's score: policies cloned on it from different initializations, episodes in all
@@ -42,7 +41,7 @@ def main() -> None:
     with timed("collect", seconds):
         sdw.collect(DATASET, steps=options.transitions, seed=0)
         data = sdw.load_dataset(DATASET)
-        teacher = sdw.Teacher.load(files("sdw_fast") / "assets" / "hopper-medium-teacher.safetensors")
+        teacher = sdw.Teacher.pretrained(DATASET)
     print_values("dataset", data.summary())
 
     with timed("density", seconds):
@@ -50,32 +49,26 @@ def main() -> None:
         weights = sdw.density_weights(logd, ess=SETTINGS["ess"])
     print_values("density weights", weights.to_dict())
 
-    sets = {"random": random_pairs(data, options.seed)}
+    sets = {"random": sdw.real_pairs(data, SETTINGS["size"], seed=options.seed)}
     for objective in ("av-pbc", "sdw"):
         with timed(f"distill {objective}", seconds):
             folder = options.out / f"{objective}-seed{options.seed}"
             print(f"\ndistilling with objective {objective} into {folder}")
             settings = SETTINGS | {"objective": objective, "steps": options.steps, "seed": options.seed}
-            sets[objective] = sdw.distill(data, teacher, folder=folder, **settings)
+            sets[objective] = sdw.distill(data, teacher, out=folder, **settings)
 
     with timed("evaluate", seconds):
         returns = {name: score(pairs) for name, pairs in sets.items()}
         returns["teacher"] = sdw.evaluate(teacher.actions, ENV, episodes=EPISODES, seed=TEST_SEED).normalized
     means = {name: float(np.mean(values)) for name, values in returns.items()}
 
-    write(options.out, means, seconds)
+    write_text(options.out / "summary.json", json.dumps({"returns": means, "seconds": seconds}, indent=2) + "\n")
     runs = {name: read_metrics(options.out / f"{name}-seed{options.seed}") for name in ("av-pbc", "sdw")}
     baselines = {"teacher": means["teacher"], "random pairs": means["random"]}
-    points = {name: sets[name].normalized_observations for name in runs}
-    report = plots.plot_report(runs, baselines, data.normalized_observations, logd, weights, points)
+    points = {name: sets[name].normalized()[0] for name in runs}
+    report = plots.plot_report(runs, baselines, data.normalized_observations(), logd, weights, points)
     plots.save(report, options.out / "report.png")
     print_table(returns, options.out)
-
-
-def random_pairs(data: sdw.TransitionDataset, seed: int) -> sdw.SyntheticDataset:
-    """As many real pairs as a distilled set has, in the same container, to be cloned with the same settings."""
-    rows = choose_pairs(data, SETTINGS["size"], rng=np.random.default_rng(seed))
-    return real_pairs(data, rows, SETTINGS)
 
 
 def score(pairs: sdw.SyntheticDataset) -> np.ndarray:
@@ -88,12 +81,6 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - began, 2)
-
-
-def write(out: Path, means: dict[str, float], seconds: dict[str, float]) -> None:
-    temporary = out / ".summary.json.tmp"
-    temporary.write_text(json.dumps({"returns": means, "seconds": seconds}, indent=2) + "\n")
-    temporary.replace(out / "summary.json")
 
 
 def print_values(title: str, values: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def rarest_shared(a: np.ndarray, b: np.ndarray, share: float = 0.1) -> float:
 
 def picture(estimates: dict[str, dict[str, np.ndarray]]) -> Figure:
     """Log-densities of one method against those of another, a row of panels for each dataset."""
-    figure = Figure(figsize=(9, 2.8 * len(estimates)), layout="constrained")
+    figure = Figure(figsize=(9.6, 3 * len(estimates)), layout="constrained")
     grid = figure.subplots(len(estimates), len(PAIRS), squeeze=False)
     for panels, (dataset, logd) in zip(grid, estimates.items(), strict=True):
         for panel, (a, b) in zip(panels, PAIRS, strict=True):
@@ -108,7 +108,7 @@ def picture(estimates: dict[str, dict[str, np.ndarray]]) -> Figure:
             cells = panel.hexbin(logd[a], logd[b], gridsize=40, extent=extent, bins="log", mincnt=1, linewidths=0)
             cells.set_antialiased(False)  # the seams between cells would be most of the file
             panel.set(xlabel=f"log-density, {a}", ylabel=f"log-density, {b}", xlim=(left, right), ylim=(low, high))
-            panel.set_title(f"{dataset}: rank correlation {spearmanr(logd[a], logd[b])[0]:.2f}", fontsize="medium")
+            panel.set_title(f"{dataset}\nrank correlation {spearmanr(logd[a], logd[b])[0]:.2f}", fontsize="medium")
     return figure
 
 

@@ -46,7 +46,7 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def save_picture(figure: Figure, path: Path, dpi: int = 120, colors: int = 64) -> None:
+def save_picture(figure: Figure, path: Path, dpi: int = 120, colors: int = 128) -> None:
     """Draws a figure as a PNG with a palette, which is a fifth of its size in full color."""
     from PIL import Image
 

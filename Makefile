@@ -14,7 +14,7 @@ help:
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    apply ruff's and clang-format's formatting"
 	@echo "make bench     time every op beside its peers"
-	@echo "make suite     distill and evaluate the papers' table; continues from benchmarks/results/suite"
+	@echo "make suite     distill and evaluate the papers' table; continues from benchmarks/results/suite.jsonl"
 	@echo "make sanitize  run the kernel tests under address, undefined-behavior and thread sanitizers"
 	@echo "make clean     remove .venv and everything built"
 
@@ -54,7 +54,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run
 
 suite: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.studies.suite
 
 sanitize: setup
 	PYTHON=$(BIN)/python .ci/sanitize.sh

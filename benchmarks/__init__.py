@@ -1,1 +1,1 @@
-"""Benchmarks: each op beside its peers, timed in one run. `python -m benchmarks.run` prints the table."""
+"""Benchmarks: each op beside its peers, timed in one run (`python -m benchmarks.run`), and studies/."""

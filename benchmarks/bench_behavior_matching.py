@@ -21,7 +21,7 @@ from benchmarks.model import (
     to_jax,
     weighted_loss,
 )
-from benchmarks.table import Table, bench, contender, contenders, measure, with_memory
+from benchmarks.timing import Table, bench, contender, contenders, measure, with_memory
 
 Run = Callable[[], Any]
 CHUNK = 16_384

@@ -1,4 +1,4 @@
-"""State densities: the three estimators, SciPy's kernel estimate, and the weights, in time and memory.
+"""State densities: the two estimators, SciPy's kernel estimate, and the weights, in time and memory.
 
 The states are 17 numbers near a surface of 8 dimensions, like those of a robot that runs, and made here, so that any
 number of them can be had at once.
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import sdw_fast as sdw
-from benchmarks.table import Table, bench, contender, contenders, measure, peak_memory
+from benchmarks.timing import Table, bench, contender, contenders, measure, peak_memory
 
 Run = Callable[[], Any]
 
@@ -43,11 +43,6 @@ def flow(count: int) -> Run:
     return partial(sdw.flow_log_density, states(count), max_epochs=1)
 
 
-def kernel(count: int) -> Run:
-    """Our kernel estimate, leave-one-out."""
-    return partial(sdw.kde_log_density, states(count))
-
-
 def scipy_kernel(count: int) -> Run:
     """scipy.stats.gaussian_kde evaluated at its own points."""
     from scipy.stats import gaussian_kde
@@ -66,10 +61,9 @@ CONTENDERS: dict[str, Callable[[int], Run]] = {
     "knn_log_density, a tenth as references": subsampled,
     "flow_log_density, one epoch": flow,
     "density_weights, ess given": weights,
-    "kde_log_density": kernel,
     "SciPy gaussian_kde": scipy_kernel,
 }
-SQUARE = ("kde_log_density", "SciPy gaussian_kde")  # work grows with M²: small M only
+SQUARE = ("SciPy gaussian_kde",)  # work grows with M²: small M only
 
 
 def build(name: str, count: int) -> Run:

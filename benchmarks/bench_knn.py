@@ -16,32 +16,25 @@ points lie there before the clock starts, ours is the median of three runs, and 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 import sdw_fast
-from benchmarks.table import Row, Table, format_seconds, machine, peak_memory, write_json
+from benchmarks.peers_knn import APPROXIMATE, GPU_PEERS, PEERS, K, recall, timed, without_self
+from benchmarks.table import RESULTS, machine
+from benchmarks.timing import Row, Table, format_seconds, peak_memory, record
 from sdw_fast.ops import knn
 from sdw_fast.ops.knn_cuda import CudaKnnIndex
 
 knn_module = sys.modules["sdw_fast.ops.knn"]  # the name in the package is the function's
-
-K = 10
-RESULTS = Path(__file__).resolve().parent / "results"
-
-# A peer takes (points, rows to query) and returns (seconds to build, seconds to query, indices (rows, K) or None).
-Peer = Callable[[np.ndarray, np.ndarray], "tuple[float, float, np.ndarray]"]
 
 
 def source(name: str, rows: int) -> np.ndarray:
@@ -82,162 +75,6 @@ def _standardized(points: np.ndarray) -> np.ndarray:
     return (points - points.mean(0)) / (points.std(0) + 1e-3)
 
 
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    _wait_for_gpu()
-    begin = time.perf_counter()
-    result = call()
-    _wait_for_gpu()
-    return time.perf_counter() - begin, result
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _without_self(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Drops each query from its K + 1 neighbors (the last one where it is not among them)."""
-    others = found != rows[:, None]
-    others[others.all(1), -1] = False
-    return found[others].reshape(len(rows), -1)
-
-
-def pykdtree(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
-    from pykdtree.kdtree import KDTree
-
-    build, tree = _timed(lambda: KDTree(points))
-    query, (_, found) = _timed(lambda: tree.query(points[rows], k=K + 1))
-    return build, query, _without_self(found.astype(np.int64), rows)
-
-
-def scipy(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
-    from scipy.spatial import cKDTree
-
-    build, tree = _timed(lambda: cKDTree(points))
-    query, (_, found) = _timed(lambda: tree.query(points[rows], k=K + 1, workers=torch.get_num_threads()))
-    return build, query, _without_self(found, rows)
-
-
-def sklearn(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
-    from sklearn.neighbors import NearestNeighbors
-
-    model = NearestNeighbors(n_neighbors=K + 1, algorithm="kd_tree", n_jobs=torch.get_num_threads())
-    build, _ = _timed(lambda: model.fit(points))
-    query, found = _timed(lambda: model.kneighbors(points[rows], return_distance=False))
-    return build, query, _without_self(found, rows)
-
-
-def faiss_flat(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    index = faiss.IndexFlatL2(points.shape[1])
-    build, _ = _timed(lambda: index.add(points))
-    query, (_, found) = _timed(lambda: index.search(points[rows], K + 1))
-    return build, query, _without_self(found, rows)
-
-
-def faiss_ivf(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """About 4 √M cells; probes doubled until the recall on 500 rows reaches 0.99 (the search for it is not timed)."""
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    cells = 1 << max(4, round(math.log2(4 * math.sqrt(len(points)))))
-    index = faiss.index_factory(points.shape[1], f"IVF{cells},Flat")
-
-    def fill() -> None:
-        index.train(points)
-        index.add(points)
-
-    build, _ = _timed(fill)
-    sample = rows[:500]
-    _, _, exact = faiss_flat(points, sample)
-    index.nprobe = 1
-    while _recall(_without_self(index.search(points[sample], K + 1)[1], sample), exact) < 0.99:
-        index.nprobe *= 2
-    query, (_, found) = _timed(lambda: index.search(points[rows], K + 1))
-    return build, query, _without_self(found, rows)
-
-
-def hnswlib(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
-    import hnswlib as library
-
-    index = library.Index("l2", points.shape[1])
-    index.init_index(len(points), ef_construction=100, M=16, random_seed=0)
-    index.set_num_threads(torch.get_num_threads())
-    index.set_ef(64)
-    build, _ = _timed(lambda: index.add_items(points))
-    query, (found, _) = _timed(lambda: index.knn_query(points[rows], K + 1))
-    return build, query, _without_self(found.astype(np.int64), rows)
-
-
-def pynndescent(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Its graph is the self-join itself: nothing is left to query."""
-    from pynndescent import NNDescent
-
-    def build() -> Any:
-        model = NNDescent(points, n_neighbors=K + 1, random_state=0, n_jobs=torch.get_num_threads())
-        return model.neighbor_graph[0]
-
-    seconds, found = _timed(build)
-    return seconds, 0.0, _without_self(found[rows].astype(np.int64), rows)
-
-
-PEERS: dict[str, Peer] = {
-    "FAISS flat": faiss_flat,
-    "FAISS IVF": faiss_ivf,
-    "pykdtree": pykdtree,
-    "SciPy cKDTree": scipy,
-    "scikit-learn": sklearn,
-    "PyNNDescent": pynndescent,
-    "hnswlib": hnswlib,
-}
-
-
-def cdist_topk(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, float, np.ndarray]:
-    """What one writes in PyTorch: blocks of distances, at most 4 GiB of them, and the smallest of each row."""
-    block = max(1, (1 << 30) // len(points))
-
-    def search() -> torch.Tensor:
-        parts = [torch.cdist(points[some], points).topk(K + 1, largest=False).indices for some in rows.split(block)]
-        return torch.cat(parts)
-
-    query, found = _timed(search)
-    return 0.0, query, _without_self(found.cpu().numpy(), rows.cpu().numpy())
-
-
-def faiss_gpu_flat(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, float, np.ndarray]:
-    import faiss
-    import faiss.contrib.torch_utils  # teaches knn_gpu tensors
-
-    if not hasattr(faiss, "StandardGpuResources"):
-        raise ImportError("this FAISS has no GPU support")
-    resources = faiss.StandardGpuResources()
-    faiss.knn_gpu(resources, points[:1000], points[:1000], K)  # allocates its memory
-    query, (_, found) = _timed(lambda: faiss.knn_gpu(resources, points[rows], points, K + 1))
-    return 0.0, query, _without_self(found.cpu().numpy(), rows.cpu().numpy())
-
-
-def ours_on_the_cpu(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, float, np.ndarray]:
-    """The whole join, however few rows are asked for."""
-    on_host = points.cpu()
-    knn(on_host[:2000], k=K)
-    seconds, (_, indices) = _timed(lambda: knn(on_host, k=K))
-    return seconds, 0.0, indices.numpy()[rows.cpu().numpy()]
-
-
-GPU_PEERS: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[float, float, np.ndarray]]] = {
-    "torch.cdist + topk": cdist_topk,
-    "FAISS GPU flat": faiss_gpu_flat,
-    "sdw_fast on the CPU": ours_on_the_cpu,
-}
-APPROXIMATE = ("FAISS IVF", "PyNNDescent", "hnswlib")
-
-
-def _recall(found: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found.tolist(), exact.tolist(), strict=True)]))
-
-
 def compare(name: str, rows: int, peers: list[str], fraction: float = 0.02) -> Table:
     """Times the self-join: ours before and after every peer, and a ratio to the mean of the two."""
     points = source(name, rows)
@@ -248,7 +85,7 @@ def compare(name: str, rows: int, peers: list[str], fraction: float = 0.02) -> T
     table = Table(f"knn self-join, {_without_folders(name)}, M = {rows:.0e}, D = {points.shape[1]}, k = {K}", [ours])
 
     def run_ours() -> np.ndarray:
-        seconds, (_, indices) = _timed(lambda: knn(points, k=K))
+        seconds, (_, indices) = timed(lambda: knn(points, k=K))
         ours.samples.append(seconds)
         return indices
 
@@ -270,7 +107,7 @@ def compare(name: str, rows: int, peers: list[str], fraction: float = 0.02) -> T
         if peer != "PyNNDescent" and share < 1:
             row.name += f" (build {build:.3g} s + {len(sample)} queries scaled)"
         if peer in APPROXIMATE:
-            row.name += f", recall {_recall(found, exact):.4f}"
+            row.name += f", recall {recall(found, exact):.4f}"
     if not peers:
         run_ours()
     ours.median = statistics.median(ours.samples)
@@ -291,7 +128,7 @@ def compare_on_gpu(name: str, points: torch.Tensor, fraction: float) -> Table:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     for _ in range(3):
-        seconds, (_, indices) = _timed(lambda: knn(points, k=K))
+        seconds, (_, indices) = timed(lambda: knn(points, k=K))
         ours.samples.append(seconds)
     if on_gpu:
         ours.peak_bytes = torch.cuda.max_memory_allocated() - before
@@ -310,20 +147,20 @@ def compare_on_gpu(name: str, points: torch.Tensor, fraction: float) -> Table:
         row.ratio = row.median / ours.median
         if query and share < 1:
             row.name += f" ({len(sample)} queries scaled)"
-        row.name += f", recall {_recall(found, exact):.4f}"
+        row.name += f", recall {recall(found, exact):.4f}"
     return table
 
 
 def parts_of_the_time(points: torch.Tensor) -> str:
     """Where the time of our CUDA kernel goes, and what pruning leaves to do."""
     rows, device = len(points), points.device
-    axes, frame = _timed(lambda: knn_module._Frame(points, float(points.abs().max())))
-    rotation, coordinates = _timed(lambda: frame.coordinates(points))
-    tree, index = _timed(lambda: CudaKnnIndex(points, coordinates))
+    axes, frame = timed(lambda: knn_module._Frame(points, float(points.abs().max())))
+    rotation, coordinates = timed(lambda: frame.coordinates(points))
+    tree, index = timed(lambda: CudaKnnIndex(points, coordinates))
     join = index.self_join(K)
     row, found = (torch.empty(shape, dtype=torch.int64, device=device) for shape in [(rows,), (rows, K)])
     squared = torch.empty((rows, K), dtype=torch.float64, device=device)
-    search, _ = _timed(lambda: join.search(0, join.groups, row, squared, found))
+    search, _ = timed(lambda: join.search(0, join.groups, row, squared, found))
     tested, scanned, again = join.counts.sum(0, dtype=torch.int64).tolist()
     seconds = zip(("axes", "coordinates", "tree", "search"), (axes, rotation, tree, search), strict=True)
     return (
@@ -337,7 +174,7 @@ def agreement(points: torch.Tensor, count: int) -> str:
     rows, on_host = len(points), points.cpu().numpy()
     sample = np.sort(np.random.default_rng(2).permutation(rows)[:count])
     found = knn(points, k=K)[1].cpu().numpy()[sample]
-    expected = _without_self(knn(on_host[sample], on_host, k=K + 1)[1], sample)
+    expected = without_self(knn(on_host[sample], on_host, k=K + 1)[1], sample)
 
     def squared(indices: np.ndarray) -> np.ndarray:
         return np.square(on_host[sample][:, None].astype(np.float64) - on_host[indices]).sum(-1)
@@ -418,7 +255,7 @@ def run_on_gpu(
             print(f"\n{table}\n{parts_of_the_time(points)}", flush=True)
             said = agreement(points, verified) if verified else ""
             print(said, flush=True)
-            write_json(table, out / f"knn-{device}-{Path(name).stem.replace(':', '')}-{rows}.json")
+            record(table, f"knn/{device},{Path(name).stem.replace(':', '')}-{rows}", out)
             done.append(table)
             ratios = " ".join(f"{row.ratio:>9.3g}×" if row.ratio else f"{'skipped':>10}" for row in table.rows[1:])
             seconds = format_seconds(table.rows[0].median or 0)
@@ -440,7 +277,7 @@ def main() -> None:
         "--verify", type=int, default=0, metavar="N",
         help="compare N rows with float64 brute force, time nothing; on a GPU: with our CPU join, besides the times",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files and the printed tables")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables of results")
     options = parser.parse_args()
     torch.set_num_threads(sdw_fast.get_num_threads())
     os.environ.setdefault("OMP_NUM_THREADS", str(sdw_fast.get_num_threads()))
@@ -466,7 +303,7 @@ def main() -> None:
                 table.rows[0].peak_bytes = peak_memory("benchmarks.bench_knn:prepare", data=name, rows=int(rows))
             done.append(table)
             print(f"\n{table}", flush=True)
-            write_json(table, options.out / f"knn-{label}-{int(rows)}.json")
+            record(table, f"knn/{label}-{int(rows)}", options.out)
         if len(done) > 1:
             print(f"\n{growth(done)}", flush=True)
 

@@ -11,7 +11,7 @@ import torch
 
 import sdw_fast
 from benchmarks.model import Problem, compiles, jax_functions, to_jax, weighted_loss
-from benchmarks.table import Table, bench, contender, contenders, measure
+from benchmarks.timing import Table, bench, contender, contenders, measure
 
 Run = Callable[[], Any]
 

@@ -1,7 +1,7 @@
 """The stages of benchmarks/gpu_check.sh that are Python: `python -m benchmarks.gpu STAGE --out FOLDER`.
 
 touch      every op once on small shapes, forward and backward: what compute-sanitizer watches
-ops        every op beside its peers, timed by CUDA events; one table and one JSON file each
+ops        every op beside its peers, timed by CUDA events; one table each
 distill    hopper-medium for real, with the shipped teacher: steps a second, and the return of its clones
 summary    one table of all that was measured
 
@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +29,8 @@ import sdw_fast as sdw
 from benchmarks import bench_behavior_matching, bench_unrolled_bc, bench_weighted_bc_loss
 from benchmarks.model import Problem, cuda_graph
 from benchmarks.profile_distill import random_dataset
-from benchmarks.table import Contender, Sampler, Table, contender, format_seconds, machine, measure, write_json
+from benchmarks.table import append, latest, machine, origin, read
+from benchmarks.timing import Contender, Sampler, Table, contender, format_seconds, measure, record, recorded
 from sdw_fast.policy import orthogonal_parameters
 
 Builders = dict[str, Callable[[Problem], Callable[[], Any]]]
@@ -150,26 +152,26 @@ def outer_step_builders(steps: int) -> Builders:
 
 
 def op_tables(device: str) -> Iterator[tuple[str, Table]]:
-    """Yields (name, table) of every comparison."""
+    """Yields (name, table) of every comparison; a name is "<op>/<device>", and what else tells it apart."""
     real = device != "cpu"
     reference = replace(bench_unrolled_bc.REFERENCE, device=device) if real else TINY
     million = replace(reference, batch=1_000_000) if real else TINY
     elements = replace(reference, batch=16_000_000) if real else TINY
-    yield "ceilings", ceilings(device)
+    yield f"ceilings/{device}", ceilings(device)
     yield (
-        "unrolled_bc",
+        f"unrolled_bc/{device}",
         compare(f"one outer step: {bench_unrolled_bc.describe(reference)}", unrolled_bc_builders(), reference, 20),
     )
     for problem in (reference, million):
         yield (
-            f"behavior_matching-{problem.batch}",
+            f"behavior_matching/{device},M={problem.batch}",
             compare(bench_behavior_matching.describe(problem), behavior_matching_builders(), problem, 5),
         )
     for problem in (reference, elements):
         title = f"weighted_bc_loss, loss and gradient: M = {problem.batch:,}, A = {problem.action}"
-        yield f"weighted_bc_loss-{problem.batch}", compare(title, weighted_bc_loss_builders(), problem, 5)
-    yield "initialization", compare("θ_0: orthogonal weights", initialization_builders(), reference, 5)
-    yield "outer_step", compare("outer step of the papers, whole", outer_step_builders(50_000), reference, 5)
+        yield f"weighted_bc_loss/{device},M={problem.batch}", compare(title, weighted_bc_loss_builders(), problem, 5)
+    yield f"initialization/{device}", compare("θ_0: orthogonal weights", initialization_builders(), reference, 5)
+    yield f"outer_step/{device}", compare("outer step of the papers, whole", outer_step_builders(50_000), reference, 5)
 
 
 def ceilings(device: str) -> Table:
@@ -206,7 +208,7 @@ def ops(out: Path, device: str) -> None:
     print("\n".join(f"{key}: {value}" for key, value in machine().items()), flush=True)
     for name, table in op_tables(device):
         print(f"\n{table}", flush=True)
-        write_json(table, out / f"{name}.json")
+        record(table, name, out)
     if failures:
         raise SystemExit("failed: " + "; ".join(failures))
 
@@ -261,26 +263,27 @@ def distill(out: Path, device: str) -> None:
     assert isinstance(best, sdw.SyntheticDataset)
     results["distilled"] = score(best)
     print(json.dumps(results, indent=2))
-    (out / "distill.json").write_text(json.dumps(results, indent=2) + "\n")
+    append(out / "distill.jsonl", {**results, **origin()})
 
 
 def summary(out: Path, device: str, since: float = 0) -> None:
-    """Prints every row of every JSON file in the folder that is younger than `since`: median, and its ratio to ours."""
+    """Prints every table in the folder that is younger than `since`: a row's median, and its ratio to ours."""
     if device == "cpu":
         print("a dry run on the CPU, tiny shapes: no figure here means anything")
-    young = [path for path in out.glob("*.json") if path.stat().st_mtime >= since]
-    for path in sorted(young, key=lambda path: path.stat().st_mtime):
-        content = json.loads(path.read_text())
-        if "rows" not in content:
+
+    def young(row: dict[str, Any]) -> bool:
+        return datetime.fromisoformat(row["date"]).timestamp() >= since
+
+    for table, origin_of_table in sorted(recorded(out).values(), key=lambda found: found[1]["date"]):
+        if not young(origin_of_table):
             continue
-        print(f"\n{content['title']}")
-        for row in content["rows"]:
-            median = f"skipped ({row['skipped'].splitlines()[0][:50]})" if row["skipped"] else "-"
-            median = format_seconds(row["median"]) if row["median"] else median
-            ratio = f"{row['ratio']:.3g}×" if row["ratio"] else ""
-            print(f"  {row['name'][:60]:<60} {median:>10} {ratio:>8}")
-    if out / "distill.json" in young:
-        results = json.loads((out / "distill.json").read_text())
+        print(f"\n{table.title}")
+        for row in table.rows:
+            median = f"skipped ({row.skipped.splitlines()[0][:50]})" if row.skipped else "-"
+            median = format_seconds(row.median) if row.median else median
+            ratio = f"{row.ratio:.3g}×" if row.ratio else ""
+            print(f"  {row.name[:60]:<60} {median:>10} {ratio:>8}")
+    for results in latest(filter(young, read(out / "distill.jsonl")), "device").values():
         print(f"\nhopper-medium, {results['steps']} outer steps at {results['steps_per_second']:.1f} a second")
         for name in ("random_pairs", "distilled"):
             mean, std = results[name]
@@ -293,9 +296,11 @@ STAGES = {"touch": touch, "ops": ops, "distill": distill, "summary": summary}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the JSON files")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the tables of results"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--since", type=float, default=0, help="of the summary: leave out files older than this time")
+    parser.add_argument("--since", type=float, default=0, help="of the summary: leave out what is older than this time")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU: torch.cuda.is_available() is False")

@@ -2,7 +2,7 @@
 # Everything that a machine with an NVIDIA GPU can tell, in one call of under eight minutes and without a network:
 #   OUT=folder SDW_WHEELS=folder benchmarks/gpu_check.sh
 # builds the extension in place for this GPU, runs the CUDA tests, runs compute-sanitizer over small shapes, times every op
-# beside its peers, distills hopper-medium, and prints one table last. The log and the JSON files go to OUT.
+# beside its peers, distills hopper-medium, and prints one table last. The log and the tables of results go to OUT.
 #
 # Needs nvcc, CMake, a C++ compiler, and a Python (PYTHON, default python3) with torch (CUDA), pybind11, pip, pytest,
 # hypothesis, and what sdw_fast imports. Packages that this Python lacks are taken as wheels from SDW_WHEELS:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.table import Unavailable
+from benchmarks.timing import Unavailable
 
 
 @dataclass(frozen=True)

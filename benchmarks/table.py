@@ -1,25 +1,25 @@
-"""The harness every benchmark shares: interleaved timing, peak memory in a fresh process, one table, one JSON file.
+"""Tables of results, one a study or op: JSON lines in benchmarks/results/<name>.jsonl that are only ever appended to.
 
-contenders = [Contender("sdw_fast", lambda: ours(x)), Contender("peer", lambda: theirs(x))]
-table = measure("op, M = 1000", contenders)       # the first contender is ours: ratios are relative to it
-print(table)
-write_json(table, Path("benchmarks/results/op-reference.json"))
+{"define": "machine", "id": "0a1b2c3d", "value": {"processor": ...}}      what many rows share stands once,
+{"define": "settings", "id": "4e5f6071", "value": {"steps": 2000, ...}}   before the first row that names it
+{"task": ..., "settings": "4e5f6071", "machine": "0a1b2c3d", "date": ..., "commit": ..., ...}
+
+append(path, {"task": ..., "settings": {...}, **origin()})
+rows = read(path)                                       # settings and machine in full again, the oldest row first
+newest = latest(rows, "task")                           # a later row of a key stands for an earlier one
+
+A last line that a killed process left half-written is ignored, and removed by the next `append`.
 """
 
 from __future__ import annotations
 
-import gc
-import importlib
+import fcntl
+import hashlib
 import json
 import os
 import platform
-import resource
-import statistics
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,262 +30,85 @@ import torch
 import sdw_fast
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+SHARED = ("settings", "machine")  # entries of a row that are stored once
 VERSIONS = ("torch", "numpy", "jax", "torchopt", "numba", "faiss-cpu", "scipy", "pykdtree", "scikit-learn")
 
-Builder = Callable[..., Callable[[], object]]
-Sampler = Callable[[Callable[[], object], int], float]  # (run, repeats) -> seconds a call
+Entries = dict[str, Any]  # a row, or a line that defines something
 
 
-class Unavailable(Exception):
-    """Raised by a builder whose peer cannot run here; the message is the reason that the table prints."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One row of a table: a name and a zero-argument call that does the whole work once.
-
-    `threads` is set for torch and sdw_fast before every sample (None: what torch has when the measurement begins);
-    `skipped` is the reason why there is nothing to run.
-    """
-
-    name: str
-    run: Callable[[], object] | None
-    threads: int | None = None
-    skipped: str = ""
-
-
-def contender(name: str, build: Builder, *args: Any, threads: int | None = None) -> Contender:
-    """Builds a contender by `build(*args)`; a missing package or an `Unavailable` peer becomes a skipped row."""
-    try:
-        return Contender(name, build(*args), threads)
-    except (ImportError, Unavailable) as error:
-        return Contender(name, None, threads, str(error) or type(error).__name__)
-
-
-def contenders(
-    builders: Mapping[str, Callable[..., Callable[[], object]]],
-    names: Iterable[str],
-    *args: Any,
-    threads: int | None = None,
-) -> list[Contender]:
-    """Builds the named contenders, each by `builders[name](*args)`."""
-    return [contender(name, builders[name], *args, threads=threads) for name in names]
-
-
-@dataclass
-class Row:
-    """The samples of one contender (seconds a call, one a round) and its median relative to ours."""
-
-    name: str
-    samples: list[float] = field(default_factory=list)
-    median: float | None = None
-    ratio: float | None = None
-    peak_bytes: int | None = None
-    skipped: str = ""
-
-
-@dataclass
-class Table:
-    """Rows in the order of the contenders; ratio > 1 means slower than the first row."""
-
-    title: str
-    rows: list[Row]
-
-    def __getitem__(self, name: str) -> Row:
-        return next(row for row in self.rows if row.name == name)
-
-    def __str__(self) -> str:
-        memory = any(row.peak_bytes is not None for row in self.rows)
-        header = ["", "median", "quartiles", "× ours"] + ["peak memory"] * memory
-        body = [cells(row, memory) for row in self.rows]
-        widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
-        widths[-1] = len(header[-1])  # the reason of a skipped row may run over
-        lines = [
-            f"{line[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
-            for line in [header, *body]
-        ]
-        return "\n".join([self.title, "-" * len(lines[0]), *(line.rstrip() for line in lines)])
-
-
-def cells(row: Row, memory: bool) -> list[str]:
-    """A row as a table shows it: name, median, quartiles, ratio, and peak memory if asked for."""
-    peak = [format_bytes(row.peak_bytes) if row.peak_bytes is not None else ""] * memory
-    if row.skipped:
-        return [row.name, "skipped", "", f"({row.skipped.splitlines()[0][:100]})", *peak]
-    if row.median is None:
-        return [row.name, "", "", "", *peak]
-    low, _, high = statistics.quantiles(row.samples, n=4) if len(row.samples) > 1 else [row.median] * 3
-    quartiles = f"{format_seconds(low)} … {format_seconds(high)}"
-    return [row.name, format_seconds(row.median), quartiles, "" if row.ratio is None else f"{row.ratio:.2f}", *peak]
-
-
-def format_seconds(seconds: float) -> str:
-    """Formats a duration with three significant digits in s, ms or µs."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
-
-
-def format_bytes(size: int) -> str:
-    """Formats a size in MiB (one decimal)."""
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def measure(
-    title: str,
-    contenders: Sequence[Contender],
-    *,
-    budget: float = 30.0,
-    rounds: tuple[int, int] = (5, 50),
-    shortest: float = 0.005,
-    warmup: int = 1,
-    sample: Sampler | None = None,
-) -> Table:
-    """Times all contenders in turns, so that whatever slows the machine down slows all of them.
-
-    Every round takes one sample of each contender; a sample repeats a short call until it lasts `shortest` seconds.
-    The ratio is the median over the rounds of (contender / first contender) within a round.
-
-    Args:
-        title: Heading of the table.
-        contenders: The first that is not skipped is the reference of the ratios: ours.
-        budget: Seconds after which no new round begins, once the smaller number of rounds is done.
-        rounds: The smallest and the largest number of rounds.
-        shortest: Seconds a sample lasts at least.
-        warmup: Untimed calls of each contender beforehand (compilation, caches, thread pools).
-        sample: Times so many calls; returns seconds a call. None: by the host's clock, which suits what a call
-            finishes before it returns.
-    """
-    sample = sample or _sample
-    rows = [Row(c.name, skipped=c.skipped) for c in contenders]
-    runners = [(c, row) for c, row in zip(contenders, rows, strict=True) if c.run is not None]
-    threads = torch.get_num_threads()
-    repeats = {}
-    for c, _ in runners:
-        _set_threads(c.threads or threads)
-        for _ in range(warmup):
-            c.run()
-        repeats[c.name] = max(1, round(shortest / max(sample(c.run, 1), 1e-7)))
-    begin = time.perf_counter()
-    for done in range(rounds[1]):
-        if done >= rounds[0] and time.perf_counter() - begin > budget:
-            break
-        for c, row in runners:
-            _set_threads(c.threads or threads)
-            row.samples.append(sample(c.run, repeats[c.name]))
-    _set_threads(threads)
-    for _, row in runners:
-        row.median = statistics.median(row.samples)
-        row.ratio = statistics.median(a / b for a, b in zip(row.samples, runners[0][1].samples, strict=True))
-    return Table(title, rows)
-
-
-def bench(benchmark: Any, contender: Contender) -> None:
-    """Runs one contender under pytest-benchmark's fixture; a skipped row becomes a skipped test with its reason."""
-    if contender.run is None:
-        import pytest
-
-        pytest.skip(contender.skipped)
-    benchmark.pedantic(contender.run, rounds=5, warmup_rounds=1)
-
-
-def _sample(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of one call, the garbage collector held back."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        return (time.perf_counter() - begin) / repeats
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _set_threads(threads: int) -> None:
-    torch.set_num_threads(threads)
-    sdw_fast.set_num_threads(threads)
-
-
-def peak_memory(build: str, **arguments: Any) -> int:
-    """Returns the bytes of resident memory that one call needs at its peak beyond what was there before it.
-
-    Measured in a fresh process, where no allocator holds pages of an earlier call. Inputs, imports and libraries
-    belong to what was there before.
-
-    Args:
-        build: "module:function"; `function(**arguments)` prepares the inputs and returns the zero-argument call.
-        arguments: JSON-serializable.
+def read(path: Path) -> list[Entries]:
+    """All rows of a table, the oldest first, settings and machine in full; none where there is no file.
 
     Raises:
-        Unavailable: the builder raised it, or a package is missing.
-        RuntimeError: the process failed otherwise (for one, it was killed for want of memory).
+        ValueError: a line is damaged (a half-written last one is not: it is left out).
     """
-    command = [sys.executable, "-m", "benchmarks.table", build, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{build} ended with {done.returncode}: {done.stderr[-500:]}")
-    answer = json.loads(done.stdout.splitlines()[-1])
-    if "unavailable" in answer:
-        raise Unavailable(answer["unavailable"])
-    return int(answer["bytes"])
+    lines, _ = _lines(path.read_bytes() if path.exists() else b"", path)
+    values: dict[tuple[str, str], Any] = {}
+    rows = []
+    for line in lines:
+        if "define" in line:
+            values[line["define"], line["id"]] = line["value"]
+        else:
+            rows.append({key: values[key, value] if key in SHARED else value for key, value in line.items()})
+    return rows
 
 
-def with_memory(table: Table, names: Iterable[str], build: str) -> Table:
-    """Adds to the rows of these names, unless skipped, the peak memory of the call that `build(name=…)` returns."""
-    for row in table.rows:
-        if row.name in names and not row.skipped:
-            row.peak_bytes = peak_memory(build, name=row.name)
-    return table
+def append(path: Path, row: Entries) -> None:
+    """Adds one row, and before it its settings and its machine where they are new to the table.
 
-
-def _peak_memory_of_call(build: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The other end of `peak_memory`, in the fresh process."""
-    module, function = build.split(":")
-    try:
-        run = getattr(importlib.import_module(module), function)(**arguments)
-    except (ImportError, Unavailable) as error:
-        return {"unavailable": str(error)}
-    gc.collect()
-    before = _reset_peak()
-    run()
-    return {"bytes": max(0, _peak() - before)}
-
-
-def _reset_peak() -> int:
-    """Forgets the peak so far where the system can (Linux); returns the bytes resident now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return _peak()
-
-
-def _peak() -> int:
-    """Largest resident size so far, in bytes.
-
-    Linux keeps it per address space in VmHWM; ru_maxrss would also count the parent's size at the moment of the fork.
+    Several processes may append at the same time.
     """
-    try:
-        return _status("VmHWM")
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        content = file.read()
+        lines, size = _lines(content, path)
+        known = {(line["define"], line["id"]) for line in lines if "define" in line}
+        new, stored = [], dict(row)
+        for key in SHARED:
+            if key in row:
+                stored[key] = hashlib.sha256(json.dumps(row[key], sort_keys=True).encode()).hexdigest()[:8]
+                if (key, stored[key]) not in known:
+                    new.append({"define": key, "id": stored[key], "value": row[key]})
+        file.truncate(size)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*new, stored])
+        file.write(b"\n" * (size > 0 and content[size - 1 : size] != b"\n") + text.encode())
 
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) * 1024
+def latest(rows: Iterable[Entries], *keys: str) -> dict[Any, Entries]:
+    """The last row of each value of a key, or of each tuple of several keys' values."""
+    return {row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys): row for row in rows}
 
 
-def machine() -> dict[str, Any]:
-    """Describes where the figures come from: processor, instruction set, threads, versions, date, commit."""
-    config = sdw_fast.config()
+def _lines(content: bytes, path: Path) -> tuple[list[Entries], int]:
+    """The lines of a table, and where the last complete one ends."""
+    lines, end = [], 0
+    for number, text in enumerate(content.splitlines(keepends=True), start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:  # of JSON or of UTF-8
+            if text.endswith(b"\n"):
+                raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+            break
+        end += len(text)
+    return lines, end
+
+
+def origin() -> Entries:
+    """Where a row comes from: date, commit, and the machine."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "machine": machine(),
+    }
+
+
+def machine() -> Entries:
+    """Processor, instruction set, threads and versions."""
+    config = sdw_fast.config()
+    return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -317,25 +140,3 @@ def _git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def write_json(table: Table, path: Path) -> None:
-    """Writes a table and the machine as JSON."""
-    write_text(path, json.dumps({"machine": machine(), **asdict(table)}, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
-if __name__ == "__main__":
-    print(json.dumps(_peak_memory_of_call(sys.argv[1], json.loads(sys.argv[2]))))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import sdw_fast
-from benchmarks import bench_behavior_matching, bench_unrolled_bc, bench_weighted_bc_loss, gpu, table
+from benchmarks import bench_behavior_matching, bench_unrolled_bc, bench_weighted_bc_loss, gpu, run, table, timing
 from benchmarks.model import Problem, arrays
 
 SUITES = {
@@ -41,7 +40,7 @@ def test_contenders_agree_with_the_twin(op: str, name: str, monkeypatch: pytest.
     # The compiler proper takes half a minute a graph; tracing alone already shows whether the right thing is traced.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(bench_behavior_matching, "CHUNK", 4)
-    contender = table.contender(name, SUITES[op].CONTENDERS[name], TINY)
+    contender = timing.contender(name, SUITES[op].CONTENDERS[name], TINY)
     if contender.run is None:
         pytest.skip(contender.skipped)
     tolerance = 1e-5 if "JAX" in name else 1e-12  # JAX computes in single precision unless a global switch is thrown
@@ -74,8 +73,8 @@ def test_every_stage_of_the_gpu_check_runs(tmp_path: Path, monkeypatch: pytest.M
     gpu.touch(tmp_path, "cpu")
     gpu.ops(tmp_path, "cpu")
     gpu.summary(tmp_path, "cpu")
-    content = json.loads((tmp_path / "unrolled_bc.json").read_text())
-    skipped = [row["name"] for row in content["rows"] if row["skipped"]]
+    recorded, _ = timing.recorded(tmp_path)["unrolled_bc/cpu"]
+    skipped = [row.name for row in recorded.rows if row.skipped]
     assert all("CUDA graph" in name or "JAX" in name for name in skipped)
     assert not gpu.failures
 
@@ -127,14 +126,14 @@ def test_measure_interleaves_and_relates_to_the_first(monkeypatch: pytest.Monkey
 
         return run
 
-    monkeypatch.setattr(table.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def missing() -> Any:
-        raise table.Unavailable("not here")
+        raise timing.Unavailable("not here")
 
-    rows = [table.Contender("ours", work("ours", 1.0)), table.Contender("peer", work("peer", 3.0))]
-    rows.append(table.contender("absent", missing))
-    result = table.measure("work", rows, budget=0, rounds=(4, 9))
+    rows = [timing.Contender("ours", work("ours", 1.0)), timing.Contender("peer", work("peer", 3.0))]
+    rows.append(timing.contender("absent", missing))
+    result = timing.measure("work", rows, budget=0, rounds=(4, 9))
     assert order[4:] == ["ours", "peer"] * 4  # after a warmup and a trial of each
     assert result["ours"].ratio == 1
     assert result["peer"].ratio == pytest.approx(3)
@@ -148,7 +147,7 @@ def test_measure_sets_and_restores_threads() -> None:
     before = torch.get_num_threads()
     seen: list[tuple[int, int]] = []
     run = lambda: seen.append((torch.get_num_threads(), sdw_fast.get_num_threads()))  # noqa: E731
-    table.measure("threads", [table.Contender("one", run, threads=1)], budget=0, rounds=(1, 1), shortest=0)
+    timing.measure("threads", [timing.Contender("one", run, threads=1)], budget=0, rounds=(1, 1), shortest=0)
     assert set(seen) == {(1, 1)}
     assert torch.get_num_threads() == sdw_fast.get_num_threads() == before
 
@@ -160,18 +159,34 @@ def one_array(megabytes: int) -> Any:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured exactly only on Linux")
 def test_peak_memory_sees_a_temporary() -> None:
-    assert 60 < table.peak_memory("tests.test_benchmarks:one_array", megabytes=64) / 2**20 < 80
+    assert 60 < timing.peak_memory("tests.test_benchmarks:one_array", megabytes=64) / 2**20 < 80
 
 
 def test_peak_memory_passes_on_what_is_unavailable_and_what_fails() -> None:
     with pytest.raises(RuntimeError, match="no_such_builder"):
-        table.peak_memory("benchmarks.model:no_such_builder")
+        timing.peak_memory("benchmarks.model:no_such_builder")
 
 
-def test_json_is_complete(tmp_path: Path) -> None:
-    result = table.measure("t", [table.Contender("ours", lambda: None)], budget=0, rounds=(2, 2), shortest=0)
-    table.write_json(result, tmp_path / "new" / "t.json")
-    document = json.loads((tmp_path / "new" / "t.json").read_text())
-    assert len(document["rows"][0]["samples"]) == 2
-    assert {"processor", "instruction_set", "threads", "versions", "date", "commit"} <= document["machine"].keys()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.json"]
+def test_a_recorded_table_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = [
+        timing.measure(title, [timing.Contender("ours", lambda: None)], budget=0, rounds=(2, 2), shortest=0)
+        for title in ("first", "second")
+    ]
+    tables[1].rows.append(timing.Row("peer", skipped="not here"))
+    for measured in tables:
+        timing.record(measured, "op/N=1", tmp_path)
+    timing.record(tables[0], "other/reference", tmp_path)
+    assert [row["title"] for row in table.read(tmp_path / "op.jsonl")] == ["first", "second"]  # nothing is lost
+    found = timing.recorded(tmp_path)
+    assert found.keys() == {"op/N=1", "other/reference"}
+    assert found["op/N=1"][0] == tables[1]  # the newest, with every sample
+    assert {"date", "commit", "machine"} <= found["op/N=1"][1].keys()
+    run.show(tmp_path, "op/")
+    printed = capsys.readouterr().out
+    assert str(tables[1]) in printed
+    assert "first" not in printed
+
+
+def test_every_recorded_table_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    run.show(table.RESULTS, "")
+    assert capsys.readouterr().out.count("\nsdw_fast ") == len(timing.recorded())

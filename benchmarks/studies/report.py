@@ -1,0 +1,81 @@
+"""How studies show their results: tables in Markdown, on the page for people, and pictures of few colors."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.table import ROOT
+
+DOCS = ROOT / "docs"
+PAGE = DOCS / "results.md"
+
+Pair = tuple[Sequence[float], Sequence[float]]  # returns of a method's seeds, and of its rival's
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def fill(name: str, text: str, page: Path | None = None) -> None:
+    """Puts a table onto a page, between the lines <!-- name --> and <!-- /name -->.
+
+    Raises:
+        ValueError: the page has no such lines.
+    """
+    page = page or PAGE
+    pattern = re.compile(f"(<!-- {name} -->\n\n).*?(\n\n<!-- /{name} -->)", re.DOTALL)
+    content, found = pattern.subn(lambda lines: lines[1] + text + lines[2], page.read_text())
+    if found != 1:
+        raise ValueError(f"{page} has no lines <!-- {name} --> and <!-- /{name} --> to put the table between")
+    write(page, content)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def save_picture(figure: Figure, path: Path, dpi: int = 120, colors: int = 128) -> None:
+    """Draws a figure as a PNG with a palette, which is a fifth of its size in full color."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    palette = Image.open(drawn).convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+    palette.save(path, optimize=True)
+
+
+def standard_error(values: Sequence[float] | np.ndarray) -> float:
+    """Of the mean of values; NaN of one."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def mean_and_error(values: Sequence[float], expected: int) -> str:
+    """Mean ± standard error; in brackets the number of values where it is not the expected one."""
+    if not values:
+        return "missing"
+    error = f" ± {standard_error(values):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{error}" + (f" ({len(values)})" if len(values) < expected else "")
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> str:
+    """Difference of two means ± its standard error, where both have one."""
+    return mean_difference([(values, others)])
+
+
+def mean_difference(pairs: Sequence[Pair]) -> str:
+    """Mean over the pairs of the difference of their two means ± its standard error, where all have one."""
+    text = f"{np.mean([np.mean(values) - np.mean(others) for values, others in pairs]):+.1f}"
+    error = math.hypot(*(standard_error(values) for pair in pairs for values in pair)) / len(pairs)
+    return text if math.isnan(error) else f"{text} ± {error:.1f}"

@@ -1,0 +1,130 @@
+"""What the studies do with the package: choose, distill, clone, run. Everything here takes and returns its objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sdw_fast as sdw
+from benchmarks.studies import cells, tasks
+from benchmarks.studies.cells import Cell
+from sdw_fast.data import TransitionDataset, normalize_actions
+from sdw_fast.policy import MLPPolicy, orthogonal_parameters
+from sdw_fast.synthetic import SyntheticDataset, choose_pairs, real_pairs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def one_thread() -> None:
+    """For a process that is one of as many as there are cores."""
+    torch.set_num_threads(1)
+    sdw.set_num_threads(1)
+
+
+def synthetic_sets(together: Sequence[Cell]) -> list[SyntheticDataset]:
+    """The set of each cell, which differ in the seed only: real pairs, or distilled, several seeds in one run."""
+    task, method, _ = together[0]
+    data, teacher = tasks.dataset(task), tasks.teacher(task)
+    configs = [cells.config(cell) for cell in together]
+    if method in cells.PAIRS:
+        return [chosen_pairs(data, teacher, config) for config in configs]
+    n_runs = None if len(together) == 1 else len(together)
+    distiller = sdw.Distiller(data, teacher, configs[0], device=DEVICE, n_runs=n_runs)
+    distiller.run(cells.folder(together), progress=False)
+    if n_runs:
+        for cell, synthetic in zip(together, distiller.sets, strict=True):
+            synthetic.save(cells.run_folder(cell) / "last.npz")
+    return distiller.sets
+
+
+def chosen_pairs(data: TransitionDataset, teacher: sdw.Teacher | None, config: sdw.DistillConfig) -> SyntheticDataset:
+    """Real pairs, chosen as a distillation chooses those that it starts from."""
+    rng = np.random.default_rng(config.seed)
+    rows = choose_pairs(data, config.size, method=config.init, teacher=teacher, rng=rng)
+    return real_pairs(data, rows, config.to_dict())
+
+
+def distilled(cell: Cell) -> SyntheticDataset | None:
+    """The set that the suite distilled for a cell; None if it does not lie here."""
+    file = cells.run_folder(cell) / "last.npz"
+    return SyntheticDataset.load(file) if file.exists() else None
+
+
+def distilling_seconds(together: Sequence[Cell]) -> float:
+    """Seconds of all outer steps of a distillation, those that earlier calls took too; 0 if there are none."""
+    log = next(cells.folder(together).rglob("metrics.jsonl"), None)
+    return sum(json.loads(line)["seconds"] for line in log.read_text().splitlines()) if log else 0.0
+
+
+def clone_dataset(data: TransitionDataset, seed: int) -> MLPPolicy:
+    """Behavior cloning on a whole dataset: the suite's network, Adam with a cosine schedule."""
+    config = sdw.DistillConfig(**cells.SETTINGS)
+    *_, params = cloning(data, seed, hidden=config.hidden, gain=config.gain, schedule="cosine", **cells.BC)
+    return policy_of(params, data)
+
+
+def cloning(
+    data: TransitionDataset,
+    seed: int,
+    *,
+    hidden: Sequence[int],
+    gain: float,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    schedule: str = "constant",
+) -> Iterator[list[Tensor]]:
+    """Behavior cloning on a whole dataset by Adam on minibatches; yields the parameters after every step."""
+    generator = torch.Generator().manual_seed(seed)
+    states, actions = normalized_pairs(data)
+    params = [p.requires_grad_() for p in initial(states.shape[1], hidden, actions.shape[1], gain, generator)]
+    optimizer = torch.optim.Adam(params, lr, fused=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if schedule == "cosine" else None
+    ones = torch.ones(batch_size)
+    for _ in range(steps):
+        rows = torch.randint(len(states), (batch_size,), generator=generator)
+        optimizer.zero_grad()
+        sdw.ops.behavior_matching(params, states[rows], actions[rows], ones).backward()
+        optimizer.step()
+        if cosine:
+            cosine.step()
+        yield params
+
+
+def initial(inputs: int, hidden: Sequence[int], outputs: int, gain: float, generator: torch.Generator) -> list[Tensor]:
+    """Parameters as every policy of the package starts with."""
+    return orthogonal_parameters((inputs, *hidden, outputs), gain=gain, generator=generator)
+
+
+def normalized_pairs(pairs: TransitionDataset | SyntheticDataset) -> tuple[Tensor, Tensor]:
+    """States and actions as a policy's network sees them."""
+    states, actions = pairs.normalized_observations, normalized_actions(pairs.actions, pairs)
+    return torch.from_numpy(states), torch.from_numpy(actions)
+
+
+def normalized_actions(actions: np.ndarray, units: TransitionDataset | SyntheticDataset) -> np.ndarray:
+    return normalize_actions(actions, *_bounds(units))
+
+
+def policy_of(params: list[Tensor], units: TransitionDataset | SyntheticDataset) -> MLPPolicy:
+    """The policy with these parameters, in the units of a dataset or of a set."""
+    low, high = _bounds(units)
+    scaling = {"mean": units.normalizer.mean, "scale": units.normalizer.scale}
+    return MLPPolicy(params, **scaling, action_low=low, action_high=high)
+
+
+def _bounds(units: TransitionDataset | SyntheticDataset) -> tuple[Any, Any]:
+    return units.action_bounds if isinstance(units, TransitionDataset) else (units.action_low, units.action_high)
+
+
+def normalized_returns(policy: Any, data: TransitionDataset, episodes: int, seed: int) -> np.ndarray:
+    """D4RL-normalized returns of a policy's episodes, whose seeds are `seed` and those that follow."""
+    assert data.env_id is not None
+    evaluation = sdw.evaluate(policy, data.env_id, episodes=episodes, seed=seed)
+    assert evaluation.normalized is not None
+    return evaluation.normalized

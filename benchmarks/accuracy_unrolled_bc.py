@@ -178,7 +178,7 @@ def main() -> None:
         print(f"{what:<66}  {value:>12}  {bound:>10}  {'ok' if holds else 'FAILS'}", flush=True)
         failed.extend([] if holds else [what])
 
-    config = sdw_fast.config()
+    config = sdw_fast.show_config("dicts")
     where = f"{config['instruction_set']}, {config['threads']} threads, torch {torch.__version__}"
     print(f"unrolled_bc, backend {backend!r}, {where}")
     print(f"{'relative error against float64':<66}  {'measured':>12}  {'bound':>10}")

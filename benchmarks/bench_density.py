@@ -15,6 +15,7 @@ import pytest
 
 import sdw_fast as sdw
 from benchmarks.timing import Table, bench, contender, contenders, measure, peak_memory
+from sdw_fast import density
 
 Run = Callable[[], Any]
 
@@ -30,17 +31,17 @@ def states(count: int) -> np.ndarray:
 
 def ours(count: int) -> Run:
     """The default: exact neighbors, k = 10."""
-    return partial(sdw.knn_log_density, states(count))
+    return partial(density.knn_log_density, states(count))
 
 
 def subsampled(count: int) -> Run:
     """Neighbors among a random tenth of the states."""
-    return partial(sdw.knn_log_density, states(count), references=count // 10)
+    return partial(density.knn_log_density, states(count), references=count // 10)
 
 
 def flow(count: int) -> Run:
     """One epoch of the flow; a fit takes tens of them."""
-    return partial(sdw.flow_log_density, states(count), max_epochs=1)
+    return partial(density.flow_log_density, states(count), max_epochs=1)
 
 
 def scipy_kernel(count: int) -> Run:

@@ -68,7 +68,7 @@ def _without_folders(name: str) -> str:
 
 
 def _states(name: str) -> np.ndarray:
-    return np.load(name) if name.endswith(".npy") else sdw_fast.load_dataset(name).normalized_observations
+    return np.load(name) if name.endswith(".npy") else sdw_fast.load_dataset(name).normalized_observations()
 
 
 def _standardized(points: np.ndarray) -> np.ndarray:

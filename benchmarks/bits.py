@@ -83,10 +83,9 @@ def main() -> None:
         sets[f"sdw, run {run} of 2"] = syn
     for name, syn in sets.items():
         show(name, syn.observations, syn.actions)
-    with tempfile.TemporaryDirectory() as folder:
-        with np.load(sets["sdw"].save(Path(folder) / "set.npz"), allow_pickle=False) as file:
-            arrays = ("observations", "actions", "mean", "scale", "action_low", "action_high")
-            show("saved set", *(file[name] for name in arrays))
+    arrays = ("observations", "actions", "mean", "scale", "action_low", "action_high")
+    with tempfile.TemporaryDirectory() as folder, np.load(sets["sdw"].save(Path(folder) / "set.npz")) as file:
+        show("saved set", *(file[name] for name in arrays))
     policy = sdw.behavior_clone(sets["sdw"], seed=3)
     with torch.no_grad():
         show("cloned policy", policy(torch.from_numpy(observations)).numpy())

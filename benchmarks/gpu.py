@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,8 @@ from benchmarks.model import Problem, cuda_graph
 from benchmarks.profile_distill import random_dataset
 from benchmarks.table import append, latest, machine, origin, read
 from benchmarks.timing import Contender, Sampler, Table, contender, format_seconds, measure, record, recorded
-from sdw_fast.policy import orthogonal_parameters
+from sdw_fast.networks import orthogonal_parameters
+from sdw_fast.run import new_distiller, run
 
 Builders = dict[str, Callable[[Problem], Callable[[], Any]]]
 
@@ -122,7 +122,7 @@ def initialization_builders() -> Builders:
     def draw(problem: Problem, runs: int) -> Callable[[], Any]:
         generators = [torch.Generator(problem.device).manual_seed(seed) for seed in range(runs)]
         sizes = (problem.state, *problem.hidden, problem.action)
-        return lambda: orthogonal_parameters(sizes, gain=1.0, generator=generators)
+        return lambda: orthogonal_parameters(sizes, gain=1.0, generators=generators)
 
     def householder(problem: Problem) -> Callable[[], Any]:
         normal = [problem.normal(max(layer), min(layer)) for layer in problem.layers]
@@ -136,14 +136,14 @@ def initialization_builders() -> Builders:
 
 
 def outer_step_builders(steps: int) -> Builders:
-    """The whole outer step in the papers' configuration, as Distiller.run takes it."""
+    """The whole outer step in the papers' configuration, as a run takes it."""
 
     def step(problem: Problem, n_runs: int | None) -> Callable[[], Any]:
-        config = sdw.DistillConfig.paper(
-            objective="dbc", size=problem.size, hidden=problem.hidden, inner_steps=problem.steps, steps=steps
+        config = sdw.DistillConfig.preset(
+            "paper", objective="dbc", size=problem.size, hidden=problem.hidden, inner_steps=problem.steps, steps=steps
         )
         data = random_dataset(1_000_000 if problem.device != "cpu" else 1_000)
-        return sdw.Distiller(data, None, config, device=problem.device, n_runs=n_runs)._advance
+        return new_distiller(data, None, config, device=problem.device, n_runs=n_runs).advance
 
     return {
         "sdw_fast": partial(step, n_runs=None),
@@ -246,9 +246,9 @@ def distill(out: Path, device: str) -> None:
     settings: dict[str, Any] = {"size": 256} if real else {"size": 8, "hidden": (8,), "inner_steps": 3}
     sdw.collect("hopper/medium", steps=transitions, seed=0, overwrite=True)
     data = sdw.load_dataset("hopper/medium")
-    teacher = sdw.Teacher.load(files("sdw_fast") / "assets" / "hopper-medium-teacher.safetensors")
+    teacher = sdw.Teacher.pretrained("hopper/medium")
     config = sdw.DistillConfig(objective="sdw", steps=steps, **settings)
-    distiller = sdw.Distiller(data, teacher, config, device=device)
+    distiller = new_distiller(data, teacher, config, device=device)
     results: dict[str, Any] = {"transitions": transitions, "steps": steps, "device": device, **settings}
 
     def score(pairs: sdw.SyntheticDataset) -> list[float]:
@@ -258,9 +258,8 @@ def distill(out: Path, device: str) -> None:
     results["random_pairs"] = score(distiller.synthetic)  # what a distillation starts from
     distiller.step()
     began = time.perf_counter()
-    best = distiller.run()
+    best = run(distiller)[0]
     results["steps_per_second"] = (steps - 1) / (time.perf_counter() - began)
-    assert isinstance(best, sdw.SyntheticDataset)
     results["distilled"] = score(best)
     print(json.dumps(results, indent=2))
     append(out / "distill.jsonl", {**results, **origin()})

@@ -1,6 +1,6 @@
 """Where an outer step of the distillation loop goes: `python -m benchmarks.profile_distill`.
 
-Runs `Distiller.run` with a folder, metrics and checkpoints, as a user does, under Python's profiler,
+Runs a distillation with a folder, metrics and checkpoints, as a user does, under Python's profiler,
 and prints the share of the time spent outside the compiled kernels and what it went to. The profiler slows Python
 down and the kernels not, so that the share printed is an upper bound.
 """
@@ -13,12 +13,14 @@ import importlib
 import pstats
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import sdw_fast as sdw
 from sdw_fast import _C
+from sdw_fast.run import new_distiller, run
 
 
 def random_dataset(transitions: int) -> sdw.TransitionDataset:
@@ -62,25 +64,25 @@ def main() -> None:
     options = parser.parse_args()
     data = random_dataset(options.transitions)
     settings = sdw.DistillConfig(objective="dbc", inner_width=None, steps=options.steps, checkpoint_every=20)
-    distiller = sdw.Distiller(data, None, settings)
+    distiller = new_distiller(data, None, settings)
     distiller.step()
     for op in ("unrolled_bc", "behavior_matching"):
         importlib.import_module(f"sdw_fast.ops.{op}")._C = TimedKernels(_C)  # type: ignore[attr-defined]
     profile = cProfile.Profile()
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        profile.runcall(distiller.run, folder, progress=False)
+        profile.runcall(run, distiller, folder, progress=False)
         seconds = time.perf_counter() - began
     steps = options.steps - 1
     inside = TimedKernels.seconds
     calls = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    spent_in = callees(calls, ("step", "run"))
+    spent_in = callees(calls, ("advance", "fetch", "run"))
     opening = spent_in.pop("__init__", 0.0)  # of the run's folder, once a run: TensorBoard's import
     seconds -= opening
     print(f"opening the run's folder, once: {opening:.2f} s")
     print(f"an outer step, dataset of {options.transitions:,} rows, mean of {steps}: {seconds / steps * 1e3:.1f} ms")
     print(f"in the kernels: {inside / seconds:.2%}; outside: {1 - inside / seconds:.2%}")
-    print("\ncalled by Distiller.step and Distiller.run, kernels included:")
+    print("\ncalled by the loop and its steps, kernels included:")
     for name, spent in sorted(spent_in.items(), key=lambda item: -item[1])[:14]:
         print(f"  {spent / steps * 1e3:9.3f} ms a step  {spent / seconds:7.2%}  {name}")
 
@@ -90,7 +92,7 @@ def callees(calls: dict, names: tuple[str, ...]) -> dict[str, float]:
     total: dict[str, float] = {}
     for (_, _, callee), (_, _, _, _, callers) in calls.items():
         for (file, _, caller), (_, _, _, spent) in callers.items():
-            if file.endswith("distill.py") and caller in names and callee not in names:
+            if Path(file).name in ("distiller.py", "run.py") and caller in names and callee not in names:
                 total[callee] = total.get(callee, 0.0) + spent
     return total
 

@@ -107,7 +107,7 @@ def origin() -> Entries:
 
 def machine() -> Entries:
     """Processor, instruction set, threads and versions."""
-    config = sdw_fast.config()
+    config = sdw_fast.show_config("dicts")
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -133,7 +133,7 @@ def config(cell: Cell) -> DistillConfig:
     """What a cell's set is distilled, or its pairs are chosen, with."""
     _, method, seed = cell
     if method == "sdw-paper":
-        return DistillConfig.paper(steps=FULL_WIDTH_STEPS, seed=seed)
+        return DistillConfig.preset("paper", steps=FULL_WIDTH_STEPS, seed=seed)
     return DistillConfig(**{**SETTINGS, **OWN.get(method, {"objective": method}), "seed": seed})
 
 

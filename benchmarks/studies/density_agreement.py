@@ -142,8 +142,8 @@ def main() -> None:
         ]
         choices.append([name] + [f"{spearmanr(a, b)[0]:.2f}" for a, b in variants])
 
-        measured = sdw.diversity(data)
-        estimated = [f"{sdw.estimate_dimension(states, k):.1f}" for k in (5, 10, 20, 50)]
+        measured = sdw.diversity.diversity(data)
+        estimated = [f"{sdw.diversity.estimate_dimension(states, k):.1f}" for k in (5, 10, 20, 50)]
         dimensions.append([name, str(measured.dimension), f"{measured.participation_ratio:.1f}", *estimated])
         candidates = {
             "knn, ambient": logd["knn"],

@@ -29,9 +29,8 @@ import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import cells, report, tasks, work
 from benchmarks.studies.report import markdown, mean_and_error, standard_error
-from sdw_fast.data import TransitionDataset
+from sdw_fast import MLPPolicy, SyntheticDataset, TransitionDataset
 from sdw_fast.density import DensityWeights
-from sdw_fast.synthetic import SyntheticDataset
 
 TABLE = table.RESULTS / "diversity.jsonl"
 ENVS = ("hopper", "walker2d")
@@ -57,7 +56,7 @@ def clone_in_stages(data: TransitionDataset, seed: int) -> list[tuple[float, flo
         if step in STOPS:
             with torch.no_grad():
                 loss = sdw.ops.behavior_matching(params, states, actions, ones)
-            returns = work.normalized_returns(work.policy_of(params, data), data, EPISODES, seed)
+            returns = work.normalized_returns(MLPPolicy(params, data.units), data, EPISODES, seed)
             reached.append((float(loss), float(returns.mean())))
     return reached
 
@@ -69,7 +68,8 @@ def measure_ranking(case: tuple[str, str]) -> None:
     data = tasks.dataset(f"{env}/{quality}")
     reached = [clone_in_stages(data, seed=cells.TEST_SEED + i * EPISODES) for i in range(POLICIES)]
     row = {"part": "ranking", "env": env, "quality": quality, "stops": STOPS, "reached": reached}
-    row |= {"diversity": sdw.diversity(data).to_dict(), "mean_return": data.summary().get("normalized_return_mean")}
+    measured = sdw.diversity.diversity(data).to_dict()
+    row |= {"diversity": measured, "mean_return": data.summary().get("normalized_return_mean")}
     table.append(TABLE, {**row, **table.origin()})
 
 
@@ -175,7 +175,7 @@ def _along_an_episode(task: str) -> dict[str, list[float]]:
     columns = {"share": (count / len(data)).tolist()}
     for k in SCALES:
         columns[f"weight, k = {k}"] = mean(_weights(data, k).weights)
-    targets = work.normalized_actions(tasks.teacher(task).actions(data.observations), data)
+    targets, _ = tasks.teacher(task).label(data.observations, data.units, values=False)
     for method in ("av-pbc", "sdw"):
         if errors := [_errors(pairs, data, targets) for pairs in _sets(task, method)]:
             columns[f"error, {cells.METHODS[method]}"] = mean(np.mean(errors, axis=0))
@@ -189,11 +189,11 @@ def _weights(data: TransitionDataset, k: int) -> DensityWeights:
 
 def _errors(pairs: SyntheticDataset, data: TransitionDataset, targets: np.ndarray) -> np.ndarray:
     """Squared distance from the targets, mean over actions and over policies cloned on a set: (M,)."""
-    states = torch.from_numpy(data.observations)
+    observations, units = torch.from_numpy(data.observations), data.units.require_actions()
     errors = []
     for seed in range(POLICIES):
         with torch.no_grad():
-            actions = work.normalized_actions(sdw.behavior_clone(pairs, seed=seed)(states).numpy(), data)
+            actions = units.normalize(sdw.behavior_clone(pairs, seed=seed)(observations).numpy())
         errors.append(((actions - targets) ** 2).mean(1))
     return np.mean(errors, axis=0)
 
@@ -210,7 +210,7 @@ def sets() -> str:
     for task in tasks.TASKS:
         covered, random = _covered_and_random(task)
         for method in ("random", *cells.DISTILLED):
-            found = [random] if method == "random" else [p.normalized_observations for p in _sets(task, method)]
+            found = [random] if method == "random" else [p.normalized()[0] for p in _sets(task, method)]
             measured = [_spread(points, covered) for points in found]
             figures = {name: float(np.mean([m[name] for m in measured])) for name in measured[0]} if measured else None
             if figures and figures != known.get((task, method), {}).get("spread"):
@@ -246,9 +246,9 @@ def _covered_and_random(task: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spread(points: np.ndarray, covered: np.ndarray) -> dict[str, float]:
-    figures: dict[str, Any] = sdw.diversity(points).to_dict()
+    figures: dict[str, Any] = sdw.diversity.diversity(points).to_dict()
     kept = {name: figures[name] for name in ("entropy", "participation_ratio", "neighbor_distance")}
-    return kept | {"coverage": sdw.coverage(covered, points, k=NEIGHBORHOOD)}
+    return kept | {"coverage": sdw.diversity.coverage(covered, points, k=NEIGHBORHOOD)}
 
 
 def write_page() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import cells, report, tasks, work
-from sdw_fast.synthetic import SyntheticDataset
+from sdw_fast import MLPPolicy, SyntheticDataset
 
 TABLE = table.RESULTS / "generalization.jsonl"
 TASKS, METHODS, SEED = ("hopper/medium", "walker2d/medium"), ("av-pbc", "sdw"), 0
@@ -81,7 +81,7 @@ def with_optimizer(make: Callable[[Any], torch.optim.Optimizer], steps: int, res
         states, actions = work.normalized_pairs(synthetic)
         generator = torch.Generator().manual_seed(seed)
         sizes = states.shape[1], config["hidden"], actions.shape[1]
-        policy = work.policy_of(work.initial(*sizes, config["gain"], generator), synthetic)
+        policy = MLPPolicy(work.initial(*sizes, config["gain"], generator), synthetic.units)
         if residual:
             policy.net = Residual(sizes[0], sizes[-1], config["gain"], generator)  # type: ignore[assignment]
         optimizer = make(policy.parameters())
@@ -114,7 +114,7 @@ def variants(config: dict[str, Any]) -> dict[str, Train]:
         "width 128": with_hidden(*[128] * 3),
         "width 512": with_hidden(*[512] * 3),
         "residual MLP": with_optimizer(lambda p: sgd(p, lr, momentum), steps, residual=True),
-        "4 × the steps": lambda synthetic, seed: sdw.behavior_clone(synthetic, steps=4 * steps, seed=seed),
+        "4 × the steps": lambda synthetic, seed: sdw.behavior_clone(synthetic, inner_steps=4 * steps, seed=seed),
         "SGD without momentum": with_optimizer(lambda p: sgd(p, 5 * lr), steps),
         "Adam": with_optimizer(lambda p: torch.optim.Adam(p, 1e-3), 2 * steps),
         "AdamW": with_optimizer(lambda p: torch.optim.AdamW(p, 1e-3), 2 * steps),

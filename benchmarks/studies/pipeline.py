@@ -10,13 +10,13 @@ its cache. Peak memory is the process's, imports included, up to the end of the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from typing import Any, TypeVar
 
 import numpy as np
@@ -70,11 +70,12 @@ def stages(dataset: str, transitions: int) -> list[dict[str, Any]]:
         raise SystemExit(f"{dataset} holds {len(data)} transitions: collect {transitions} first")
     if len(data) > transitions:
         data = data.subset(slice(transitions))
-    data.path = None  # no cache
-    measure("k-NN log-density", lambda: sdw.knn_log_density(data.normalized_observations))
-    teacher = sdw.Teacher.load(files("sdw_fast") / "assets" / "hopper-medium-teacher.safetensors")
-    measure("targets and action values", lambda: teacher.values(data.observations, teacher.actions(data.observations)))
-    distiller = sdw.Distiller(data, teacher, sdw.DistillConfig(objective="av-pbc"))
+    data = dataclasses.replace(data, path=None)  # nothing is kept
+    measure("k-NN log-density", lambda: sdw.log_density(data))
+    teacher = sdw.Teacher.pretrained("hopper/medium")
+    config = sdw.DistillConfig(objective="av-pbc")
+    problem = measure("targets and action values", lambda: sdw.outer_problem(data, teacher, config))
+    distiller = sdw.Distiller(problem, sdw.real_pairs(data, config.size), config)
     distiller.step()
     measure("outer step (T = 100)", lambda: [distiller.step() for _ in range(STEPS)], calls=STEPS)
     policy = measure("behavior cloning", lambda: sdw.behavior_clone(distiller.synthetic))

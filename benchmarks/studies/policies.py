@@ -13,8 +13,7 @@ import argparse
 import torch
 
 from sdw_fast import Evaluation, evaluate
-from sdw_fast.collect import QUALITIES, SUITE, load_policy
-from sdw_fast.data import normalized_return
+from sdw_fast.suite import QUALITIES, SUITE, load_policy
 
 
 def cell(result: Evaluation) -> str:
@@ -38,7 +37,7 @@ def main() -> None:
             )
             mean = evaluate(policy, snapshots.env_id, episodes=arguments.episodes)
             used = ", ".join(quality for quality in QUALITIES if steps in snapshots.of(quality))
-            normalized = normalized_return(snapshots.env_id, sampled.mean)
+            normalized = sampled.normalized_mean
             print(
                 f"| `{env}-{steps}` | {snapshots.env_id} | {steps:,} | {used} | {cell(sampled)} | {cell(mean)} "
                 f"| {normalized:.0f} |",

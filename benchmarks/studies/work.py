@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,9 +14,9 @@ from torch import Tensor
 import sdw_fast as sdw
 from benchmarks.studies import cells, tasks
 from benchmarks.studies.cells import Cell
-from sdw_fast.data import TransitionDataset, normalize_actions
-from sdw_fast.policy import MLPPolicy, orthogonal_parameters
-from sdw_fast.synthetic import SyntheticDataset, choose_pairs, real_pairs
+from sdw_fast import MLPPolicy, SyntheticDataset, TransitionDataset
+from sdw_fast.networks import orthogonal_parameters
+from sdw_fast.run import new_distiller, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -34,8 +35,8 @@ def synthetic_sets(together: Sequence[Cell]) -> list[SyntheticDataset]:
     if method in cells.PAIRS:
         return [chosen_pairs(data, teacher, config) for config in configs]
     n_runs = None if len(together) == 1 else len(together)
-    distiller = sdw.Distiller(data, teacher, configs[0], device=DEVICE, n_runs=n_runs)
-    distiller.run(cells.folder(together), progress=False)
+    distiller = new_distiller(data, teacher, configs[0], device=DEVICE, n_runs=n_runs)
+    run(distiller, cells.folder(together), progress=False)
     if n_runs:
         for cell, synthetic in zip(together, distiller.sets, strict=True):
             synthetic.save(cells.run_folder(cell) / "last.npz")
@@ -44,9 +45,8 @@ def synthetic_sets(together: Sequence[Cell]) -> list[SyntheticDataset]:
 
 def chosen_pairs(data: TransitionDataset, teacher: sdw.Teacher | None, config: sdw.DistillConfig) -> SyntheticDataset:
     """Real pairs, chosen as a distillation chooses those that it starts from."""
-    rng = np.random.default_rng(config.seed)
-    rows = choose_pairs(data, config.size, method=config.init, teacher=teacher, rng=rng)
-    return real_pairs(data, rows, config.to_dict())
+    pairs = sdw.real_pairs(data, config.size, init=config.init, teacher=teacher, seed=config.seed)
+    return dataclasses.replace(pairs, config=config.to_dict())
 
 
 def distilled(cell: Cell) -> SyntheticDataset | None:
@@ -65,7 +65,7 @@ def clone_dataset(data: TransitionDataset, seed: int) -> MLPPolicy:
     """Behavior cloning on a whole dataset: the suite's network, Adam with a cosine schedule."""
     config = sdw.DistillConfig(**cells.SETTINGS)
     *_, params = cloning(data, seed, hidden=config.hidden, gain=config.gain, schedule="cosine", **cells.BC)
-    return policy_of(params, data)
+    return MLPPolicy(params, data.units)
 
 
 def cloning(
@@ -98,28 +98,17 @@ def cloning(
 
 def initial(inputs: int, hidden: Sequence[int], outputs: int, gain: float, generator: torch.Generator) -> list[Tensor]:
     """Parameters as every policy of the package starts with."""
-    return orthogonal_parameters((inputs, *hidden, outputs), gain=gain, generator=generator)
+    drawn = orthogonal_parameters((inputs, *hidden, outputs), gain=gain, generators=[generator])
+    return [parameter[0] for parameter in drawn]
 
 
 def normalized_pairs(pairs: TransitionDataset | SyntheticDataset) -> tuple[Tensor, Tensor]:
     """States and actions as a policy's network sees them."""
-    states, actions = pairs.normalized_observations, normalized_actions(pairs.actions, pairs)
-    return torch.from_numpy(states), torch.from_numpy(actions)
-
-
-def normalized_actions(actions: np.ndarray, units: TransitionDataset | SyntheticDataset) -> np.ndarray:
-    return normalize_actions(actions, *_bounds(units))
-
-
-def policy_of(params: list[Tensor], units: TransitionDataset | SyntheticDataset) -> MLPPolicy:
-    """The policy with these parameters, in the units of a dataset or of a set."""
-    low, high = _bounds(units)
-    scaling = {"mean": units.normalizer.mean, "scale": units.normalizer.scale}
-    return MLPPolicy(params, **scaling, action_low=low, action_high=high)
-
-
-def _bounds(units: TransitionDataset | SyntheticDataset) -> tuple[Any, Any]:
-    return units.action_bounds if isinstance(units, TransitionDataset) else (units.action_low, units.action_high)
+    states, actions = pairs.units.states, pairs.units.require_actions()
+    return (
+        torch.from_numpy(states.normalize(pairs.observations)),
+        torch.from_numpy(actions.normalize(pairs.actions)),
+    )
 
 
 def normalized_returns(policy: Any, data: TransitionDataset, episodes: int, seed: int) -> np.ndarray:

@@ -15,13 +15,15 @@ import torch
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import cells, density_agreement, diversity, generalization, report, suite, tasks, work
+from sdw_fast.units import d4rl_returns
 
 
 @pytest.fixture
 def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The suite with its files in a folder of the test, tiny settings, and one episode of one policy."""
     pytest.importorskip("mujoco")
-    data = dataclasses.replace(small_data, env_id="Hopper-v5")
+    units = dataclasses.replace(small_data.units, env_id="Hopper-v5", returns=d4rl_returns("Hopper-v5"))
+    data = dataclasses.replace(small_data, units=units)
     (tmp_path / "page.md").write_text("".join(f"<!-- {n} -->\n\nold\n\n<!-- /{n} -->\n" for n in PAGE))
     for name, value in {
         "TABLE": tmp_path / "suite.jsonl",

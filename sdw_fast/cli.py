@@ -15,11 +15,11 @@ import numpy as np
 import typer
 
 import sdw_fast as sdw
+from sdw_fast import run as runs
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 from sdw_fast.density import DensityWeights
 from sdw_fast.diversity import diversity
 from sdw_fast.files import replacing
-from sdw_fast.run import new_distiller, read_metrics, read_run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,7 +98,7 @@ def _readable_errors() -> Iterator[None]:
     """Shows what a user can mend as one sentence, without a traceback."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, FloatingPointError, ImportError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interrupt:
@@ -208,8 +208,8 @@ def distill(
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder; no other option is needed.")
     ] = None,
-    preset: Annotated[str, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}.")] = "default",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    preset: Annotated[str | None, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}. [default]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [cpu]")] = None,
     n_runs: Annotated[
         int | None, typer.Option(help="Distill this many sets side by side, seeds from --seed on; see OUT/run-000, …")
     ] = None,
@@ -219,23 +219,27 @@ def distill(
     """Distill a dataset into a synthetic set; interrupted runs continue with --resume to the same result."""
     with _readable_errors():
         if resume is not None:
-            source, saved = read_run(resume)
+            fixed = {"DATASET": dataset, "--teacher": teacher, "--out": out, "--preset": preset, "--device": device}
+            given = [name for name, value in {**fixed, "--n-runs": n_runs}.items() if value is not None]
+            if given:
+                raise ValueError(f"--resume takes {', '.join(given)} from the run in {resume}: leave it out")
+            source, saved = runs.read_run(resume)
             config = DistillConfig.from_dict({**saved.to_dict(), **settings})
             out = resume
         elif dataset is None or out is None:
             raise ValueError("give DATASET and --out RUN for a new run, or --resume RUN to continue one")
         else:
-            config = DistillConfig.preset(preset, **settings)
+            config = DistillConfig.preset(preset or "default", **settings)
             source = {
                 "dataset": _absolute(dataset),
                 "teacher": teacher and _absolute(teacher),
-                "device": device,
+                "device": device or "cpu",
                 "n_runs": n_runs,
             }
         loaded = sdw.Teacher.load(source["teacher"]) if source["teacher"] is not None else None
         data = sdw.load_dataset(source["dataset"])
-        distiller = new_distiller(data, loaded, config, device=source["device"], n_runs=source["n_runs"])
-        sdw.run(distiller, out, source=source)
+        distiller = runs.new_distiller(data, loaded, config, device=source["device"], n_runs=source["n_runs"])
+        runs.run(distiller, out, source=source)
         _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
 
 
@@ -267,7 +271,7 @@ def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a ru
     from sdw_fast import plots
 
     with _readable_errors():
-        plots.save(plots.plot_metrics({run.name: read_metrics(run)}), run / "metrics.png")
+        plots.save(plots.plot_metrics({run.name: runs.read_metrics(run)}), run / "metrics.png")
         typer.echo(run / "metrics.png")
 
 

@@ -84,6 +84,11 @@ class DistillConfig:
         )
         _check_at_least_one(self, "size", "inner_steps", "steps", "batch_size", "eval_clones", "checkpoint_every", "k")
         _check_positive(self, "lr", "inner_lr", "clip_norm", "gain", "beta")
+        if self.tau is not None and not 0 <= self.tau < math.inf:
+            raise ValueError(f"tau must be 0 or more and finite, or None to be set by ess, got {self.tau}")
+        for name in ("ess", "clip"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if self.eval_every < 0:
             raise ValueError(f"eval_every must be 0 (never) or more, got {self.eval_every}")
         if self.eval_episodes < self.eval_clones:

@@ -69,8 +69,13 @@ class TransitionDataset:
 
         What follows a termination is never used, its value being zero; where the source does not say it, it is the
         row's own observation.
+
+        Raises:
+            IndexError: `rows` are not row numbers in 0 … M − 1.
         """
         wanted = np.arange(len(self)) if rows is None else np.asarray(rows)
+        if wanted.dtype.kind not in "iu" or ((wanted < 0) | (wanted >= len(self))).any():
+            raise IndexError(f"next_observations takes row numbers from 0 to {len(self) - 1}, got {wanted}")
         following = self.observations[np.minimum(wanted + 1, len(self) - 1)]
         place = np.minimum(np.searchsorted(self.jumps, wanted), len(self.jumps) - 1)
         jumping = self.jumps[place] == wanted

@@ -6,6 +6,7 @@ of its own; one set is R = 1.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -218,8 +219,9 @@ class Distiller:
             self._left_out = 0 if np.isfinite([loss, norm]).all() else self._left_out + 1
             if self._left_out >= MAX_LEFT_OUT:
                 raise FloatingPointError(
-                    f"{self._left_out} outer steps in a row are not finite, up to step {number}: loss {loss}, "
-                    f"hypergradient norm {norm}; lower inner_lr or gain (see docs: conditioning)"
+                    f"{self._left_out} outer steps in a row are not finite, up to step {number}: loss "
+                    f"{self.of_runs(loss)}, hypergradient norm {self.of_runs(norm)}; lower inner_lr or gain (see docs: "
+                    "conditioning)"
                 )
         names = ("loss", "gradient_norm", "adjoint_growth")
         return [{name: self.of_runs(x) for name, x in zip(names, step, strict=True)} for step in figures]
@@ -253,7 +255,7 @@ class Distiller:
         return self.sets[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on to the same bits; tensors and plain values only."""
+        """Everything that `load_state_dict` needs to go on to the same bits: copies of tensors, and plain values."""
         generators = [self._generators]
         if self._row_generators is not self._generators:
             generators.append(self._row_generators)
@@ -263,7 +265,7 @@ class Distiller:
             "observations": self.observations.detach().clone(),
             "actions": self.actions.detach().clone(),
             "averages": [average.clone() for average in self._averages],
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "generators": [torch.stack([generator.get_state() for generator in group]) for group in generators],
         }
 
@@ -313,7 +315,7 @@ class Distiller:
             self.actions.copy_(state["actions"])
             for average, saved in zip(self._averages, state["averages"], strict=True):
                 average.copy_(saved)
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the state's own tensors
         _set_states(self._generators, state["generators"][0])
         if self._row_generators is not self._generators:
             _set_states(self._row_generators, state["generators"][1])
@@ -333,8 +335,10 @@ class OuterBatches:
         resident = sum(array.nbytes for array in arrays) <= RESIDENT_BYTES
         self.device = device if resident else torch.device("cpu")
         self._target = device
-        self._tensors = [torch.as_tensor(array, device=self.device) for array in arrays]
-        self._states = problem.units.states
+        writable = (np.require(array, requirements=["C", "W"]) for array in arrays)  # PyTorch wants no others
+        self._tensors = [torch.as_tensor(array, device=self.device) for array in writable]
+        units = problem.units.states  # on the device once: to send them with every batch would be to wait for it
+        self._offset, self._scale = (torch.from_numpy(x).to(device, torch.float32) for x in (units.offset, units.scale))
 
     def draw(self, size: int, generator: torch.Generator) -> list[Tensor]:
         """Returns the normalized states (B, D), targets (B, A) and weights (B,) of rows drawn with replacement."""
@@ -342,7 +346,7 @@ class OuterBatches:
         batch = [tensor[rows] for tensor in self._tensors]
         if self.device != self._target:
             batch = [part.pin_memory().to(self._target, non_blocking=True) for part in batch]
-        return [self._states.normalize(batch[0]), *batch[1:]]
+        return [(batch[0] - self._offset) / self._scale, *batch[1:]]
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -118,7 +118,9 @@ def dataset_neighbor_distances(
         return {"distances": found[0].numpy(), "searched": found[1].numpy()}
 
     options = f"k={k} references={references} seed={seed if references else None} backend={backend}"
-    found = computed_once(data.path, f"knn {data.content_hash} {options}", compute, {"distances": (len(data), k)})
+    rows = len(data)
+    shapes: dict[str, tuple[int, ...]] = {"distances": (rows, k), "searched": () if references is None else (rows,)}
+    found = computed_once(data.path, f"knn {data.content_hash} {options}", compute, shapes)
     return torch.from_numpy(found["distances"]), torch.from_numpy(found["searched"])
 
 

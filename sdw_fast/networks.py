@@ -1,12 +1,15 @@
 """The networks: a ReLU multilayer perceptron, twin critics made of two, and the orthogonal draw of its parameters.
 
-Nothing here touches PyTorch's global random state.
+A user's own networks are asked here too: in evaluation mode, where their weights lie. PyTorch's global random state is
+touched by one thing only, `MLP(sizes)`, which draws its parameters from it as every module of PyTorch does.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +59,35 @@ class MinCritic(nn.Module):
         return torch.cat([network(inputs) for network in self.networks], dim=-1).amin(dim=-1)
 
 
+@contextmanager
+def evaluating(*functions: Callable[..., Any] | None) -> Iterator[None]:
+    """Puts those that are modules, or methods of one, in evaluation mode, and every part of them back as it was.
+
+    A network with dropout or batch norm answers differently in training mode, and changes its running statistics.
+    """
+    roots = [module for module in map(_module, functions) if module is not None]
+    modes = {part: part.training for root in roots for part in root.modules()}
+    for part in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def ask(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Calls a function of tensors, which a module, or a method of one, gets where its weights lie."""
+    module = _module(function)
+    weights = None if module is None else next(module.parameters(), None)
+    return function(*(x if weights is None else x.to(weights.device) for x in inputs))
+
+
+def _module(function: Callable[..., Any] | None) -> nn.Module | None:
+    owner = getattr(function, "__self__", function)
+    return owner if isinstance(owner, nn.Module) else None
+
+
 def below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The tensors of a state dict under `name.`, with that prefix taken off."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
@@ -90,13 +122,13 @@ def _orthonormal_columns(normal: Tensor) -> Tensor:
     by matrix; Cholesky factors find the same Q in a few batched ones.
     """
     if normal.device.type != "cpu":
-        return _cholesky_qr(normal)
+        return cholesky_qr(normal)
     reflectors, tau = torch.geqrf(normal)  # QR in LAPACK's two halves: torch.linalg.qr takes twice as long
     q = torch.linalg.householder_product(reflectors, tau)
     return q * reflectors.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
-def _cholesky_qr(normal: Tensor) -> Tensor:
+def cholesky_qr(normal: Tensor) -> Tensor:
     """Q = X R⁻¹ with RᵀR = XᵀX, in float64, for forming XᵀX squares the condition number.
 
     That is about n for a square normal matrix, but may be anything: a ridge far below what matters keeps the first

@@ -133,7 +133,8 @@ def plot_report(
     for (name, score), style in zip(baselines.items(), ("--", ":", "-."), strict=False):
         curves.axhline(score, color="0.4", linestyle=style, label=name)
     curves.set(xlabel="outer step", ylabel="D4RL-normalized return", title="policies cloned on the synthetic set")
-    curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
+    if curves.lines:
+        curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
 
     _draw_histogram(histogram, logd, weights)
 

@@ -12,7 +12,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from torch import nn
+
+from sdw_fast.networks import ask, evaluating
 
 Policy = Callable[[torch.Tensor], Any]
 
@@ -98,17 +99,13 @@ def acting(policy: Policy) -> Iterator[None]:
     A product of 16 rows is too small to share: waiting for a second thread costs more than it computes, many times more
     on a busy machine.
     """
-    modes = [(m, m.training) for m in policy.modules()] if isinstance(policy, nn.Module) else []
     threads = torch.get_num_threads()
-    for module, _ in modes:
-        module.training = False
     torch.set_num_threads(1)
     try:
-        yield
+        with evaluating(policy):
+            yield
     finally:
         torch.set_num_threads(threads)
-        for module, training in modes:
-            module.training = training
 
 
 def act(policy: Policy, observations: np.ndarray, space: Any) -> np.ndarray:
@@ -116,9 +113,8 @@ def act(policy: Policy, observations: np.ndarray, space: Any) -> np.ndarray:
     rows = len(observations)
     batch = torch.zeros(BATCH, observations.shape[1])
     batch[:rows] = torch.from_numpy(observations)
-    parameter = next(policy.parameters(), None) if isinstance(policy, nn.Module) else None
     with torch.no_grad():
-        actions = torch.as_tensor(policy(batch if parameter is None else batch.to(parameter.device))).cpu().numpy()
+        actions = torch.as_tensor(ask(policy, batch)).cpu().numpy()
     if actions.shape != (BATCH, *space.shape):
         raise ValueError(
             f"the policy maps observations {tuple(batch.shape)} to actions {actions.shape}, "

@@ -102,8 +102,9 @@ def load_policy(env: str, trained_steps: int) -> GaussianPolicy:
     with as_file(files("sdw_fast") / "assets" / f"{env}-{trained_steps}.safetensors") as path:
         state = {name: tensor.float() for name, tensor in load_file(path).items()}
     weights = [state[f"layers.{i}.weight"] for i in range(len(state) // 2)]
-    policy = GaussianPolicy((weights[0].shape[1], *(w.shape[0] for w in weights)))
-    policy.load_state_dict(state)
+    with torch.device("meta"):  # nothing is drawn from PyTorch's global random state
+        policy = GaussianPolicy((weights[0].shape[1], *(w.shape[0] for w in weights)))
+    policy.load_state_dict(state, assign=True)
     return policy.eval()
 
 

@@ -11,10 +11,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdw_fast.files import replacing
-from sdw_fast.networks import MLP, MinCritic, below
+from sdw_fast.networks import MLP, MinCritic, ask, below, evaluating
 from sdw_fast.units import Affine, Units
 
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -29,6 +29,7 @@ class Teacher:
 
     Args:
         actor: any callable (nn.Module, function) from states (B, D) to deterministic actions (B, A), float32 tensors.
+            Actor and critic, where they are modules, are asked in evaluation mode and put back as they were.
         critic: any callable from states (B, D) and actions (B, A) to values (B,) or (B, 1): min over twin critics if
             there are two. None leaves a teacher that serves `pbc`; `av-pbc` and `sdw` weight by Q and need one.
         units: those that the callables compute in: normalized states and, where the action bounds are known, actions
@@ -101,10 +102,8 @@ class Teacher:
             raise ValueError(
                 f"observations and actions must have as many rows, got {len(observations)} and {len(actions)}"
             )
-        given = _tensor(actions)
-        if given.ndim == 2 and self._actions is not None:
-            given = self._actions.normalize(given)
-        return _as(observations, cast("Tensor", self._label(_tensor(observations), given, values=True)[1]))
+        q = self._label(_tensor(observations), _tensor(actions), values=True)[1]
+        return _as(observations, cast("Tensor", q))
 
     def label(
         self, observations: NDArray[np.float32], units: Units, *, values: bool
@@ -128,8 +127,9 @@ class Teacher:
 
     @torch.no_grad()
     def _label(self, observations: Tensor, actions: Tensor | None, *, values: bool) -> tuple[Tensor, Tensor | None]:
-        """Batch by batch, actions in the networks' units (the actor's if none are given) and, if wanted, values."""
-        if values and self.critic is None:
+        """Actions in the networks' units (the actor's if none are given) and, if wanted, values, batch by batch."""
+        critic = self.critic if values else None
+        if values and critic is None:
             raise ValueError(
                 "this teacher has no critic, so it has no values Q(s, a). The objectives 'av-pbc' and 'sdw' weight "
                 "states by Q: give them a teacher with one (Teacher(actor=..., critic=...), train_teacher, or a CORL "
@@ -142,15 +142,16 @@ class Teacher:
         if size is not None and observations.shape[1] != size:
             raise ValueError(f"this teacher takes states of {size} dimensions, got {observations.shape[1]}")
         found: list[tuple[Tensor, Tensor | None]] = []
-        for start in range(0, len(observations), BATCH_ROWS):
-            states = _finite(observations[start : start + BATCH_ROWS])
-            states = states if self._states is None else self._states.normalize(states)
-            if actions is None:
-                chosen = _shaped(_call(self.actor, states), "actions", len(states))
-            else:
-                chosen = _finite(actions[start : start + BATCH_ROWS])
-            q = _shaped(_call(self.critic, states, chosen), "values", len(states)) if values and self.critic else None
-            found.append((chosen.to(observations.device), None if q is None else q.to(observations.device)))
+        with evaluating(self.actor, critic):
+            for start in range(0, max(len(observations), 1), BATCH_ROWS):  # no rows: one batch of none
+                rows = slice(start, start + BATCH_ROWS)
+                states = _batch(observations[rows], self._states)
+                if actions is None:
+                    chosen = _shaped(ask(self.actor, states), "actions", len(states))
+                else:
+                    chosen = _batch(actions[rows], self._actions)
+                q = None if critic is None else _shaped(ask(critic, states, chosen), "values", len(states))
+                found.append((chosen.to(observations.device), None if q is None else q.to(observations.device)))
         chosen = torch.cat([a for a, _ in found])
         if actions is None:
             _refuse_dead(chosen, [observations], "actions")
@@ -289,21 +290,17 @@ def _as(given: Array, output: Tensor) -> Array:
     return output if isinstance(given, Tensor) else output.cpu().numpy()
 
 
-def _finite(part: Tensor) -> Tensor:
-    batch = part.to(torch.float32)
+def _batch(given: Tensor, units: Affine | None) -> Tensor:
+    """Rows in environment units as the networks take them."""
+    batch = given.to(torch.float32)
     if not batch.isfinite().all():
         raise ValueError("the teacher was given states or actions with NaN or infinite numbers")
-    return batch
-
-
-def _call(function: Callable[..., Tensor], *batch: Tensor) -> Tensor:
-    """Calls actor or critic where its own weights lie."""
-    weights = next(function.parameters(), None) if isinstance(function, nn.Module) else None
-    return function(*(part if weights is None else part.to(weights.device) for part in batch)).to(torch.float32)
+    return batch if units is None else units.normalize(batch)
 
 
 def _shaped(output: Tensor, what: str, rows: int) -> Tensor:
     """Holds a callable to its contract: (rows, A) actions; (rows,) or (rows, 1) values, which become (rows,)."""
+    output = output.to(torch.float32)
     if what == "values" and output.shape == (rows, 1):
         output = output.squeeze(1)
     if output.ndim != (1 if what == "values" else 2) or len(output) != rows:

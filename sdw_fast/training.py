@@ -63,7 +63,7 @@ def train_teacher(
     reward_scale = _reward_scale(data) if config.algorithm == "iql" else 1.0
     sizes = data.observations.shape[1], data.actions.shape[1]
     with torch.random.fork_rng(devices=[]):  # TD3's target noise comes from the global generator
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would seed the GPUs' generators too
         loss = _td3bc_loss(*sizes, config) if config.algorithm == "td3bc" else _iql_loss(*sizes, config)
         loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
         targets = SoftUpdate(loss, tau=0.005)
@@ -76,7 +76,7 @@ def train_teacher(
                 batch = _batch(data, torch.randint(len(data), (BATCH_SIZE,)).numpy(), reward_scale)
                 losses = update(batch, step)
                 if step % _SHOWN_EVERY == 0 or step == config.steps:
-                    _show(bar, losses, _trained_networks(loss, sizes, reward_scale)[1], batch)
+                    _show(bar, step, losses, _trained_networks(loss, sizes, reward_scale)[1], batch)
 
     actor, critic = _trained_networks(loss, sizes, reward_scale)
     teacher = Teacher(
@@ -226,14 +226,14 @@ def _descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
 
 
-def _show(bar: tqdm, losses: dict[str, Tensor], critic: MinCritic, batch: TensorDict) -> None:
+def _show(bar: tqdm, step: int, losses: dict[str, Tensor], critic: MinCritic, batch: TensorDict) -> None:
     """Writes losses and the batch's mean Q into the progress bar; stops a run that has diverged."""
     with torch.no_grad():
         shown = {name: float(value) for name, value in losses.items()}
         shown["Q"] = float(critic(batch["observation"], batch["action"]).mean())
     if not np.isfinite(list(shown.values())).all():
         raise FloatingPointError(
-            f"the teacher's training diverged at step {bar.n + 1}: {shown}; check the rewards' scale"
+            f"the teacher's training had diverged by step {step}: {shown}; check the rewards' scale"
         )
     bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
 

@@ -69,7 +69,8 @@ class Affine:
             ValueError: the bounds are not finite numbers with low < high, of one shape (A,).
         """
         try:
-            lower, upper = (np.asarray(bound, dtype=np.float32).astype(np.float64) for bound in (low, high))
+            with np.errstate(over="ignore"):  # an overflow becomes an infinity, refused below
+                lower, upper = (np.asarray(bound, dtype=np.float32).astype(np.float64) for bound in (low, high))
         except (TypeError, ValueError) as error:
             raise ValueError(f"action bounds must be arrays of numbers, got {low!r} and {high!r}") from error
         finite = np.isfinite(lower).all() and np.isfinite(upper).all()
@@ -79,7 +80,13 @@ class Affine:
 
     @classmethod
     def scores(cls, random: float, expert: float) -> Affine:
-        """The map of returns that takes the random policy's to 0 and the expert's to 100, as D4RL does."""
+        """The map of returns that takes the random policy's to 0 and the expert's to 100, as D4RL does.
+
+        Raises:
+            ValueError: they are not finite numbers with random < expert.
+        """
+        if not -np.inf < random < expert < np.inf:
+            raise ValueError(f"reference scores must be finite with random < expert, got {random} and {expert}")
         return cls(np.array(random), np.array((expert - random) / 100))
 
     def __eq__(self, other: object) -> bool:
@@ -90,7 +97,7 @@ class Affine:
         )
 
     def normalize(self, x: Array) -> Array:
-        """Maps x (…, n) to normalized units: a NumPy array or a tensor; same type, dtype and device."""
+        """Maps x (…, n) to normalized units: array or tensor, of the same type, device and, where floating, dtype."""
         offset, scale = self._constants(x)
         y = x - offset
         y /= scale
@@ -107,7 +114,8 @@ class Affine:
         if self.offset.ndim and x.shape[-1:] != self.offset.shape:
             raise ValueError(f"expected rows of {len(self.offset)} numbers, got shape {tuple(x.shape)}")
         if isinstance(x, torch.Tensor):
-            return torch.from_numpy(self.offset).to(x), torch.from_numpy(self.scale).to(x)
+            kind = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+            return torch.from_numpy(self.offset).to(x.device, kind), torch.from_numpy(self.scale).to(x.device, kind)
         dtype = x.dtype if np.issubdtype(x.dtype, np.floating) else np.float64
         return self.offset.astype(dtype), self.scale.astype(dtype)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -39,3 +43,74 @@ def small_teacher() -> sdw.Teacher:
         actor=lambda states: torch.tanh(states[:, :3]),
         critic=lambda states, actions: 100 + 10 * states[:, 0] + actions.sum(dim=1),
     )
+
+
+# Bounds of three actions, none of them ±1 or symmetric.
+LOW, HIGH = np.array([-2, 0.1, -3], np.float32), np.array([1, 0.7, 5], np.float32)
+
+
+@pytest.fixture
+def bounded_data(small_data: sdw.TransitionDataset) -> sdw.TransitionDataset:
+    """`small_data` with its actions stretched to the bounds LOW and HIGH."""
+    names = ("observations", "rewards", "terminations", "truncations")
+    return sdw.load_dataset(
+        {name: getattr(small_data, name) for name in names}
+        | {"next_observations": small_data.next_observations(), "action_low": LOW, "action_high": HIGH}
+        | {"actions": small_data.actions * ((HIGH - LOW) / 2) + (HIGH + LOW) / 2},
+        env_id="Hopper-v5",
+    )
+
+
+class Toy(gym.Env):
+    """Two steps of hopper's shape, which pay the seed and the actions."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (11,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        self.seed, self.steps = seed or 0, 0
+        return np.full(11, 0.1), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps += 1
+        return np.full(11, 0.2), self.seed + float(action.sum()), False, self.steps == 2, {}
+
+
+@pytest.fixture(scope="session")
+def toy_env() -> Iterator[str]:
+    """The id of an environment of hopper's shape whose episodes take no time."""
+    gym.register("Toy-v0", Toy, disable_env_checker=True)
+    yield "Toy-v0"
+    gym.registry.pop("Toy-v0")
+
+
+# Three episodes of a two-number state: [0 1 2] terminated, [10 11] truncated, [20 21] cut by the end of the data.
+STATES = np.array([0, 1, 2, 10, 11, 20, 21], np.float32)
+NEXT = np.array([1, 2, 3, 11, 12, 21, 22], np.float32)
+
+
+def three_episodes(**changes: Any) -> dict[str, Any]:
+    """The three episodes under Gymnasium's names; a change of None leaves an array out."""
+    values: dict[str, Any] = {
+        "observations": np.stack([STATES, -STATES], axis=1),
+        "actions": STATES[:, None] / 100,
+        "rewards": np.array([1, 2, 3, 10, 20, 100, 200], np.float32),
+        "terminations": np.array([0, 0, 1, 0, 0, 0, 0], bool),
+        "truncations": np.array([0, 0, 0, 0, 1, 0, 0], bool),
+        "next_observations": np.stack([NEXT, -NEXT], axis=1),
+    }
+    return {name: value for name, value in {**values, **changes}.items() if value is not None}
+
+
+def assert_is_the_three_episodes(data: sdw.TransitionDataset) -> None:
+    expected = three_episodes()
+    for name in ("observations", "actions", "rewards", "terminations"):
+        np.testing.assert_array_equal(getattr(data, name), expected[name], err_msg=name)
+    np.testing.assert_array_equal(data.next_observations(), expected["next_observations"])
+    np.testing.assert_array_equal(data.truncations, [0, 0, 0, 0, 1, 0, 1])  # the end of the data ends an episode
+    for array in (data.observations, data.actions, data.rewards, data.next_observations()):
+        assert array.dtype == np.float32
+        assert array.flags.c_contiguous
+    assert data.terminations.dtype == data.truncations.dtype == np.bool_
+    np.testing.assert_array_equal(data.episode_ends, [2, 4, 6])
+    np.testing.assert_array_equal(data.episode_returns, [6, 30, 300])

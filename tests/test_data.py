@@ -1,354 +1,210 @@
-"""Datasets from every source, against arrays worked out by hand, and every way of refusing one."""
+"""The dataset: what follows what, parts and joins against a naive reference, names of content, statistics by hand."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
 from typing import Any
 
-import gymnasium as gym
-import h5py
-import minari
 import numpy as np
 import pytest
-import torch
-from minari.data_collector import EpisodeBuffer
+from conftest import STATES, three_episodes
 
-from sdw_fast import Normalizer, TransitionDataset, concatenate, load_dataset, normalized_return
+from sdw_fast.data import TransitionDataset, concatenate
+from sdw_fast.readers import load_dataset
+from sdw_fast.units import Affine, Units
 
-# Three episodes of a two-number state: [0 1 2] terminated, [10 11] truncated, [20 21] cut by the end of the data.
-STATES = np.array([0, 1, 2, 10, 11, 20, 21], np.float32)
-NEXT = np.array([1, 2, 3, 11, 12, 21, 22], np.float32)
+# --- a naive reference: a list of transitions ------------------------------------------------------------------------
+
+Transition = tuple[float, float, float, float, bool, bool]  # s, a, r, s', terminated, truncated
 
 
-def arrays(**changes: Any) -> dict[str, Any]:
-    """The three episodes under Gymnasium's names; a change of None leaves an array out."""
-    values: dict[str, Any] = {
-        "observations": np.stack([STATES, -STATES], axis=1),
-        "actions": STATES[:, None] / 100,
-        "rewards": np.array([1, 2, 3, 10, 20, 100, 200], np.float32),
-        "terminations": np.array([0, 0, 1, 0, 0, 0, 0], bool),
-        "truncations": np.array([0, 0, 0, 0, 1, 0, 0], bool),
-        "next_observations": np.stack([NEXT, -NEXT], axis=1),
+def random_transitions(rng: np.random.Generator, *, follow: bool = True) -> list[Transition]:
+    """Episodes of 1 to 6 steps, each state a number of its own; every end has a successor that no row has."""
+    transitions: list[Transition] = []
+    for _ in range(rng.integers(1, 8)):
+        states = rng.normal(size=rng.integers(2, 8)).astype(np.float32)
+        terminated = bool(rng.integers(2))
+        for step in range(len(states) - 1):
+            last = step == len(states) - 2
+            action, reward = rng.uniform(-1, 1), rng.normal()
+            ends = (last and terminated, last and not terminated)
+            transitions.append((states[step], np.float32(action), np.float32(reward), states[step + 1], *ends))
+    return transitions
+
+
+def columns(transitions: list[Transition], *, next_observations: bool = True) -> dict[str, np.ndarray]:
+    """The transitions as arrays; states and next states get a second number, their negation."""
+    states, actions, rewards, following, terminations, truncations = (
+        np.array(x) for x in zip(*transitions, strict=True)
+    )
+    values = {
+        "observations": np.stack([states, -states], axis=1),
+        "actions": actions[:, None],
+        "rewards": rewards,
+        "terminations": terminations,
+        "truncations": truncations,
     }
-    return {name: value for name, value in {**values, **changes}.items() if value is not None}
+    return values | ({"next_observations": np.stack([following, -following], axis=1)} if next_observations else {})
 
 
-def d4rl(values: dict[str, Any]) -> dict[str, Any]:
-    return {{"terminations": "terminals", "truncations": "timeouts"}.get(k, k): v for k, v in values.items()}
-
-
-def write_hdf5(path: Path, values: dict[str, Any]) -> Path:
-    with h5py.File(path, "w") as file:
-        for name, value in values.items():
-            file[name] = value
-    return path
-
-
-def write_npz(path: Path, values: dict[str, Any]) -> Path:
-    np.savez(path, **values)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def minari_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    return tmp_path / "minari"
-
-
-def make_minari(dataset_id: str, episodes: list[dict[str, Any]] | None = None, **options: Any) -> minari.MinariDataset:
-    """The three episodes as a Minari dataset: T + 1 observations each."""
-    if episodes is None:
-        values = arrays()
-        episodes = [
-            {
-                "observations": np.concatenate([values["observations"][a:b], values["next_observations"][b - 1 : b]]),
-                **{k: values[k][a:b] for k in ("actions", "rewards", "terminations", "truncations")},
-            }
-            for a, b in ((0, 3), (3, 5), (5, 7))
-        ]
-    options = {
-        "observation_space": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
-        "action_space": gym.spaces.Box(-1, 1, (1,), np.float32),
-        **options,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari would like an author, an e-mail address and more
-        return minari.create_dataset_from_buffers(dataset_id, [EpisodeBuffer(**e) for e in episodes], **options)
-
-
-def assert_is_the_three_episodes(data: TransitionDataset) -> None:
-    expected = arrays()
-    for name in ("observations", "actions", "rewards", "next_observations", "terminations"):
+def assert_holds(data: TransitionDataset, transitions: list[Transition]) -> None:
+    expected = columns(transitions)
+    for name in ("observations", "actions", "rewards", "terminations", "truncations"):
         np.testing.assert_array_equal(getattr(data, name), expected[name], err_msg=name)
-    np.testing.assert_array_equal(data.truncations, [0, 0, 0, 0, 1, 0, 1])  # the end of the data ends an episode
+    np.testing.assert_array_equal(data.next_observations(), expected["next_observations"])
+    rows = np.random.default_rng(0).integers(len(data), size=2 * len(data))
+    np.testing.assert_array_equal(data.next_observations(rows), expected["next_observations"][rows])
+
+
+def shift(transitions: list[Transition]) -> list[Transition]:
+    """D4RL's rule without next observations: a truncated row is left out, and its predecessor cut before it."""
+    kept = []
+    for row, (s, a, r, _, terminated, truncated) in enumerate(transitions):
+        if terminated:
+            kept.append((s, a, r, s, True, truncated))  # what follows is never used
+        elif not truncated:
+            following, *_, cut = transitions[row + 1]
+            kept.append((s, a, r, following, False, cut and not transitions[row + 1][4]))
+    return kept
+
+
+def take(transitions: list[Transition], rows: list[int]) -> list[Transition]:
+    """Rows as pieces of episodes that stay apart."""
+    taken = []
+    for place, row in enumerate(rows):
+        s, a, r, following, terminated, truncated = transitions[row]
+        goes_on = place + 1 < len(rows) and rows[place + 1] == row + 1
+        taken.append((s, a, r, following, terminated, truncated or not (goes_on or terminated)))
+    return taken
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_next_observations_are_those_of_the_source(seed: int) -> None:
+    transitions = random_transitions(np.random.default_rng(seed))
+    assert_holds(load_dataset(columns(transitions)), transitions)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_next_observations_are_derived_where_the_source_has_none(seed: int) -> None:
+    transitions = random_transitions(np.random.default_rng(seed))
+    expected = shift(transitions)
+    source = columns(transitions, next_observations=False)
+    if expected:
+        assert_holds(load_dataset(source), expected)
+    else:  # episodes of one truncated row
+        with pytest.raises(ValueError, match="no transition is left"):
+            load_dataset(source)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_shuffled_rows_keep_what_follows_each(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    transitions = random_transitions(rng)
+    shuffled = [transitions[row] for row in rng.permutation(len(transitions))]
+    data = load_dataset(columns(shuffled))
+    expected = columns(shuffled)
+    np.testing.assert_array_equal(data.next_observations(), expected["next_observations"])
+    np.testing.assert_array_equal(data.truncations[:-1], expected["truncations"][:-1])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_subsets_and_joins_against_the_reference(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    first, second = random_transitions(rng), random_transitions(rng)
+    rows = sorted(rng.choice(len(first), rng.integers(1, len(first) + 1), replace=False).tolist())
+    if seed % 2:
+        rng.shuffle(rows)
+    part = load_dataset(columns(first)).subset(rows)
+    assert_holds(part, take(first, rows))
+    derived = load_dataset(columns([*second, first[0]], next_observations=False))
+    both = concatenate([part, load_dataset(columns(second)), derived])
+    assert_holds(both, [*take(first, rows), *second, *shift([*second, (*first[0][:4], first[0][4], not first[0][4])])])
+
+
+def test_next_observations_takes_row_numbers_only() -> None:
+    data = load_dataset(three_episodes())
+    following = data.next_observations()
+    following[:] = 0  # an array of its own
+    np.testing.assert_array_equal(data.next_observations(np.array([6, 0, 0]))[:, 0], [22, 1, 1])
+    assert data.next_observations(np.array([], np.int64)).shape == (0, 2)
+    for bad in ([7], [-1], np.ones(7, bool), [0.5]):
+        with pytest.raises(IndexError, match="row numbers from 0 to 6"):
+            data.next_observations(bad)
+
+
+# --- one array, frozen -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_dataset_can_be_replaced() -> None:
+    data = load_dataset(three_episodes())
+    for name in (field.name for field in dataclasses.fields(data)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(data, name, None)
+
+
+def test_only_next_observations_that_are_no_row_are_held() -> None:
+    data = load_dataset(three_episodes())
+    held = {name: value.nbytes for name, value in vars(data).items() if isinstance(value, np.ndarray)}
+    assert held["observations"] == 7 * 2 * 4
+    assert held["jump_observations"] == 3 * 2 * 4  # one an episode
+    data.normalized_observations()
+    assert held == {name: value.nbytes for name, value in vars(data).items() if isinstance(value, np.ndarray)}
+
+
+def test_normalized_observations_follow_the_units() -> None:
+    data = load_dataset(three_episodes())
+    np.testing.assert_allclose(data.normalized_observations().mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(data.normalized_observations().std(0), 1, atol=1e-3)
+    other = dataclasses.replace(data, units=Units(Affine([1, 2], [3, 4])))
+    np.testing.assert_allclose(other.normalized_observations(), (data.observations - [1, 2]) / [3, 4], rtol=1e-6)
+
+
+# --- names of content ------------------------------------------------------------------------------------------------
+
+
+def test_content_hash_knows_every_array_and_the_units() -> None:
+    data = load_dataset(three_episodes())
+    units = data.units
+    hashes = {load_dataset(three_episodes()).content_hash}
+    assert hashes == {data.content_hash}
     for name in ("observations", "actions", "rewards", "next_observations"):
-        assert getattr(data, name).dtype == np.float32
-        assert getattr(data, name).flags.c_contiguous
-    assert data.terminations.dtype == data.truncations.dtype == np.bool_
-    np.testing.assert_array_equal(data.episode_ends, [2, 4, 6])
-    np.testing.assert_array_equal(data.episode_returns, [6, 30, 300])
-
-
-# --- sources ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("style", [dict, d4rl])
-@pytest.mark.parametrize("kind", ["dict", "npz", "hdf5"])
-def test_arrays_and_files_in_both_styles(tmp_path: Path, kind: str, style: Callable[..., dict[str, Any]]) -> None:
-    values = style(arrays(observations=arrays()["observations"].astype(np.float64)))
-    source: Any = {
-        "dict": lambda: values,
-        "npz": lambda: write_npz(tmp_path / "data.npz", values),
-        "hdf5": lambda: write_hdf5(tmp_path / "data.hdf5", values),
-    }[kind]()
-    data = load_dataset(source, env_id="Hopper-v5")
-    assert_is_the_three_episodes(data)
-    assert data.env_id == "Hopper-v5"
-    assert (data.path, data.name) == ((None, None) if kind == "dict" else (source, "data"))
-    assert load_dataset(str(source) if kind != "dict" else source).env_id is None
-
-
-def test_minari_by_id_and_as_object(minari_root: Path) -> None:
-    dataset = make_minari("toy/three-v0", env="Pendulum-v1")
-    by_id = load_dataset("toy/three-v0")
-    assert_is_the_three_episodes(by_id)
-    assert_is_the_three_episodes(load_dataset(dataset))
-    assert (by_id.name, by_id.env_id, by_id.reference_scores) == ("toy/three-v0", "Pendulum-v1", None)
-    assert by_id.path == minari_root / "toy" / "three-v0"
-
-
-def test_minari_storage_other_than_hdf5(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = make_minari("toy/three-v0")
-    monkeypatch.setattr(type(dataset.storage), "FORMAT", "other")
-    assert_is_the_three_episodes(load_dataset(dataset))
-
-
-def test_minari_object_gives_the_episodes_that_it_selects() -> None:
-    dataset = make_minari("toy/three-v0").filter_episodes(lambda episode: len(episode) == 2)
-    data = load_dataset(dataset)
-    np.testing.assert_array_equal(data.observations[:, 0], [10, 11, 20, 21])
-    np.testing.assert_array_equal(data.next_observations[:, 0], [11, 12, 21, 22])  # type: ignore[index]
-
-
-def test_minari_reference_scores_come_first_and_suite_names_may_be_short() -> None:
-    dataset = make_minari("sdw/toy/medium-v0", env="Pendulum-v1")
-    dataset.storage.update_metadata({"ref_min_score": 0.0, "ref_max_score": 224.0})
-    for name in ("sdw/toy/medium-v0", "toy/medium-v0", "toy/medium"):
-        data = load_dataset(name)
-        assert data.reference_scores == (0.0, 224.0)
-        assert data.summary()["normalized_return_mean"] == pytest.approx(50.0)  # the mean return is 112
-
-
-def test_every_source_of_the_same_data_has_the_same_content_hash(tmp_path: Path) -> None:
-    make_minari("toy/three-v0")
-    hashes = {
-        load_dataset(source).content_hash
-        for source in ("toy/three-v0", arrays(), write_npz(tmp_path / "a.npz", d4rl(arrays())))
-    }
-    assert len(hashes) == 1
-    for name in ("observations", "actions", "rewards", "next_observations"):
-        changed = arrays()
+        changed = three_episodes()
         changed[name] = changed[name].copy()
-        changed[name].flat[3] += 1
-        assert load_dataset(changed).content_hash not in hashes, name
-    assert load_dataset(arrays(truncations=np.array([0, 1, 0, 0, 1, 0, 1]))).content_hash not in hashes
+        changed[name].flat[3] += 0.5
+        hashes.add(load_dataset(changed).content_hash)
+    hashes.add(load_dataset(three_episodes(terminations=np.arange(7) == 3)).content_hash)
+    hashes.add(load_dataset(three_episodes(truncations=np.arange(7) == 1)).content_hash)
+    hashes.add(load_dataset(three_episodes(action_low=-2, action_high=1)).content_hash)
+    hashes.add(load_dataset(three_episodes(), env_id="Toy-v0").content_hash)
+    for other in (Affine([1, 2], [3, 4]), units.states):
+        hashes.add(dataclasses.replace(data, units=Units(other, units.actions, Affine.scores(0, 1))).content_hash)
+    assert len(hashes) == 11
+    assert all(len(one) == 32 for one in hashes)
 
 
-def test_next_observations_by_shifting() -> None:
-    data = load_dataset(arrays(next_observations=None))
-    # The truncated rows (state 11 and the last, 21) have no known successor and are left out; the terminated row stays.
-    np.testing.assert_array_equal(data.observations[:, 0], [0, 1, 2, 10, 20])
-    np.testing.assert_array_equal(data.next_observations[:, 0], [1, 2, 2, 11, 21])  # type: ignore[index]
-    np.testing.assert_array_equal(data.terminations, [0, 0, 1, 0, 0])
-    np.testing.assert_array_equal(data.truncations, [0, 0, 0, 1, 1])
-    np.testing.assert_array_equal(data.rewards, [1, 2, 3, 10, 100])
-
-
-def test_shifting_past_an_episode_of_one_truncated_row() -> None:
-    values = arrays(next_observations=None, truncations=np.array([0, 0, 0, 1, 1, 0, 0], bool))
-    data = load_dataset(values)
-    np.testing.assert_array_equal(data.observations[:, 0], [0, 1, 2, 20])
-    np.testing.assert_array_equal(data.truncations, [0, 0, 0, 1])
-
-
-def test_truncations_are_found_where_next_observations_do_not_follow() -> None:
-    assert_is_the_three_episodes(load_dataset(d4rl(arrays(truncations=None))))
-
-
-def test_columns_of_shape_m_1_and_numbers_as_flags_are_taken() -> None:
-    values = arrays()
-    for name in ("rewards", "terminations", "truncations"):
-        values[name] = values[name].astype(np.float64)[:, None]
-    assert_is_the_three_episodes(load_dataset(values))
-
-
-def test_matching_float32_arrays_are_not_copied() -> None:
-    values = arrays(truncations=np.array([0, 0, 0, 0, 1, 0, 1], bool))
-    data = load_dataset(values)
-    for name, value in values.items():
-        assert np.shares_memory(getattr(data, name), value), name
-
-
-def test_the_callers_truncations_are_not_changed() -> None:
-    values = arrays()
-    load_dataset(values)
-    assert not values["truncations"][-1]
-
-
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rewards": None}, "lacks rewards. It holds: observations, actions, terminations"),
-        ({"terminations": None, "actions": None}, r"lacks actions, terminations \(or terminals\)"),
-        (
-            {"truncations": None, "next_observations": None},
-            r"lacks truncations \(or timeouts\); .* only beside next_obs",
-        ),
-        ({"actions": np.arange(7)}, "discrete actions"),
-        ({"observations": {"position": np.zeros((7, 2))}}, "observations is a dict"),
-        ({"observations": np.zeros((7, 8, 8, 3), np.uint8)}, r"observations must have shape \(M, dim\).*images"),
-        ({"observations": np.zeros(7)}, r"observations must have shape \(M, dim\), got \(7,\)"),
-        ({"observations": np.zeros((7, 0))}, "no columns"),
-        ({"observations": np.zeros((0, 2))}, "empty"),
-        ({"actions": np.zeros((6, 1))}, r"actions must have shape \(7, dim\) to match observations, got \(6, 1\)"),
-        ({"next_observations": np.zeros((7, 3))}, r"next_observations must have shape \(7, 2\)"),
-        ({"rewards": np.zeros((7, 2))}, r"rewards must have shape \(7,\)"),
-        ({"truncations": np.zeros(5, bool)}, r"truncations must have shape \(7,\)"),
-        ({"rewards": np.array([0, 0, 0, 0, np.inf, np.nan, 0])}, "rewards has a value .* first in row 4"),
-        ({"actions": np.array([[0], [0], [np.nan], [0], [0], [0], [0.0]])}, "actions has a value .* first in row 2"),
-        ({"observations": np.full((7, 2), 1e300)}, "observations has a value .* first in row 0"),
-        ({"terminations": np.array([0, np.nan, 0, 0, 0, 0, 0])}, "terminations has a value .* first in row 1"),
-        ({"actions": np.full((7, 1), "left")}, "array of numbers"),
-        ({"actions": np.full((7, 1), None)}, "array of numbers"),
-    ],
-)
-def test_bad_arrays_are_reported(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_dataset(arrays(**changes))
-
-
-def test_row_of_a_bad_value_is_exact_beyond_the_first_block() -> None:
-    observations = np.zeros((150_000, 1), np.float32)
-    observations[140_001] = np.nan
-    flags = np.zeros(150_000, bool)
-    with pytest.raises(ValueError, match="row 140001"):
-        TransitionDataset(observations, observations, flags, flags, flags)
-
-
-def test_nothing_left_after_shifting_is_reported() -> None:
-    with pytest.raises(ValueError, match="no transition is left"):
-        load_dataset(arrays(next_observations=None, terminations=np.zeros(7), truncations=np.ones(7)))
-
-
-@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
-def test_damaged_and_missing_files_are_reported(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"data{suffix}"
-    with pytest.raises(FileNotFoundError, match="no dataset file"):
-        load_dataset(path)
-    (write_hdf5 if suffix == ".hdf5" else write_npz)(path, arrays())
-    whole = path.read_bytes()
-    for size in (len(whole) // 2, 10, 0):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"damaged or truncated\?"):
-            load_dataset(path)
-
-
-def test_npz_of_objects_is_never_unpickled(tmp_path: Path) -> None:
-    write_npz(tmp_path / "data.npz", arrays(rewards=np.array([{}] * 7, dtype=object)))
-    with pytest.raises(ValueError, match="not of objects"):
-        load_dataset(tmp_path / "data.npz")
-
-
-def test_hdf5_of_groups_or_without_keys_is_reported(tmp_path: Path) -> None:
-    values = arrays(observations=None)
-    path = write_hdf5(tmp_path / "data.h5", {**values, "observations/position": np.zeros((7, 2))})
-    with pytest.raises(ValueError, match="observations is a group"):
-        load_dataset(path)
-    with pytest.raises(ValueError, match=r"data.h5 lacks observations, .* It holds: actions, infos, rewards"):
-        load_dataset(write_hdf5(path, {"actions": np.zeros((7, 1)), "rewards": np.zeros(7), "infos/x": np.zeros(7)}))
-
-
-def test_unsupported_minari_spaces_are_reported() -> None:
-    step = {"rewards": [0.0], "terminations": [True], "truncations": [False]}
-    states = np.zeros((2, 2), np.float32)
-    discrete = make_minari(
-        "toy/discrete-v0",
-        [{"observations": states, "actions": np.zeros(1, np.int64), **step}],
-        action_space=gym.spaces.Discrete(3),
-    )
-    with pytest.raises(ValueError, match=r"action space Discrete\(3\)"):
-        load_dataset(discrete)
-    box = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-    nested = make_minari(
-        "toy/dict-v0",
-        [{"observations": {"goal": states}, "actions": np.zeros((1, 1), np.float32), **step}],
-        observation_space=gym.spaces.Dict({"goal": box}),
-    )
-    with pytest.raises(ValueError, match="observation space Dict"):
-        load_dataset(nested)
-    image = make_minari(
-        "toy/image-v0",
-        [{"observations": np.zeros((2, 8, 8, 3), np.uint8), "actions": np.zeros((1, 1), np.float32), **step}],
-        observation_space=gym.spaces.Box(0, 255, (8, 8, 3), np.uint8),
-    )
-    with pytest.raises(ValueError, match="observation space Box"):
-        load_dataset(image)
-
-
-def test_empty_and_damaged_minari_datasets_are_reported(minari_root: Path) -> None:
-    make_minari("toy/empty-v0", [])
-    with pytest.raises(ValueError, match="empty"):
-        load_dataset("toy/empty-v0")
-    make_minari("toy/three-v0")
-    path = minari_root / "toy/three-v0/data/main_data.hdf5"
-    with h5py.File(path, "a") as file:
-        del file["episode_1/rewards"]
-    with pytest.raises(ValueError, match="cannot read episode 1"):
-        load_dataset("toy/three-v0")
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"damaged or truncated\?"):
-        load_dataset("toy/three-v0")
-    make_minari(
-        "toy/short-v0",
-        [{"observations": np.zeros((2, 2)), "actions": np.zeros((2, 1)), "rewards": [0.0, 0.0],
-          "terminations": [False, True], "truncations": [False, False]}],
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="one observation more"):
-        load_dataset("toy/short-v0")
-
-
-def test_unknown_minari_id_lists_the_local_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_minari("toy/three-v0")
-
-    def no_network(dataset_id: str) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr("minari.storage.hosting.download_dataset", no_network)
-    with pytest.raises(FileNotFoundError, match=r"toy/three-v0.*no route to host.*sdw-fast collect"):
-        load_dataset("toy/four-v0")
-
-
-def test_unknown_kinds_of_source_are_reported() -> None:
-    with pytest.raises(TypeError, match="cannot load a dataset from ndarray"):
-        load_dataset(np.zeros(3))  # type: ignore[arg-type]
+def test_content_hash_is_that_of_the_arrays_as_they_are() -> None:
+    data = load_dataset(three_episodes())
+    before = data.content_hash
+    data.rewards[2] += 1
+    changed = data.content_hash
+    assert changed != before
+    data.rewards[2] -= 1
+    assert data.content_hash == before
 
 
 # --- parts and statistics --------------------------------------------------------------------------------------------
 
 
-def test_subset_keeps_pieces_apart_and_the_normalizer() -> None:
-    data = load_dataset(arrays())
+def test_subset_keeps_pieces_apart_and_the_units() -> None:
+    data = load_dataset(three_episodes(action_low=-2, action_high=[3]), env_id="Hopper-v5")
     part = data.subset([0, 1, 4, 5, 2])
     np.testing.assert_array_equal(part.observations[:, 0], [0, 1, 11, 20, 2])
+    np.testing.assert_array_equal(part.next_observations()[:, 0], [1, 2, 12, 21, 3])
     np.testing.assert_array_equal(part.episode_ends, [1, 2, 3, 4])
     np.testing.assert_array_equal(part.terminations, [0, 0, 0, 0, 1])
     np.testing.assert_array_equal(part.truncations, [0, 1, 1, 1, 0])
-    assert part.normalizer is data.normalizer
+    assert part.units == data.units
+    assert (part.env_id, part.action_bounds) == ("Hopper-v5", (-2, 3))
     mask = data.rewards > 5
     np.testing.assert_array_equal(data.subset(mask).rewards, [10, 20, 100, 200])
     assert data.subset(slice(0, 3)).episode_returns == [6]
@@ -356,28 +212,53 @@ def test_subset_keeps_pieces_apart_and_the_normalizer() -> None:
     for nothing in ([], np.zeros(7, bool)):
         with pytest.raises(ValueError, match="non-empty"):
             data.subset(nothing)
-    with pytest.raises(IndexError):
-        data.subset([7])
+    for beyond in ([7], np.ones(6, bool)):
+        with pytest.raises(IndexError):
+            data.subset(beyond)
 
 
-def test_concatenate_keeps_episodes_apart() -> None:
-    first = load_dataset(arrays(), env_id="Hopper-v5")
+def test_concatenate_keeps_episodes_apart_and_what_all_agree_on() -> None:
+    bounds = {"action_low": -2, "action_high": 3}
+    first = load_dataset(three_episodes(**bounds), env_id="Hopper-v5")
     second = first.subset([3])
     both = concatenate([first, second])
     np.testing.assert_array_equal(both.episode_returns, [6, 30, 300, 10])
     np.testing.assert_array_equal(both.observations[:, 0], [*STATES, 10])
-    np.testing.assert_allclose(both.normalizer.mean, both.observations.mean(0), rtol=1e-6)
-    assert both.env_id == "Hopper-v5"
-    assert concatenate([first, load_dataset(arrays())]).env_id is None
-    assert concatenate([first, TransitionDataset(**arrays(next_observations=None))]).next_observations is None
-    with pytest.raises(ValueError, match="differ"):
-        concatenate([first, load_dataset(arrays(actions=np.zeros((7, 2))))])
+    np.testing.assert_allclose(both.units.states.offset, both.observations.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(both.units.states.scale, both.observations.std(0) + 1e-3, rtol=1e-6)
+    assert (both.env_id, both.action_bounds, both.units.returns) == ("Hopper-v5", (-2, 3), first.units.returns)
+    assert both.path is None
+    elsewhere = concatenate([first, load_dataset(three_episodes(**bounds))])
+    assert (elsewhere.env_id, elsewhere.units.returns) == (None, None)
+
+
+def test_concatenate_refuses_what_does_not_fit() -> None:
+    first = load_dataset(three_episodes())
     with pytest.raises(ValueError, match="at least one"):
         concatenate([])
+    for changes in (
+        {"actions": np.zeros((7, 2))},
+        {"observations": np.zeros((7, 1)), "next_observations": np.ones((7, 1))},
+    ):
+        with pytest.raises(ValueError, match="widths"):
+            concatenate([first, load_dataset(three_episodes(**changes))])
+    wide: dict[str, Any] = {"actions": np.full((7, 1), 1.5)}  # no bounds are known
+    for changes in ({"action_low": -2, "action_high": 2}, {"action_low": -1, "action_high": 2}, wide):
+        other = load_dataset(three_episodes(**changes))
+        for pair in ([first, other], [other, first]):
+            with pytest.raises(ValueError, match="differ in their action bounds"):
+                concatenate(pair)
+
+
+def test_returns_are_summed_in_float64() -> None:
+    rewards = np.full(7, 1.0, np.float32)
+    rewards[0] = 2.0**25
+    data = load_dataset(three_episodes(rewards=rewards))
+    np.testing.assert_array_equal(data.episode_returns, [2.0**25 + 2, 2, 2])
 
 
 def test_summary_by_hand() -> None:
-    summary = load_dataset(arrays(), env_id="Walker2d-v5").summary()
+    summary = load_dataset(three_episodes(), env_id="Walker2d-v5").summary()
     returns = np.array([6.0, 30.0, 300.0])
     assert summary == {
         "name": None,
@@ -393,51 +274,4 @@ def test_summary_by_hand() -> None:
         "return_max": 300.0,
         "normalized_return_mean": pytest.approx(100 * (112 - 1.629008) / (4592.3 - 1.629008)),
     }
-    assert load_dataset(arrays(), env_id="Other-v0").summary()["normalized_return_mean"] is None
-
-
-def test_normalized_return() -> None:
-    np.testing.assert_allclose(normalized_return("Hopper-v5", np.array([-20.272305, 3234.3])), [0, 100], atol=1e-12)
-    np.testing.assert_allclose(normalized_return("Hopper-v2", 3234.3), 100)
-    np.testing.assert_allclose(normalized_return("Hopper-v5", 5.0, (0.0, 10.0)), 50)
-    with pytest.raises(ValueError, match="no reference scores for environment 'Ant-v5'"):
-        normalized_return("Ant-v5", 1.0)
-
-
-def test_normalizer_matches_the_definition_and_its_inverse() -> None:
-    rng = np.random.default_rng(0)
-    x = (1000 + rng.normal(size=(100_001, 3)) * [1e-3, 1, 100]).astype(np.float32)
-    x[:, 1] = 5.0  # a constant column
-    normalizer = Normalizer.fit(x)
-    exact = x.astype(np.float64)
-    np.testing.assert_allclose(normalizer.mean, exact.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(normalizer.scale, exact.std(0) + 1e-3, rtol=1e-5)
-    y = normalizer.normalize(x)
-    np.testing.assert_array_equal(y, (x - normalizer.mean) / normalizer.scale)
-    assert y.dtype == np.float32
-    np.testing.assert_array_equal(y[:, 1], 0)
-    np.testing.assert_allclose(normalizer.denormalize(y), x, rtol=1e-6)
-    tensor = torch.from_numpy(x[:5]).double().requires_grad_()
-    z = normalizer.normalize(tensor)
-    assert z.dtype == torch.float64
-    z.sum().backward()
-    np.testing.assert_allclose(tensor.grad, np.broadcast_to(1 / normalizer.scale, (5, 3)), rtol=1e-6)
-    assert normalizer.denormalize(z.detach()).allclose(tensor)
-    np.testing.assert_allclose(normalizer.normalize(exact), (exact - normalizer.mean) / normalizer.scale, rtol=1e-12)
-
-
-def test_normalizer_refusals() -> None:
-    with pytest.raises(ValueError, match="shape"):
-        Normalizer(np.zeros(3), np.ones(2))
-    with pytest.raises(ValueError, match="positive"):
-        Normalizer(np.zeros(2), np.array([1.0, 0.0]))
-    with pytest.raises(ValueError, match="expected observations of 3 numbers"):
-        Normalizer(np.zeros(3), np.ones(3)).normalize(np.zeros((4, 2)))
-    with pytest.raises(ValueError, match="the normalizer is for 3 numbers"):
-        TransitionDataset(**arrays(), normalizer=Normalizer(np.zeros(3), np.ones(3)))
-
-
-def test_normalized_observations_are_cached() -> None:
-    data = load_dataset(arrays())
-    assert data.normalized_observations is data.normalized_observations
-    np.testing.assert_allclose(data.normalized_observations.mean(0), 0, atol=1e-6)
+    assert load_dataset(three_episodes(), env_id="Other-v0").summary()["normalized_return_mean"] is None

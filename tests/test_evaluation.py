@@ -1,12 +1,9 @@
-"""Rollouts: exact counts, seeds, normalization and errors. CountingEnv's returns can be worked out by hand."""
+"""Evaluation: exact counts, seeds, bounds, normalization and errors. CountingEnv's returns are worked out by hand."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-import sdw_fast as sdw
-from sdw_fast import evaluate
-from sdw_fast.evaluate import BATCH, make_env
+from sdw_fast.evaluation import evaluate, evaluate_synthetic
+from sdw_fast.policy import behavior_clone
+from sdw_fast.rollout import BATCH, make_env
+from sdw_fast.synthetic import SyntheticDataset
+from sdw_fast.units import Affine, Units
 
 LENGTHS = (3, 1, 7, 4, 2)
 
@@ -43,9 +42,12 @@ class CountingEnv(gym.Env):
 
 @pytest.fixture(autouse=True)
 def counting_env() -> Iterator[None]:
-    gym.register("Counting-v0", CountingEnv, disable_env_checker=True)
+    ids = ("Counting-v3", "Counting-v0", "Walker2d-v77")  # D4RL knows the last one's name
+    for env_id in ids:
+        gym.register(env_id, CountingEnv, disable_env_checker=True)
     yield
-    gym.registry.pop("Counting-v0")
+    for env_id in ids:
+        gym.registry.pop(env_id)
 
 
 def zero(observations: torch.Tensor) -> torch.Tensor:
@@ -54,7 +56,7 @@ def zero(observations: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("episodes", [1, 5, BATCH, BATCH + 1, 3 * BATCH + 2])
 def test_returns_and_lengths_by_hand(episodes: int) -> None:
-    result = evaluate(zero, "Counting-v0", episodes=episodes, seed=20)
+    result = evaluate(zero, "Counting-v3", episodes=episodes, seed=20)
     seeds = 20 + np.arange(episodes)
     lengths = np.array(LENGTHS)[seeds % 5]
     np.testing.assert_array_equal(result.lengths, lengths)
@@ -69,40 +71,80 @@ def test_policy_sees_the_current_observation_as_float32() -> None:
         assert observations.shape == (BATCH, 2)
         return observations[:, 1:] / 10  # pays the step number / 10
 
-    result = evaluate(policy, "Counting-v0", episodes=5)
+    result = evaluate(policy, "Counting-v3", episodes=5)
     steps = np.array([sum(range(n)) for n in LENGTHS]) / 10
     np.testing.assert_allclose(result.returns, np.arange(5) * np.array(LENGTHS) + steps, rtol=1e-6)
 
 
 def test_actions_are_clipped_to_the_action_space() -> None:
-    result = evaluate(lambda observations: np.full((len(observations), 1), 9.0), "Counting-v0", episodes=2)
+    result = evaluate(lambda observations: np.full((len(observations), 1), 9.0), "Counting-v3", episodes=2)
     np.testing.assert_array_equal(result.returns, [3.0, 2.0])  # each step pays seed + 1
 
 
 def test_statistics_and_dict_follow_the_reference_scores() -> None:
-    result = evaluate(zero, "Counting-v0", episodes=3, reference_scores=(2.0, 12.0))
+    result = evaluate(zero, "Counting-v3", episodes=3, returns=Affine.scores(2.0, 12.0))
     returns = np.array([0.0, 1.0, 14.0])
     np.testing.assert_allclose(result.normalized, 10 * (returns - 2))
     assert result.mean == returns.mean()
     assert result.std == returns.std()
     assert result.normalized_mean == pytest.approx(10 * (returns.mean() - 2))
     assert result.normalized_std == pytest.approx(10 * returns.std())
-    assert result.to_dict()["returns"] == returns.tolist()
-    assert result.to_dict()["episodes"] == 3
+    assert json.loads(json.dumps(result.to_dict())) == {
+        "env_id": "Counting-v3",
+        "seed": 0,
+        "episodes": 3,
+        "mean": result.mean,
+        "std": result.std,
+        "normalized_mean": result.normalized_mean,
+        "normalized_std": result.normalized_std,
+        "returns": returns.tolist(),
+        "lengths": [3, 1, 7],
+        "normalized": result.normalized.tolist(),
+    }
     assert "30.0" in str(result)  # 10 · (5 − 2)
+
+
+def test_without_reference_scores_nothing_is_normalized() -> None:
+    result = evaluate(zero, "Counting-v3", episodes=3)
+    assert (result.normalized, result.normalized_mean, result.normalized_std) == (None, None, None)
+    assert result.to_dict()["normalized"] is None
+    assert str(result) == "Counting-v3: return 5.0 ± 6.4 over 3 episodes"
+
+
+def test_d4rl_scores_go_by_the_environments_name_and_give_way_to_those_given() -> None:
+    returns = np.array([0.0, 1.0, 14.0])
+    by_name = evaluate(zero, "Walker2d-v77", episodes=3)
+    np.testing.assert_allclose(by_name.normalized, 100 * (returns - 1.629008) / (4592.3 - 1.629008))
+    given = evaluate(zero, "Walker2d-v77", episodes=3, returns=Affine.scores(0, 100))
+    np.testing.assert_allclose(given.normalized, returns)
 
 
 def test_module_is_evaluated_without_dropout_and_left_as_it_was() -> None:
     policy = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1), nn.Tanh())
     policy[0].eval()
     threads = torch.get_num_threads()
-    first, second = (evaluate(policy, "Counting-v0", episodes=7).returns for _ in range(2))
+    first, second = (evaluate(policy, "Counting-v3", episodes=7).returns for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert policy.training
     assert policy[1].training
     assert not policy[0].training
     assert torch.get_num_threads() == threads
     assert all(p.grad is None for p in policy.parameters())
+
+
+def test_a_method_of_a_module_is_evaluated_as_the_module_is() -> None:
+    policy = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1), nn.Tanh())
+    expected = evaluate(policy, "Counting-v3", episodes=7).returns
+    np.testing.assert_array_equal(evaluate(policy.forward, "Counting-v3", episodes=7).returns, expected)
+    assert policy[1].training
+
+
+def test_episodes_end_and_begin_apart() -> None:
+    """More episodes than environments: each is counted under its own seed, whichever environment ran it."""
+    many = evaluate(zero, "Counting-v3", episodes=2 * BATCH, seed=3)
+    for episode in (0, BATCH - 1, BATCH, 2 * BATCH - 1):
+        one = evaluate(zero, "Counting-v3", episodes=1, seed=3 + episode)
+        assert (one.returns[0], one.lengths[0]) == (many.returns[episode], many.lengths[episode])
 
 
 def test_hopper_episode_depends_on_its_seed_alone_bit_for_bit() -> None:
@@ -130,37 +172,6 @@ def test_hopper_return_matches_a_plain_loop() -> None:
     assert evaluate(policy, "Hopper-v5", episodes=1, seed=7).returns[0] == pytest.approx(total, rel=1e-12)
 
 
-def test_mujoco_deprecation_notes_stay_silent(tmp_path: Path) -> None:
-    script = "from sdw_fast.evaluate import make_env; make_env('HalfCheetah-v5'); print('made')"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    command = [sys.executable, "-W", "always", "-c", script]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
-    assert run.stdout == "made\n"
-    assert "deprecated" not in run.stderr
-    assert not list(tmp_path.iterdir())  # MuJoCo would log to a file here
-
-
-def test_other_mujoco_warnings_reach_the_handler_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    mujoco = pytest.importorskip("mujoco")
-    received: list[str] = []
-
-    def compile_model(env_id: str) -> None:
-        mujoco.get_mju_user_warning()("attribute 'x' is deprecated")
-        mujoco.get_mju_user_warning()("Nan, Inf or huge value in QACC")
-
-    monkeypatch.setattr(gym, "make", compile_model)
-    with pytest.warns(UserWarning, match="QACC"):
-        make_env("Any-v0")
-    handler = received.append
-    mujoco.set_mju_user_warning(handler)
-    try:
-        make_env("Any-v0")
-        assert mujoco.get_mju_user_warning() == handler
-    finally:
-        mujoco.set_mju_user_warning(None)
-    assert received == ["Nan, Inf or huge value in QACC"]
-
-
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
@@ -171,7 +182,7 @@ def test_other_mujoco_warnings_reach_the_handler_in_place(monkeypatch: pytest.Mo
 )
 def test_bad_actions_are_reported(policy: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate(policy, "Counting-v0", episodes=1)
+        evaluate(policy, "Counting-v3", episodes=1)
 
 
 def test_unsupported_environments_and_arguments_are_reported() -> None:
@@ -180,25 +191,113 @@ def test_unsupported_environments_and_arguments_are_reported() -> None:
     with pytest.raises(ValueError, match="observation space Discrete"):
         evaluate(zero, "FrozenLake-v1", episodes=1)
     with pytest.raises(ValueError, match="at least 1"):
-        evaluate(zero, "Counting-v0", episodes=0)
+        evaluate(zero, "Counting-v3", episodes=0)
+
+
+# Bounds other than ±1
+
+
+@pytest.mark.parametrize(("action", "reached"), [(1.7, 1.7), (-5.0, -2.0)])
+def test_pendulum_return_matches_a_plain_loop(action: float, reached: float) -> None:
+    env, total, done = make_env("Pendulum-v1"), 0.0, False
+    env.reset(seed=7)
+    while not done:
+        _, reward, terminated, truncated, _ = env.step(np.float32([reached]))
+        total, done = total + float(reward), terminated or truncated
+    result = evaluate(lambda o: torch.full((len(o), 1), action), "Pendulum-v1", episodes=1, seed=7)
+    assert result.returns[0] == pytest.approx(total, rel=1e-12)
+    assert result.lengths[0] == 200
+    assert result.normalized is None
+
+
+def pendulum_set(torque: float) -> SyntheticDataset:
+    """Pairs that ask for one torque whatever the state; the bounds are Pendulum's, ±2."""
+    observations = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    return SyntheticDataset(
+        observations=observations,
+        actions=np.full((20, 1), torque, np.float32),
+        units=Units(Affine.fit(observations), Affine.between([-2.0], [2.0]), env_id="Pendulum-v1"),
+        config={"hidden": [8], "inner_steps": 300},
+    )
+
+
+def test_a_cloned_policy_acts_between_the_sets_bounds() -> None:
+    synthetic = pendulum_set(1.8)
+    policy = behavior_clone(synthetic)
+    env, total, done = make_env("Pendulum-v1"), 0.0, False
+    observation, _ = env.reset(seed=0)
+    while not done:
+        action = policy(torch.from_numpy(observation)).detach().numpy()
+        assert 1.2 < action[0] <= 2
+        observation, reward, terminated, truncated, _ = env.step(action)
+        total, done = total + float(reward), terminated or truncated
+    result = evaluate_synthetic(synthetic, clones=1, episodes=1)
+    assert result.returns[0] == pytest.approx(total, rel=1e-3)
+
+
+# Synthetic sets
+
+
+def counting_set(**units: Any) -> SyntheticDataset:
+    observations = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    return SyntheticDataset(
+        observations=observations,
+        actions=np.tanh(observations[:, :1]),
+        units=Units(Affine.fit(observations), Affine.between([-1.0], [1.0]), **units),
+        config={"hidden": [8], "inner_steps": 5},
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_a_set_is_normalized_by_its_own_returns_in_its_environment_and_by_d4rls_in_another() -> None:
+    synthetic = counting_set(env_id="Counting-v3", returns=Affine.scores(1, 201))
+    for env_id in (None, "Counting-v3", "Counting-v0"):  # another version is the same environment
+        result = evaluate_synthetic(synthetic, env_id, clones=1, episodes=3)
+        assert result.env_id == (env_id or "Counting-v3")
+        np.testing.assert_allclose(result.normalized, (result.returns - 1) / 2)
+    other = evaluate_synthetic(synthetic, "Walker2d-v77", clones=1, episodes=3)
+    assert other.env_id == "Walker2d-v77"
+    np.testing.assert_array_equal(other.returns, result.returns)
+    np.testing.assert_allclose(other.normalized, 100 * (other.returns - 1.629008) / (4592.3 - 1.629008))
+    walker = counting_set(env_id="Walker2d-v77", returns=Affine.scores(1, 201))
+    own = evaluate_synthetic(walker, clones=1, episodes=3)
+    np.testing.assert_allclose(own.normalized, (own.returns - 1) / 2)
+    assert evaluate_synthetic(walker, "Counting-v3", clones=1, episodes=3).normalized is None
+
+
+def test_a_set_of_no_environment_needs_one() -> None:
+    with pytest.raises(ValueError, match="names no environment: pass env_id"):
+        evaluate_synthetic(counting_set(), clones=1)
+    assert evaluate_synthetic(counting_set(), "Counting-v3", clones=1, episodes=2).env_id == "Counting-v3"
+
+
+def test_five_clones_share_ten_episodes_unless_asked_otherwise() -> None:
+    synthetic = counting_set(env_id="Counting-v3")
+    result = evaluate_synthetic(synthetic)
+    assert (result.seed, len(result.returns)) == (0, 10)
+    expected = [
+        evaluate(behavior_clone(synthetic, seed=clone), "Counting-v3", episodes=2, seed=2 * clone).returns
+        for clone in range(5)
+    ]
+    np.testing.assert_array_equal(result.returns, np.concatenate(expected))
+    np.testing.assert_array_equal(evaluate(zero, "Counting-v3").lengths, 2 * LENGTHS)
 
 
 def test_evaluate_synthetic_shares_episodes_among_clones() -> None:
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(20, 11)).astype(np.float32)
-    synthetic = sdw.SyntheticDataset(
+    synthetic = SyntheticDataset(
         observations=observations,
         actions=np.tanh(observations[:, :3]),
-        normalizer=sdw.Normalizer.fit(observations),
-        action_low=-np.ones(3, np.float32),
-        action_high=np.ones(3, np.float32),
-        env_id="Hopper-v5",
+        units=Units(Affine.fit(observations), Affine.between(-np.ones(3), np.ones(3)), env_id="Hopper-v5"),
         config={"hidden": [8], "inner_steps": 5},
     )
-    together = sdw.evaluate_synthetic(synthetic, clones=2, episodes=3, seed=7)
-    first = sdw.evaluate(sdw.behavior_clone(synthetic, seed=7), "Hopper-v5", episodes=2, seed=7)
-    second = sdw.evaluate(sdw.behavior_clone(synthetic, seed=8), "Hopper-v5", episodes=1, seed=9)
+    together = evaluate_synthetic(synthetic, clones=2, episodes=3, seed=7)
+    first = evaluate(behavior_clone(synthetic, seed=7), "Hopper-v5", episodes=2, seed=7)
+    second = evaluate(behavior_clone(synthetic, seed=8), "Hopper-v5", episodes=1, seed=9)
     np.testing.assert_array_equal(together.returns, [*first.returns, *second.returns])
+    np.testing.assert_array_equal(together.lengths, [*first.lengths, *second.lengths])
     assert together.normalized_mean is not None
-    with pytest.raises(ValueError, match="clones must be between"):
-        sdw.evaluate_synthetic(synthetic, clones=4, episodes=3)
+    for clones in (0, 4):
+        with pytest.raises(ValueError, match=f"clones must be between 1 and episodes = 3, got {clones}"):
+            evaluate_synthetic(synthetic, clones=clones, episodes=3)

@@ -1,61 +1,231 @@
+"""The outer problem of every objective against its definition, and that each setting reaches it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+from conftest import HIGH, LOW
 
 import sdw_fast as sdw
-from sdw_fast.objectives import outer_problem
+from sdw_fast.config import DistillConfig
+from sdw_fast.density import density_weights, effective_sample_size, knn_log_density
+from sdw_fast.networks import MLP, MinCritic
+from sdw_fast.objectives import OuterProblem, outer_problem
+from sdw_fast.units import Affine, Units
+
+
+def make(data: sdw.TransitionDataset, teacher: sdw.Teacher | None = None, **settings: Any) -> OuterProblem:
+    return outer_problem(data, teacher, DistillConfig(**settings))
+
+
+def teacher_values(data: sdw.TransitionDataset) -> np.ndarray:
+    """The values of `small_teacher` at its own actions."""
+    return 100 + 10 * data.observations[:, 0] + np.tanh(data.observations[:, :3]).sum(axis=1)
+
+
+# --- targets and weights of each objective ---------------------------------------------------------------------------
 
 
 def test_dbc_matches_the_dataset(small_data) -> None:
-    problem = outer_problem(small_data, objective="dbc")
+    problem = make(small_data, objective="dbc")
     np.testing.assert_array_equal(problem.targets, small_data.actions)
     np.testing.assert_array_equal(problem.weights, np.ones(400))
-    np.testing.assert_array_equal(problem.states, small_data.normalized_observations)
+    assert problem.observations is small_data.observations  # held once; batches are normalized
+    assert problem.units == small_data.units
+    assert len(problem) == 400
 
 
 def test_pbc_matches_the_teacher(small_data, small_teacher) -> None:
-    problem = outer_problem(small_data, small_teacher, objective="pbc")
+    problem = make(small_data, small_teacher, objective="pbc")
     np.testing.assert_allclose(problem.targets, np.tanh(small_data.observations[:, :3]), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(problem.weights, np.ones(400))
+    actor_only = sdw.Teacher(small_teacher.actor)
+    np.testing.assert_array_equal(make(small_data, actor_only, objective="pbc").targets, problem.targets)
 
 
 def test_av_pbc_weighs_by_value(small_data, small_teacher) -> None:
-    problem = outer_problem(small_data, small_teacher, objective="av-pbc", beta=0.5)
-    expected = 0.5 * (100 + 10 * small_data.observations[:, 0] + np.tanh(small_data.observations[:, :3]).sum(axis=1))
-    np.testing.assert_allclose(problem.weights, expected, rtol=1e-5)
+    problem = make(small_data, small_teacher, objective="av-pbc", beta=0.5)
+    np.testing.assert_allclose(problem.weights, 0.5 * teacher_values(small_data), rtol=1e-5)
 
 
 def test_sdw_is_av_pbc_times_density_weights(small_data, small_teacher) -> None:
-    problem = outer_problem(small_data, small_teacher, objective="sdw", tau=0.2)
-    plain = outer_problem(small_data, small_teacher, objective="av-pbc")
-    logd = sdw.knn_log_density(small_data.normalized_observations, k=10)
-    factor = sdw.density_weights(logd, tau=0.2, clip=0.99).weights
+    problem = make(small_data, small_teacher, objective="sdw", tau=0.2)
+    plain = make(small_data, small_teacher, objective="av-pbc")
+    logd = knn_log_density(small_data.normalized_observations(), k=10)
+    factor = density_weights(logd, tau=0.2, clip=0.99).weights
     np.testing.assert_allclose(problem.weights, plain.weights * factor, rtol=1e-5)
+    np.testing.assert_array_equal(problem.targets, plain.targets)
     assert factor.mean() == pytest.approx(1.0)
     assert problem.report["density"]["tau"] == pytest.approx(0.2)
 
 
+def test_without_a_configuration_it_is_sdw_with_the_defaults(small_data, small_teacher) -> None:
+    problem = outer_problem(small_data, small_teacher)
+    np.testing.assert_array_equal(problem.weights, make(small_data, small_teacher, objective="sdw").weights)
+    logd = knn_log_density(small_data.normalized_observations(), k=10)
+    factor = density_weights(logd, ess=0.5, clip=0.99).weights
+    np.testing.assert_allclose(problem.weights, 0.02 * teacher_values(small_data) * factor, rtol=1e-5)
+
+
 def test_any_objective_can_carry_the_density(small_data, small_teacher) -> None:
-    weighted = outer_problem(small_data, objective="dbc", density=True, ess=0.6)
-    assert sdw.effective_sample_size(weighted.weights) == pytest.approx(0.6, abs=0.01)
-    plain = outer_problem(small_data, small_teacher, objective="sdw", density=False)
-    reference = outer_problem(small_data, small_teacher, objective="av-pbc")
+    weighted = make(small_data, objective="dbc", density=True, ess=0.6)
+    assert effective_sample_size(weighted.weights) == pytest.approx(0.6, abs=0.01)
+    plain = make(small_data, small_teacher, objective="sdw", density=False)
+    reference = make(small_data, small_teacher, objective="av-pbc")
     np.testing.assert_array_equal(plain.weights, reference.weights)
 
 
 def test_negative_values_are_floored_and_counted(small_data) -> None:
     teacher = sdw.Teacher(actor=lambda s: s[:, :3].tanh(), critic=lambda s, a: s[:, 5])
-    problem = outer_problem(small_data, teacher, objective="av-pbc")
+    problem = make(small_data, teacher, objective="av-pbc")
     negative = small_data.observations[:, 5] < 0
     assert problem.report["weights_floored"] == negative.sum() > 0
     assert not problem.weights[negative].any()
-    assert (problem.weights >= 0).all()
+    assert (problem.weights[~negative] > 0).all()
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def weights_of(data: sdw.TransitionDataset, **options: Any) -> np.ndarray:
+    logd = sdw.log_density(data, options.pop("method", "knn"), **{k: options.pop(k) for k in ("k",) if k in options})
+    return density_weights(logd, **{"ess": 0.5, "clip": 0.99, **options}).weights
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"k": 3}, {"k": 3}),
+        ({"k": 40}, {"k": 40}),
+        ({"ess": 0.8}, {"ess": 0.8}),
+        ({"tau": 0.3}, {"tau": 0.3, "ess": None}),
+        ({"tau": 0.0, "ess": 0.8}, {"tau": 0.0, "ess": None}),  # tau comes first
+        ({"clip": 0.7}, {"clip": 0.7}),
+    ],
+)
+def test_every_density_setting_reaches_the_weights(small_data, settings: dict, options: dict) -> None:
+    weights = make(small_data, objective="dbc", density=True, **settings).weights
+    np.testing.assert_allclose(weights, weights_of(small_data, **options), rtol=1e-6)
+    assert not np.allclose(weights, make(small_data, objective="dbc", density=True).weights)
+
+
+def test_density_method_reaches_the_weights(small_data, tmp_path) -> None:
+    pytest.importorskip("zuko")
+    data = dataclasses.replace(small_data.subset(slice(0, 100)), path=tmp_path)  # the flow is fitted once
+    weights = make(data, objective="dbc", density=True, density_method="flow").weights
+    np.testing.assert_allclose(weights, weights_of(data, method="flow"), rtol=1e-6)
+    assert not np.allclose(weights, weights_of(data), rtol=0.1)
+
+
+def test_beta_scales_the_weights(small_data, small_teacher) -> None:
+    small, large = (make(small_data, small_teacher, objective="sdw", beta=beta).weights for beta in (0.01, 0.04))
+    np.testing.assert_allclose(large, 4 * small, rtol=1e-6)
+
+
+# --- units -----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_scaled_to_the_bounds(bounded_data, small_teacher) -> None:
+    center, half = (HIGH + LOW) / 2, (HIGH - LOW) / 2
+    targets = make(bounded_data, objective="dbc").targets
+    np.testing.assert_allclose(targets, (bounded_data.actions - center) / half, rtol=1e-5, atol=1e-5)
+    assert np.abs(targets).max() <= 1 + 1e-5
+    targets = make(bounded_data, small_teacher, objective="pbc").targets  # acts in the environment's units
+    expected = (np.tanh(bounded_data.observations[:, :3]) - center) / half
+    np.testing.assert_allclose(targets, expected, rtol=1e-5, atol=1e-5)
+
+
+def network_teacher(units: Units) -> sdw.Teacher:
+    torch.manual_seed(0)
+    return sdw.Teacher(MLP([11, 16, 3], tanh=True), MinCritic([MLP([14, 16, 1], tanh=False)]), units=units)
+
+
+def test_a_teacher_of_the_same_units_makes_no_round_trip(bounded_data) -> None:
+    """Its network's output is the target, bit for bit; through the environment's units some bits would be lost."""
+    teacher = network_teacher(bounded_data.units)
+    problem = make(bounded_data, teacher, objective="pbc")
+    with torch.no_grad():
+        output = teacher.actor(torch.from_numpy(bounded_data.normalized_observations())).numpy()
+    np.testing.assert_array_equal(problem.targets, output)
+    round_trip = bounded_data.units.require_actions().normalize(teacher.actions(bounded_data.observations))
+    assert (round_trip != output).any()
+
+
+def test_a_teacher_of_other_units_means_the_same_actions(bounded_data) -> None:
+    units = Units(Affine(np.full(11, 0.5), np.full(11, 2.0)), Affine.between([-1, -2, -3], [4, 5, 6]))
+    teacher = network_teacher(units)
+    problem = make(bounded_data, teacher, objective="pbc")
+    expected = (teacher.actions(bounded_data.observations) - (HIGH + LOW) / 2) / ((HIGH - LOW) / 2)
+    np.testing.assert_allclose(problem.targets, expected, rtol=1e-5, atol=1e-5)
+    weights = make(bounded_data, teacher, objective="av-pbc", beta=1.0).weights
+    values = teacher.values(bounded_data.observations, teacher.actions(bounded_data.observations))
+    np.testing.assert_allclose(weights, np.maximum(values, 0), rtol=1e-4, atol=1e-5)
+
+
+# --- the report and the fingerprint ----------------------------------------------------------------------------------
+
+
+def test_report_by_hand(small_data, small_teacher) -> None:
+    problem = make(small_data, small_teacher, objective="sdw", ess=0.6)
+    report = json.loads(json.dumps(problem.report))
+    values = teacher_values(small_data)
+    assert report["mean_q"] == pytest.approx(values.mean(), rel=1e-5)
+    assert report["weights_floored"] == 0
+    assert (report["objective"], report["states"]) == ("sdw", 400)
+    assert report["effective_sample_size"] == pytest.approx(effective_sample_size(problem.weights), rel=1e-5)
+    assert report["mean_weight"] == pytest.approx(problem.weights.mean(), rel=1e-5)
+    assert report["largest_weight"] == pytest.approx(problem.weights.max(), rel=1e-5)
+    assert report["density"]["effective_sample_size"] == pytest.approx(0.6, abs=0.01)
+    plain = make(small_data, objective="dbc").report
+    assert "density" not in plain
+    assert "mean_q" not in plain
+
+
+def test_fingerprint_knows_each_part(bounded_data, small_teacher) -> None:
+    problem = make(bounded_data, small_teacher, objective="av-pbc")
+    own = problem.fingerprint()
+    assert own == make(bounded_data, small_teacher, objective="av-pbc").fingerprint()
+    units = dataclasses.replace(problem.units, env_id="Toy-v0")
+    changes: dict[str, Any] = {name: getattr(problem, name) + 1 for name in ("observations", "targets", "weights")}
+    for name, value in {**changes, "units": units}.items():
+        other = dataclasses.replace(problem, **{name: value}).fingerprint()
+        assert {part for part in own if own[part] != other[part]} == {name}
+
+
+def test_fingerprint_of_a_teacher_that_gives_views(small_data) -> None:
+    teacher = sdw.Teacher(actor=lambda s: s.T[:3].contiguous().T)
+    assert set(make(small_data, teacher, objective="pbc").fingerprint()) == {
+        "observations",
+        "targets",
+        "weights",
+        "units",
+    }
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_refusals(small_data, small_teacher) -> None:
     with pytest.raises(ValueError, match="one of"):
-        outer_problem(small_data, small_teacher, objective="bc")
-    with pytest.raises(ValueError, match="pass a teacher"):
-        outer_problem(small_data, objective="sdw", tau=0.1)
+        make(small_data, small_teacher, objective="bc")
+    for objective in ("pbc", "av-pbc", "sdw"):
+        with pytest.raises(ValueError, match="pass a teacher"):
+            make(small_data, objective=objective, tau=0.1)
+    for objective in ("av-pbc", "sdw"):
+        with pytest.raises(ValueError, match="no critic"):
+            make(small_data, sdw.Teacher(small_teacher.actor), objective=objective)
     hopeless = sdw.Teacher(actor=lambda s: s[:, :3].tanh(), critic=lambda s, a: -s[:, 5].abs() - 1)
     with pytest.raises(ValueError, match="every weight"):
-        outer_problem(small_data, hopeless, objective="av-pbc")
+        make(small_data, hopeless, objective="av-pbc")
+
+
+def test_unknown_action_bounds_are_refused(small_data, small_teacher) -> None:
+    unknown = dataclasses.replace(small_data, units=Units(small_data.units.states))
+    for objective in ("dbc", "pbc", "sdw"):
+        with pytest.raises(ValueError, match="action bounds are not known"):
+            make(unknown, small_teacher, objective=objective)

@@ -1,91 +1,115 @@
+"""MLPPolicy and behavior cloning: by hand, against plain SGD, setting by setting, and without global random state."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-import sdw_fast as sdw
-from sdw_fast.distill import DistillConfig
-from sdw_fast.policy import _cholesky_qr, orthogonal_parameters
+from sdw_fast.config import DistillConfig
+from sdw_fast.networks import orthogonal_parameters
+from sdw_fast.policy import MLPPolicy, behavior_clone
+from sdw_fast.synthetic import SyntheticDataset
+from sdw_fast.units import Affine, Units
 
 
-def make_set(n: int = 20, config: dict | None = None, low: float = -1.0, high: float = 1.0) -> sdw.SyntheticDataset:
+def make_set(n: int = 20, config: dict | None = None, low: float = -1.0, high: float = 1.0) -> SyntheticDataset:
     rng = np.random.default_rng(1)
     observations = rng.normal(2, 3, size=(n, 4)).astype(np.float32)
-    return sdw.SyntheticDataset(
+    return SyntheticDataset(
         observations=observations,
         actions=((high - low) / 2 * np.tanh(observations[:, :2] / 3) + (high + low) / 2).astype(np.float32),
-        normalizer=sdw.Normalizer.fit(observations),
-        action_low=np.full(2, low, np.float32),
-        action_high=np.full(2, high, np.float32),
+        units=Units(Affine.fit(observations), Affine.between([low, low], [high, high])),
         config=config or {},
     )
 
 
-@pytest.mark.parametrize("sizes", [(3, 5), (11, 256, 256, 3), (7, 3, 9, 1)])
-def test_orthogonal_parameters_have_orthogonal_rows_or_columns(sizes: tuple[int, ...]) -> None:
-    params = orthogonal_parameters(sizes, gain=2.0, generator=torch.Generator().manual_seed(0))
-    for weight, bias, fan_in, fan_out in zip(params[0::2], params[1::2], sizes[:-1], sizes[1:], strict=True):
-        assert weight.shape == (fan_out, fan_in)
-        assert weight.is_contiguous()
-        gram = weight.T @ weight if fan_out >= fan_in else weight @ weight.T
-        torch.testing.assert_close(gram, 4.0 * torch.eye(min(fan_in, fan_out)), atol=1e-4, rtol=0)
-        assert not bias.any()
+def same(a: MLPPolicy, b: MLPPolicy) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_orthogonal_parameters_of_several_generators() -> None:
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    together = orthogonal_parameters((4, 8, 2), gain=1.5, generator=generators)
-    for run, seed in enumerate((3, 4)):
-        alone = orthogonal_parameters((4, 8, 2), gain=1.5, generator=torch.Generator().manual_seed(seed))
-        for a, b in zip(together, alone, strict=True):
-            assert a.is_contiguous()
-            torch.testing.assert_close(a[run], b)
+SMALL: dict[str, Any] = {"hidden": (6, 5), "gain": 1.2, "inner_steps": 4, "inner_lr": 0.05, "inner_momentum": 0.5}
+OTHER: dict[str, Any] = {"hidden": (6, 7), "gain": 0.8, "inner_steps": 5, "inner_lr": 0.07, "inner_momentum": 0.0}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (256, 17), (3, 64, 64)])
-def test_cholesky_qr_is_the_qr_with_positive_diagonal(shape: tuple[int, ...]) -> None:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    q, r = torch.linalg.qr(x.double())
-    expected = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-    torch.testing.assert_close(_cholesky_qr(x).double(), expected, rtol=0, atol=1e-6)
-
-
-def test_cholesky_qr_of_an_almost_singular_matrix_is_orthogonal() -> None:
-    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    x[:, 5] = x[:, 6] * (1 + 1e-7)
-    q = _cholesky_qr(x).double()
-    torch.testing.assert_close(q.T @ q, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-6)
-
-
-def test_orthogonal_parameters_follow_their_generator() -> None:
-    first, same, other = (
-        orthogonal_parameters((4, 8, 2), gain=1.0, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
-    assert not torch.equal(first[0], other[0])
+# The policy
 
 
 def test_policy_by_hand() -> None:
     # one layer: a = center + half · tanh(w · (s − mean)/scale + b), bounds [0, 4]: center 2, half 2
-    policy = sdw.MLPPolicy(
-        [torch.tensor([[2.0]]), torch.tensor([0.5])],
-        mean=np.array([1.0]),
-        scale=np.array([2.0]),
-        action_low=np.array([0.0]),
-        action_high=np.array([4.0]),
-    )
+    units = Units(Affine(np.array([1.0]), np.array([2.0])), Affine.between([0.0], [4.0]))
+    policy = MLPPolicy([torch.tensor([[2.0]]), torch.tensor([0.5])], units)
     expected = 2 + 2 * np.tanh(2.0 * (3.0 - 1.0) / 2.0 + 0.5)
     assert float(policy(torch.tensor([3.0])).detach()) == pytest.approx(expected, rel=1e-6)
+    assert policy(torch.full((7, 1), 3.0)).tolist() == [policy(torch.tensor([3.0])).tolist()] * 7
+    with pytest.raises(ValueError, match="bounds are not known"):
+        MLPPolicy([torch.tensor([[2.0]]), torch.tensor([0.5])], replace(units, actions=None))
+
+
+@pytest.fixture(scope="module")
+def policy() -> MLPPolicy:
+    return behavior_clone(make_set(low=-3.0, high=0.5), **SMALL)
+
+
+def test_policies_are_copied_pickled_and_saved(policy: MLPPolicy, tmp_path: Path) -> None:
+    observations = torch.from_numpy(make_set().observations)
+    expected = policy(observations)
+    torch.save(policy, buffer := io.BytesIO())
+    buffer.seek(0)
+    copies = [copy.deepcopy(policy), pickle.loads(pickle.dumps(policy)), torch.load(buffer, weights_only=False)]
+    for other in copies:
+        assert torch.equal(other(observations), expected)
+        assert other.units == policy.units
+        with torch.no_grad():
+            next(other.parameters()).zero_()
+        assert torch.equal(policy(observations), expected)  # a copy, not a view
+    fresh = behavior_clone(make_set(low=-3.0, high=0.5), seed=9, **SMALL)
+    fresh.load_state_dict(policy.state_dict())
+    assert torch.equal(fresh(observations), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1)])
+def test_policies_move_to_another_precision(policy: MLPPolicy, dtype: torch.dtype, tolerance: float) -> None:
+    observations = torch.from_numpy(make_set().observations)
+    moved = copy.deepcopy(policy).to(dtype)
+    actions = moved(observations.to(dtype))
+    assert actions.dtype == dtype
+    torch.testing.assert_close(actions.float(), policy(observations), atol=tolerance, rtol=0)
+
+
+def test_policies_serve_torch_func(policy: MLPPolicy) -> None:
+    observations = torch.from_numpy(make_set().observations)
+    torch.testing.assert_close(torch.func.vmap(policy)(observations), policy(observations))
+    slope = torch.func.jacrev(policy)(observations[0])
+    step = 0.1 * torch.ones(4)
+    precise, state = copy.deepcopy(policy).double(), observations[0].double()
+    change = precise(state + 1e-4 * step) - precise(state)
+    torch.testing.assert_close((slope @ step).double(), change / 1e-4, rtol=1e-2, atol=1e-4)
+
+
+# Behavior cloning
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_behavior_clone_is_full_batch_sgd(momentum: float) -> None:
-    synthetic = make_set()
-    policy = sdw.behavior_clone(synthetic, steps=7, lr=0.2, momentum=momentum, hidden=(9, 5), gain=1.5, seed=3)
-    sizes = (4, 9, 5, 2)
-    params = orthogonal_parameters(sizes, gain=1.5, generator=torch.Generator().manual_seed(3))
-    params = [p.double().requires_grad_() for p in params]
-    states = torch.as_tensor(synthetic.normalized_observations).double()
-    targets = torch.as_tensor(synthetic.normalized_actions).double()
+    synthetic = make_set(low=-0.5, high=2.0)
+    settings = {"inner_steps": 7, "inner_lr": 0.2, "inner_momentum": momentum, "hidden": (9, 5), "gain": 1.5}
+    policy = behavior_clone(synthetic, seed=3, **settings)
+    generator = torch.Generator().manual_seed(3)
+    params = [p[0].double() for p in orthogonal_parameters((4, 9, 5, 2), gain=1.5, generators=[generator])]
+    params = [p.requires_grad_() for p in params]
+    observations = synthetic.observations.astype(np.float64)
+    states = torch.from_numpy((observations - observations.mean(0)) / (observations.std(0) + 1e-3))
+    targets = torch.from_numpy((synthetic.actions.astype(np.float64) + 0.5) / 2.5 * 2 - 1)
     optimizer = torch.optim.SGD(params, lr=0.2, momentum=momentum)
     for _ in range(7):
         optimizer.zero_grad()
@@ -99,29 +123,74 @@ def test_behavior_clone_is_full_batch_sgd(momentum: float) -> None:
 
 def test_behavior_clone_learns_and_respects_bounds() -> None:
     synthetic = make_set(n=64, low=-0.4, high=0.4)
-    policy = sdw.behavior_clone(synthetic, steps=400, hidden=(64, 64))
+    policy = behavior_clone(synthetic, inner_steps=400, hidden=(64, 64))
     with torch.no_grad():
         predicted = policy(torch.as_tensor(synthetic.observations)).numpy()
-    assert np.abs(predicted).max() <= 0.4
+        far = policy(1e4 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))).numpy()
+    assert np.abs(predicted).max() <= np.float32(0.4)
+    assert np.abs(far).max() <= np.float32(0.4)
     assert np.abs(predicted - synthetic.actions).mean() < 0.05
 
 
 def test_behavior_clone_of_a_set_without_settings_takes_the_defaults_of_a_distillation() -> None:
-    bare, configured = make_set(), make_set(config=DistillConfig().to_dict())
-    for a, b in zip(sdw.behavior_clone(bare).parameters(), sdw.behavior_clone(configured).parameters(), strict=True):
-        assert torch.equal(a, b)
+    bare, configured = behavior_clone(make_set()), behavior_clone(make_set(config=DistillConfig().to_dict()))
+    assert same(bare, configured)
+    written = {"hidden": (256, 256, 256), "gain": 1.0, "inner_steps": 100, "inner_lr": 0.1, "inner_momentum": 0.9}
+    assert same(bare, behavior_clone(make_set(), **written, seed=0))
 
 
-@pytest.mark.parametrize(("own", "momentum"), [({"inner_momentum": 0.7}, 0.7), ({}, 0.0)])
-def test_behavior_clone_takes_the_run_s_own_settings(own: dict[str, float], momentum: float) -> None:
-    # Settings without momentum are of a set that was distilled before there was any.
-    config = {"hidden": [6], "inner_steps": 3, "inner_lr": 0.05, "gain": 1.0, **own}
-    policy = sdw.behavior_clone(make_set(config=config))
-    same = sdw.behavior_clone(make_set(), hidden=(6,), steps=3, lr=0.05, momentum=momentum, gain=1.0)
-    assert [p.shape for p in policy.parameters()] == [(6, 4), (6,), (2, 6), (2,)]
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), same.parameters(), strict=True))
+@pytest.mark.parametrize("name", list(SMALL))
+def test_each_setting_reaches_the_result(name: str) -> None:
+    base = behavior_clone(make_set(), **SMALL)
+    changed = behavior_clone(make_set(), **{**SMALL, name: OTHER[name]})
+    assert not same(base, changed)
+    # the set's own settings stand where nothing is given, and give way to what is
+    assert same(behavior_clone(make_set(config=SMALL)), base)
+    assert same(behavior_clone(make_set(config={**SMALL, name: OTHER[name]})), changed)
+    assert same(behavior_clone(make_set(config=SMALL), **{name: OTHER[name]}), changed)
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_setting_that_the_set_lacks_is_the_default(name: str) -> None:
+    own = {key: value for key, value in SMALL.items() if key != name}
+    default = getattr(DistillConfig(), name)
+    assert same(behavior_clone(make_set(config=own)), behavior_clone(make_set(), **{**own, name: default}))
+
+
+def test_settings_of_the_distillation_alone_do_not_matter() -> None:
+    config = {**SMALL, "hidden": [6, 5], "inner_width": 3, "steps": 7, "lr": 0.9, "seed": 5, "a later setting": 1}
+    assert same(behavior_clone(make_set(config=config)), behavior_clone(make_set(), **SMALL))
+
+
+def test_behavior_clone_follows_its_seed_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    first = behavior_clone(make_set(), seed=2, **SMALL)
+    MLPPolicy(list(first.net.parameters()), first.units)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]  # noqa: NPY002
+    torch.manual_seed(7)
+    assert same(first, behavior_clone(make_set(), seed=2, **SMALL))
+    assert not same(first, behavior_clone(make_set(), seed=3, **SMALL))
+    assert same(behavior_clone(make_set(), **SMALL), behavior_clone(make_set(), seed=0, **SMALL))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_policies_train_and_act_on_the_gpu() -> None:
+    before = torch.cuda.get_rng_state()
+    policy = behavior_clone(make_set(), device="cuda", **SMALL)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    observations = torch.from_numpy(make_set().observations)
+    actions = policy(observations.cuda())
+    torch.testing.assert_close(policy.cpu()(observations), actions.cpu())
 
 
 def test_divergence_is_an_error() -> None:
-    with pytest.raises((FloatingPointError, ValueError), match=r"diverged|finite"):
-        sdw.behavior_clone(make_set(), steps=50, lr=1e30)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        behavior_clone(make_set(), inner_steps=50, inner_lr=1e30)
+
+
+@pytest.mark.parametrize(("name", "value"), [("inner_steps", 0), ("inner_lr", -1.0), ("inner_momentum", 1.0)])
+def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .*got {value}"):
+        behavior_clone(make_set(), **{name: value})

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
-import functools
-import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import sdw_fast as sdw
-from sdw_fast import ops
-from sdw_fast.distill import DistillConfig, Distiller, read_metrics
+from sdw_fast import distiller as module
+from sdw_fast import networks
+from sdw_fast.run import new_distiller, read_metrics, run
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def given_draws(distiller: Distiller, draws: list) -> None:
-    """Makes the distiller take these draws, one a step, in place of its own."""
-    remaining = iter(draws)
+@pytest.fixture
+def draws_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the device, distillers take the random numbers that a CPU's generators of their seeds give."""
+    generators: dict[torch.Generator, torch.Generator] = {}
 
-    def draw() -> tuple:
-        initial, batches = next(remaining)
-        moved = [[part.to(distiller.device) for part in batch] for batch in batches]
-        return [p.detach().clone().to(distiller.device) for p in initial], moved
+    def of_cpu(generator: torch.Generator) -> torch.Generator:
+        return generators.setdefault(generator, torch.Generator().manual_seed(generator.initial_seed()))
 
-    distiller._draw = draw  # type: ignore[method-assign]
+    def orthogonal_parameters(
+        sizes: Sequence[int], *, gain: float, generators: Sequence[torch.Generator]
+    ) -> list[Tensor]:
+        drawn = networks.orthogonal_parameters(sizes, gain=gain, generators=[of_cpu(g) for g in generators])
+        return [parameter.to(generators[0].device) for parameter in drawn]
+
+    class Batches:
+        def __init__(self, problem: sdw.OuterProblem, device: torch.device) -> None:
+            self.device = device
+            self._batches = outer_batches(problem, torch.device("cpu"))
+
+        def draw(self, size: int, generator: torch.Generator) -> list[Tensor]:
+            return [part.to(self.device) for part in self._batches.draw(size, of_cpu(generator))]
+
+    outer_batches = module.OuterBatches
+    monkeypatch.setattr(module, "orthogonal_parameters", orthogonal_parameters)
+    monkeypatch.setattr(module, "OuterBatches", Batches)
+
+
+def make(data: sdw.TransitionDataset, teacher: sdw.Teacher, device: str, n_runs: int | None = None, **settings: Any):
+    return new_distiller(data, teacher, sdw.DistillConfig(**TINY, **settings), device=device, n_runs=n_runs)
 
 
 @gpu
 @pytest.mark.parametrize("n_runs", [None, 3])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_first_steps_agree_with_the_cpu(small_data, small_teacher, monkeypatch, optimizer, n_runs) -> None:
-    for op in ("unrolled_bc", "behavior_matching"):
-        monkeypatch.setattr(ops, op, functools.partial(getattr(ops, op), precision="ieee"))
-    config = DistillConfig(**TINY, optimizer=optimizer)
-    distillers = [Distiller(small_data, small_teacher, config, device=d, n_runs=n_runs) for d in ("cpu", "cuda")]
-    draws = [distillers[0]._draw() for _ in range(3)]
-    for distiller in distillers:
-        given_draws(distiller, draws)
+def test_first_steps_agree_with_the_cpu(small_data, small_teacher, draws_of_the_cpu, optimizer, n_runs) -> None:
+    settings = {"optimizer": optimizer, "precision": "ieee", "n_runs": n_runs}
+    distillers = [make(small_data, small_teacher, device, **settings) for device in ("cpu", "cuda")]
     for _ in range(3):
         first, second = (distiller.step() for distiller in distillers)
         for name, value in first.items():
@@ -52,41 +68,55 @@ def test_first_steps_agree_with_the_cpu(small_data, small_teacher, monkeypatch, 
 @gpu
 @pytest.mark.parametrize("n_runs", [None, 2])
 def test_a_step_asks_nothing_back(small_data, small_teacher, n_runs) -> None:
-    distiller = Distiller(small_data, small_teacher, DistillConfig(**TINY), device="cuda", n_runs=n_runs)
+    distiller = make(small_data, small_teacher, "cuda", n_runs)
     distiller.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        steps = [distiller._advance() for _ in range(3)]
+        steps = [distiller.advance() for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(distiller._fetch(steps)) == 3
+    assert len(distiller.fetch(steps)) == 3
 
 
 @gpu
 @pytest.mark.parametrize("resident", [True, False])
 def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_path, monkeypatch, resident) -> None:
     if not resident:
-        monkeypatch.setattr(sys.modules[Distiller.__module__], "RESIDENT_BYTES", 0)
+        monkeypatch.setattr(module, "RESIDENT_BYTES", 0)
 
-    def run(folder: str, steps: int) -> sdw.SyntheticDataset:
+    def distill(folder: str, steps: int) -> sdw.SyntheticDataset:
         settings = {**TINY, "steps": steps, "schedule": "constant", "device": "cuda", "progress": False}
-        return sdw.distill(small_data, small_teacher, folder=tmp_path / folder, **settings)
+        return sdw.distill(small_data, small_teacher, out=tmp_path / folder, **settings)
 
-    whole = run("whole", 30)
-    run("parts", 17)
-    parts = run("parts", 30)
+    whole = distill("whole", 30)
+    distill("parts", 17)
+    parts = distill("parts", 30)
     np.testing.assert_array_equal(whole.observations, parts.observations)
     np.testing.assert_array_equal(whole.actions, parts.actions)
     losses = [[m["loss"] for m in read_metrics(tmp_path / folder)] for folder in ("whole", "parts")]
     assert losses[0] == losses[1]
     with pytest.raises(ValueError, match="device"):
-        sdw.distill(small_data, small_teacher, **TINY, folder=tmp_path / "whole", progress=False)
+        sdw.distill(small_data, small_teacher, **TINY, out=tmp_path / "whole", progress=False)
+
+
+@gpu
+def test_a_problem_in_host_memory_takes_the_steps_of_the_cpu_s_rows(small_data, small_teacher, monkeypatch) -> None:
+    """The rows are drawn where they lie: whatever the parameters, a run sees the batches of a CPU generator."""
+    monkeypatch.setattr(module, "RESIDENT_BYTES", 0)
+    problem = sdw.outer_problem(small_data, small_teacher, sdw.DistillConfig(**TINY))
+    hosted, plain = (module.OuterBatches(problem, torch.device(device)) for device in ("cuda", "cpu"))
+    assert hosted.device.type == "cpu"
+    for found, expected in zip(
+        hosted.draw(64, torch.Generator().manual_seed(3)), plain.draw(64, torch.Generator().manual_seed(3)), strict=True
+    ):
+        assert found.device.type == "cuda"
+        np.testing.assert_allclose(found.cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
 @gpu
 def test_a_run_that_diverges_ends(small_data, small_teacher) -> None:
-    distiller = Distiller(small_data, small_teacher, DistillConfig(**TINY, inner_lr=1e20), device="cuda")
+    distiller = make(small_data, small_teacher, "cuda", inner_lr=1e20)
     before = distiller.observations.detach().clone()
     with pytest.raises(FloatingPointError, match="10 outer steps in a row"):
-        distiller.run(progress=False)
+        run(distiller, progress=False)
     assert torch.equal(distiller.observations.detach(), before)

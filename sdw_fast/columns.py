@@ -1,0 +1,195 @@
+"""Columns → dataset: what any source holds, completed and checked once, constructed once.
+
+An array that already is contiguous float32 is taken over without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdw_fast.data import TransitionDataset
+from sdw_fast.units import Affine, Units, d4rl_returns
+
+_ROW_BLOCK = 16_384  # rows looked at together where a whole-array temporary would double the memory
+
+
+@dataclass
+class Columns:
+    """What a source holds, under Gymnasium's names, unchecked.
+
+    Attributes:
+        arrays: observations, actions, rewards, terminations, and truncations and next_observations where it has them.
+        jumps: where the source itself knows them, (rows, next observations) of the rows whose next observation is not
+            the following row's; None: found by comparing next_observations, or derived without them.
+        action_bounds: (low, high), or None where the source does not say them.
+        reference_scores: (random, expert) returns that the source carries.
+        env_id, name, path: as in `TransitionDataset`.
+    """
+
+    arrays: dict[str, Any]
+    jumps: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
+    action_bounds: tuple[Any, Any] | None = None
+    reference_scores: tuple[float, float] | None = None
+    env_id: str | None = None
+    name: str | None = None
+    path: Path | None = None
+
+
+def build_dataset(columns: Columns) -> TransitionDataset:
+    """Checks and completes the columns, each once, and constructs the dataset."""
+    arrays = columns.arrays
+    observations = _matrix("observations", arrays.pop("observations"))
+    rows = len(observations)
+    actions = arrays.pop("actions")
+    if np.asarray(actions).dtype.kind in "iub":
+        raise ValueError(
+            f"actions have dtype {np.asarray(actions).dtype}: discrete actions are not supported, behavior "
+            "distillation matches continuous actions (M, A)"
+        )
+    actions = _matrix("actions", actions, rows)
+    rewards = _column("rewards", arrays.pop("rewards"), rows, np.float32)
+    terminations = _column("terminations", arrays.pop("terminations"), rows, np.bool_)
+    truncations = arrays.pop("truncations", None)
+    truncations = None if truncations is None else _column("truncations", truncations, rows, np.bool_)
+
+    jumps = columns.jumps
+    following = arrays.pop("next_observations", None)
+    if following is not None:
+        jumps = _jumps(observations, _numeric("next_observations", following))
+    if truncations is None:
+        assert jumps is not None  # a source has truncations or next observations
+        truncations = np.zeros(rows, bool)
+        truncations[jumps[0]] = ~terminations[jumps[0]]
+    if not (terminations[-1] or truncations[-1]):
+        truncations = truncations.copy()
+        truncations[-1] = True
+    if jumps is None:
+        kept = ~(truncations & ~terminations)
+        if not kept.any():
+            raise ValueError("every row is a truncated end without next_observations: no transition is left")
+        jumps, cut = _without_successors(observations, terminations, kept)
+        truncations = (truncations | cut)[kept]
+        observations = observations[kept]  # one after the other, so that the peak is the data and one column of it
+        actions = actions[kept]
+        rewards, terminations = rewards[kept], terminations[kept]
+    bounds = columns.action_bounds
+    if bounds is None and max(-actions.min(), actions.max()) <= 1:
+        bounds = -1.0, 1.0
+    own = columns.reference_scores
+    return TransitionDataset(
+        observations=observations,
+        actions=actions,
+        rewards=rewards,
+        terminations=terminations,
+        truncations=truncations,
+        jumps=jumps[0],
+        jump_observations=_finite("next_observations", jumps[1], numbers=jumps[0]),
+        units=Units(
+            states=Affine.fit(observations),
+            actions=None if bounds is None else Affine.between(*_per_action(bounds, actions.shape[1])),
+            returns=d4rl_returns(columns.env_id) if own is None else Affine.scores(*own),
+            env_id=columns.env_id,
+        ),
+        name=columns.name,
+        path=columns.path,
+    )
+
+
+def _jumps(observations: np.ndarray, following: np.ndarray) -> tuple[NDArray[np.int64], np.ndarray]:
+    """The rows whose next observation is not the following row's observation, the last included, and theirs."""
+    if following.shape != observations.shape:
+        raise ValueError(
+            f"next_observations must have shape {observations.shape} to match observations, got {following.shape}"
+        )
+    jumping = np.ones(len(observations), bool)
+    for start in range(0, len(observations) - 1, _ROW_BLOCK):
+        block = slice(start, min(start + _ROW_BLOCK, len(observations) - 1))
+        after = observations[block.start + 1 : block.stop + 1]
+        with np.errstate(over="ignore"):  # an overflow becomes an infinity, reported with its row
+            jumping[block] = (following[block].astype(np.float32, copy=False) != after).any(axis=1)
+    rows = np.flatnonzero(jumping)
+    return rows, following[rows]
+
+
+def _without_successors(
+    observations: np.ndarray, terminations: np.ndarray, kept: np.ndarray
+) -> tuple[tuple[NDArray[np.int64], np.ndarray], np.ndarray]:
+    """Jumps of the kept rows, and all rows cut short, where rows that nothing is known to follow are left out.
+
+    The row before one that is left out now ends its episode, and the left-out observation follows it. After a
+    termination the row's own observation stands for what is never used.
+    """
+    before = np.append(~kept[1:], False) & kept & ~terminations
+    own = kept & terminations
+    rows = np.flatnonzero(before | own)
+    sources = np.where(own[rows], rows, rows + 1)
+    places = np.cumsum(kept) - 1
+    return (places[rows], observations[sources]), before
+
+
+def _per_action(bounds: tuple[Any, Any], width: int) -> list[np.ndarray]:
+    try:
+        return [np.broadcast_to(np.asarray(bound, dtype=np.float64), width) for bound in bounds]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"action_low and action_high must be numbers or ({width},) arrays, got {bounds[0]!r} and {bounds[1]!r}"
+        ) from error
+
+
+def _matrix(name: str, values: Any, rows: int | None = None, width: int | None = None) -> NDArray[np.float32]:
+    """Checks and converts to contiguous finite float32 (rows, width)."""
+    array = _numeric(name, values)
+    if array.ndim != 2:
+        hint = "; encode images to vectors first" if array.ndim > 2 else ""
+        raise ValueError(f"{name} must have shape (M, dim), got {array.shape}{hint}")
+    if array.shape[1] == 0:
+        raise ValueError(f"{name} has no columns: shape {array.shape}")
+    if rows is None and array.shape[0] == 0:
+        raise ValueError(f"the dataset is empty: {name} has no rows")
+    if rows not in (None, array.shape[0]) or width not in (None, array.shape[1]):
+        expected = f"({rows}, {'dim' if width is None else width})"
+        raise ValueError(f"{name} must have shape {expected} to match observations, got {array.shape}")
+    return _finite(name, array)
+
+
+def _column(name: str, values: Any, rows: int, dtype: type) -> np.ndarray:
+    """Checks and converts to contiguous (rows,); a single column (rows, 1) is taken as well."""
+    array = _numeric(name, values)
+    if array.shape not in ((rows,), (rows, 1)):
+        raise ValueError(f"{name} must have shape ({rows},) to match observations, got {array.shape}")
+    array = array.reshape(rows)
+    if array.dtype.kind == "f" or dtype is np.float32:
+        array = _finite(name, array)
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _numeric(name: str, values: Any) -> np.ndarray:
+    if isinstance(values, Mapping):
+        raise ValueError(
+            f"{name} is a dict: Dict spaces are not supported, concatenate their parts to one vector first"
+        )
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must be an array of numbers, got dtype {array.dtype}")
+    return array
+
+
+def _finite(name: str, array: np.ndarray, *, numbers: np.ndarray | None = None) -> NDArray[np.float32]:
+    """Contiguous float32, or the error in it; `numbers` are the dataset's rows that the array's rows belong to."""
+    with np.errstate(over="ignore"):  # an overflow becomes an infinity, reported below with its row
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    for start in range(0, len(array), _ROW_BLOCK):
+        finite = np.isfinite(array[start : start + _ROW_BLOCK])
+        if not finite.all():
+            row = start + int(np.argmin(finite.reshape(len(finite), -1).all(axis=1)))
+            number = row if numbers is None else numbers[row]
+            raise ValueError(
+                f"{name} has a value that is NaN or infinite in float32, first in row {number}: {array[row]}"
+            )
+    return array

@@ -1,0 +1,249 @@
+"""What a run goes on from: the same bits wherever it was cut, and a sentence for every state that is not its own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sdw_fast as sdw
+from sdw_fast import run as run_module
+from sdw_fast.evaluation import Evaluation
+from sdw_fast.run import load_checkpoint, new_distiller, read_metrics
+from sdw_fast.units import Affine
+
+TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 20, "checkpoint_every": 7}
+
+
+def make(data, teacher, n_runs=None, **settings: Any) -> sdw.Distiller:
+    return new_distiller(data, teacher, sdw.DistillConfig(**{**TINY, **settings}), n_runs=n_runs)
+
+
+def same_set(first: sdw.SyntheticDataset, second: sdw.SyntheticDataset) -> bool:
+    return np.array_equal(first.observations, second.observations) and np.array_equal(first.actions, second.actions)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[[sdw.Distiller, dict], None]:
+    """A callback that ends the run after a step, without a word to the folder, as a kill would."""
+
+    def callback(distiller: sdw.Distiller, metrics: dict) -> None:
+        if distiller.iteration == step:
+            raise Stopped
+
+    return callback
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_runs", [None, 1, 2])
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd", "lr": 0.3, "average": 0.0}], ids=str)
+def test_a_state_goes_on_to_the_same_bits(small_data, small_teacher, n_runs, settings: dict) -> None:
+    """From a file, in another object, twice: nobody's later steps change the state."""
+    cut = int(np.random.default_rng().integers(1, 12))
+    whole = make(small_data, small_teacher, n_runs, **settings)
+    for _ in range(cut):
+        whole.step()
+    state, file = whole.state_dict(), io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    later = [whole.step() for _ in range(4)]
+    for given in (torch.load(file, weights_only=True), state, state):
+        parts = make(small_data, small_teacher, n_runs, **settings)
+        parts.step()
+        parts.load_state_dict(given)
+        assert parts.iteration == cut
+        np.testing.assert_equal([parts.step() for _ in range(4)], later, err_msg=f"cut after step {cut}")
+        assert all(same_set(a, b) for a, b in zip(parts.sets, whole.sets, strict=True)), cut
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, float]]:
+    """Evaluations are numbers made of the set's bits, in an environment nobody needs; (step, seed, score) of each."""
+    given: list[tuple[int, int, float]] = []
+
+    def evaluate(synthetic: sdw.SyntheticDataset, *, clones: int, episodes: int, seed: int) -> Evaluation:
+        score = 1e4 * float(synthetic.observations.sum()) % 100
+        given.append((synthetic.config["iteration"], seed, score))
+        return Evaluation("Any-v0", seed, np.full(episodes, score), np.ones(episodes, np.int64), None)
+
+    monkeypatch.setattr(run_module, "evaluate_synthetic", evaluate)
+    return given
+
+
+@pytest.mark.parametrize("n_runs", [None, 2])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("eval_every", [0, 3])
+def test_a_run_cut_anywhere_goes_on_to_the_same_bits(
+    small_data, small_teacher, tmp_path, scores, n_runs, optimizer: str, eval_every: int
+) -> None:
+    data = dataclasses.replace(small_data, units=dataclasses.replace(small_data.units, env_id="Any-v0"))
+    settings = {**TINY, "optimizer": optimizer, "eval_every": eval_every, "n_runs": n_runs, "progress": False}
+    cuts = sorted(int(step) for step in np.random.default_rng().choice(np.arange(1, 20), 3, replace=False))
+    whole = sdw.distill(data, small_teacher, **settings, out=tmp_path / "whole")
+    expected, scores[:] = list(scores), []
+    for cut in cuts:
+        with pytest.raises(Stopped):
+            sdw.distill(data, small_teacher, **settings, out=tmp_path / "parts", callback=stop_at(cut))
+    parts = sdw.distill(data, small_teacher, **settings, out=tmp_path / "parts")
+    assert {score[:2]: score for score in scores} == {score[:2]: score for score in expected}, cuts
+    for one, other in zip([whole] if n_runs is None else whole, [parts] if n_runs is None else parts, strict=True):
+        assert same_set(one, other), cuts
+    folders = [Path(".")] if n_runs is None else [Path("run-000"), Path("run-001")]
+    for folder, name in itertools.product(folders, ("best.npz", "last.npz")):
+        first, second = (sdw.SyntheticDataset.load(tmp_path / run / folder / name) for run in ("whole", "parts"))
+        assert same_set(first, second), cuts
+        assert first.config == second.config
+    for folder in folders:
+        first, second = ([{**m, "seconds": 0} for m in read_metrics(tmp_path / r / folder)] for r in ("whole", "parts"))
+        assert first == second
+        assert [m["step"] for m in first] == list(range(1, 21))
+
+
+def test_a_run_with_more_steps_goes_on(small_data, small_teacher, tmp_path) -> None:
+    """With a constant step size the number of steps is open; on a cosine it is not."""
+    settings = {**TINY, "schedule": "constant", "progress": False}
+    whole = sdw.distill(small_data, small_teacher, **settings)
+    sdw.distill(small_data, small_teacher, **{**settings, "steps": 13}, out=tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 13
+    assert same_set(sdw.distill(small_data, small_teacher, **settings, out=tmp_path), whole)
+    cosine = make(small_data, small_teacher)
+    with pytest.raises(ValueError, match=r"other settings of \['steps'\]; schedule=.constant. leaves"):
+        make(small_data, small_teacher, steps=21).load_state_dict(cosine.state_dict())
+
+
+# --- whose state it is ------------------------------------------------------------------------------------------------
+
+
+def other_problem(data: sdw.TransitionDataset, teacher: sdw.Teacher, part: str) -> sdw.OuterProblem:
+    """A problem that differs in one part from that of objective "av-pbc"."""
+    actor, critic, units = teacher.actor, teacher.critic, data.units
+    if part == "observations":
+        observations = data.observations.copy()
+        observations[7, 3] += 1e-3  # neither actor nor critic looks there
+        data = dataclasses.replace(data, observations=observations)
+    elif part == "targets":
+        teacher = sdw.Teacher(lambda states: actor(states).roll(1, dims=1), critic)
+    elif part == "weights":
+        teacher = sdw.Teacher(actor, lambda states, actions: 1 + critic(states, actions))
+    elif part == "bounds":
+        units = dataclasses.replace(units, actions=Affine.between([-1, -1, -1], [1, 1, 2]))
+    elif part == "env_id":
+        units = dataclasses.replace(units, env_id="Hopper-v5")
+    elif part == "returns":
+        units = dataclasses.replace(units, returns=Affine.scores(0, 1))
+    data = dataclasses.replace(data, units=units)
+    return sdw.outer_problem(data, teacher, sdw.DistillConfig(objective="av-pbc"))
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ("observations", "observations"),
+        ("targets", "targets"),
+        ("weights", "weights"),
+        ("bounds", "targets, units"),
+        ("env_id", "units"),
+        ("returns", "units"),
+    ],
+)
+def test_a_state_of_another_problem_is_refused(small_data, small_teacher, part: str, named: str) -> None:
+    config = sdw.DistillConfig(**{**TINY, "objective": "av-pbc"})
+    own = new_distiller(small_data, small_teacher, config)
+    before, problem = own.synthetic, other_problem(small_data, small_teacher, part)
+    start = dataclasses.replace(before, units=problem.units)
+    with pytest.raises(ValueError, match=rf"belongs to another problem: its {named} differ\. "):
+        own.load_state_dict(sdw.Distiller(problem, start, config).state_dict())
+    assert same_set(own.synthetic, before)
+
+
+def test_a_state_goes_on_with_what_does_not_matter(small_data, small_teacher) -> None:
+    """Rewards that an objective does not read, the name of the data: the problem is the same."""
+    state = make(small_data, small_teacher).state_dict()
+    renamed = dataclasses.replace(small_data, rewards=small_data.rewards + 1, name="renamed")
+    make(renamed, small_teacher).load_state_dict(state)
+
+
+OTHER: dict[str, Any] = {
+    "objective": "av-pbc", "density": True, "density_method": "flow", "k": 11, "tau": 0.1, "ess": 0.9, "clip": 0.8,
+    "beta": 0.04, "size": 13, "init": "kmeans++", "hidden": (16, 8), "inner_width": 8, "gain": 1.3, "inner_steps": 6,
+    "inner_lr": 0.2, "inner_momentum": 0.5, "window": 2, "precision": "ieee", "steps": 21, "batch_size": 65,
+    "optimizer": "sgd", "lr": 0.02, "schedule": "constant", "momentum": 0.5, "average": 0.5, "clip_norm": 1e-3,
+    "seed": 1,
+}  # fmt: skip
+FREE = {"tape": "recompute", "eval_every": 5, "eval_clones": 1, "eval_episodes": 11, "checkpoint_every": 3}
+
+
+def test_every_setting_is_refused_or_free() -> None:
+    assert OTHER.keys() | FREE == {field.name for field in dataclasses.fields(sdw.DistillConfig)}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_state_of_other_settings_is_refused(small_data, small_teacher, name: str) -> None:
+    own = make(small_data, small_teacher)
+    state = own.state_dict()
+    config = sdw.DistillConfig(**{**TINY, name: OTHER[name]})
+    with pytest.raises(ValueError, match=rf"made with other settings of \['{name}'\]"):
+        own.load_state_dict({**state, "config": config.to_dict()})
+
+
+def test_settings_that_change_no_step_are_free(small_data, small_teacher) -> None:
+    whole, parts = make(small_data, small_teacher), make(small_data, small_teacher, **FREE)
+    whole.step()
+    parts.load_state_dict(whole.state_dict())
+    assert whole.step() == parts.step()
+    assert same_set(whole.synthetic, parts.synthetic)
+
+
+def test_a_state_of_another_device_number_of_runs_or_version_is_refused(small_data, small_teacher) -> None:
+    own, two = make(small_data, small_teacher), make(small_data, small_teacher, n_runs=2)
+    state = own.state_dict()
+    with pytest.raises(ValueError, match=r"other settings of \['device'\]"):
+        own.load_state_dict({**state, "device": "cuda"})
+    with pytest.raises(ValueError, match=r"other settings of \['n_runs'\]"):
+        own.load_state_dict(two.state_dict())
+    with pytest.raises(ValueError, match=r"written by sdw_fast 0\.0\.7, and this is .*: finish that run with"):
+        own.load_state_dict({**state, "version": "0.0.7"})
+    old = {name: copy.copy(state[name]) for name in ("iteration", "observations", "actions", "optimizer", "config")}
+    with pytest.raises(ValueError, match="sdw_fast of an unknown version, and this is"):
+        own.load_state_dict({**old, "generator": state["generators"][0], "dataset_hash": small_data.content_hash})
+
+
+def test_a_folder_of_another_run_is_refused(small_data, small_teacher, tmp_path) -> None:
+    settings = {**TINY, "out": tmp_path, "progress": False}
+    sdw.distill(small_data, small_teacher, **settings)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="another problem: its observations, targets, weights differ"):
+        sdw.distill(small_data.subset(np.arange(300)), small_teacher, **settings)
+    with pytest.raises(ValueError, match="inner_lr"):
+        sdw.distill(small_data, small_teacher, **settings, inner_lr=0.05)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "old", "other"])
+def test_a_checkpoint_that_is_damaged_or_old_is_an_error(small_data, small_teacher, tmp_path, damage: str) -> None:
+    settings = {**TINY, "out": tmp_path, "progress": False}
+    sdw.distill(small_data, small_teacher, **settings)
+    path = tmp_path / "checkpoint"
+    if damage in ("truncated", "empty"):
+        path.write_bytes(path.read_bytes()[: 100 if damage == "truncated" else 0])
+        message = "not a readable checkpoint"
+    else:
+        state = load_checkpoint(path)["distiller"]
+        old = {**state, "generator": state["generators"][0], "best_returns": [1.0]}
+        torch.save(old if damage == "old" else [1, 2], path)
+        message = "not a checkpoint of this version of sdw_fast .*finish that run with the version it was started with"
+    with pytest.raises(ValueError, match=message):
+        sdw.distill(small_data, small_teacher, **settings)

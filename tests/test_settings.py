@@ -1,0 +1,102 @@
+"""Every setting of a distillation reaches what it sets. Their values and refusals: test_config.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sdw_fast as sdw
+from sdw_fast.config import PRESETS
+from sdw_fast.run import new_distiller
+
+TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 8}
+
+# Another value of every setting that changes the set.
+OTHER: dict[str, Any] = {
+    "objective": "pbc",
+    "density": False,
+    "density_method": "flow",
+    "k": 30,
+    "tau": 0.1,
+    "ess": 0.9,
+    "clip": 0.8,
+    "beta": 0.04,
+    "size": 13,
+    "init": "kmeans++",
+    "hidden": (16, 8),
+    "inner_width": 8,
+    "gain": 1.3,
+    "inner_steps": 6,
+    "inner_lr": 0.2,
+    "inner_momentum": 0.5,
+    "window": 2,
+    "steps": 9,
+    "batch_size": 65,
+    "optimizer": "sgd",
+    "lr": 0.02,
+    "schedule": "constant",
+    "momentum": 0.5,
+    "average": 0.5,
+    "clip_norm": 1e-3,
+    "seed": 1,
+}
+NO_CHANGE = {"tape": "recompute", "precision": "ieee"}  # precision is of a GPU's products
+OF_THE_RUN = {"eval_every", "eval_clones", "eval_episodes", "checkpoint_every"}  # see test_run.py
+
+
+def same_set(first: sdw.SyntheticDataset, second: sdw.SyntheticDataset) -> bool:
+    return np.array_equal(first.observations, second.observations) and np.array_equal(first.actions, second.actions)
+
+
+def test_every_setting_is_tested() -> None:
+    assert OTHER.keys() | NO_CHANGE | OF_THE_RUN == {field.name for field in dataclasses.fields(sdw.DistillConfig)}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_every_setting_reaches_the_set(small_data, small_teacher, name: str) -> None:
+    if name == "density_method":
+        pytest.importorskip("zuko")
+    base = {**TINY, "clip_norm": 0.5}  # some hypergradients are longer, some are shorter
+    other = {**base, name: OTHER[name]}
+    first, second = (sdw.distill(small_data, small_teacher, **s, progress=False) for s in (base, other))
+    assert not same_set(first, second)
+    changed = {key for key in first.config if first.config[key] != second.config[key]}
+    assert changed == ({"steps", "iteration"} if name == "steps" else {name})
+
+
+@pytest.mark.parametrize("name", NO_CHANGE)
+def test_what_saves_memory_or_is_for_a_gpu_changes_no_bit(small_data, small_teacher, name: str) -> None:
+    first, second = (
+        sdw.distill(small_data, small_teacher, **TINY, **setting, progress=False)
+        for setting in ({}, {name: NO_CHANGE[name]})
+    )
+    assert same_set(first, second)
+
+
+def test_the_tape_setting_reaches_the_kernel(small_data, small_teacher) -> None:
+    """Neither tape fits any machine: only the full one's refusal advises the other."""
+    huge = {**TINY, "hidden": (300_000,), "inner_width": None, "inner_steps": 60_000, "size": 400, "objective": "dbc"}
+    for tape, advised in (("full", True), ("recompute", False)):
+        distiller = new_distiller(small_data, None, sdw.DistillConfig(**huge, tape=tape))
+        with pytest.raises(MemoryError, match="tape of 60000 steps") as refusal:
+            distiller.step()
+        assert ("recompute" in str(refusal.value)) == advised
+
+
+def test_top_q_starts_among_the_pairs_of_highest_value(small_data, small_teacher) -> None:
+    config = sdw.DistillConfig(**TINY, init="top-q")
+    start = new_distiller(small_data, small_teacher, config).synthetic
+    values = small_teacher.values(small_data.observations, small_data.actions)
+    assert small_teacher.values(start.observations, start.actions).min() >= np.sort(values)[-40] * (1 - 1e-5)
+
+
+def test_a_preset_reaches_the_set(small_data, small_teacher) -> None:
+    for name in PRESETS:
+        result = sdw.distill(small_data, small_teacher, preset=name, **TINY, progress=False)
+        settings = sdw.DistillConfig.preset(name, **TINY).to_dict()
+        assert {key: result.config[key] for key in settings} == settings
+    with pytest.raises(ValueError, match="preset must be one of"):
+        sdw.distill(small_data, small_teacher, preset="papers", **TINY, progress=False)

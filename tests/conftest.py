@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from emulator.fixtures import cuda_on_cpu, emulated, kernel  # noqa: F401
 
 import sdw_fast as sdw
 

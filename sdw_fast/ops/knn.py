@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sdw_fast import _C
-from sdw_fast.ops.backend import cuda_stream
+from sdw_fast.ops._backend import cuda_stream
 from sdw_fast.ops.knn_cuda import CudaKnnIndex
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)

@@ -9,7 +9,6 @@
 #include "dlpack.h"
 #include "sdw/behavior_matching.h"
 #include "sdw/isa.h"
-#include "sdw/knn.h"
 #include "sdw/unrolled_bc.h"
 #include "sdw/weighted_bc_loss.h"
 #ifdef SDW_WITH_CUDA
@@ -18,6 +17,10 @@
 #endif
 
 namespace py = pybind11;
+
+namespace sdw {
+void bind_knn(py::module_& m);  // csrc/bindings/knn.cpp, both devices
+}
 
 namespace {
 
@@ -192,97 +195,6 @@ void bind_weighted_bc_loss(py::module_& m) {
         py::arg("pred"), py::arg("target"), py::arg("weights"), py::arg("gradient"));
 }
 
-// The points and their pruning coordinates, borrowed for as long as this lives.
-struct BorrowedPoints {
-    sdw::TensorView<float> coordinates;
-    std::unique_ptr<sdw::TensorView<float>> single;
-    std::unique_ptr<sdw::TensorView<double>> twice;
-    sdw::KnnPoints points;
-
-    BorrowedPoints(const py::object& points_, const py::object& coordinates_)
-        : coordinates(coordinates_, "coordinates", 2) {
-        const bool is_double = py::str(points_.attr("dtype")).cast<std::string>().find("64") != std::string::npos;
-        if (is_double)
-            twice = std::make_unique<sdw::TensorView<double>>(points_, "points", 2);
-        else
-            single = std::make_unique<sdw::TensorView<float>>(points_, "points", 2);
-        const int64_t rows = is_double ? twice->size(0) : single->size(0);
-        const int64_t dims = is_double ? twice->size(1) : single->size(1);
-        require(coordinates.size(0) == rows && coordinates.size(1) == dims,
-                "points and coordinates must have the same shape");
-        require(rows >= 1 && dims >= 1 && rows < (int64_t{1} << 32) - 64,
-                "points must have 1 to 2^32 - 65 rows and at least 1 dimension");
-        const void* data = is_double ? static_cast<const void*>(twice->data()) : single->data();
-        points = {data, is_double, coordinates.data(), rows, dims};
-    }
-};
-
-struct PyKnnIndex {
-    std::unique_ptr<BorrowedPoints> references;
-    std::unique_ptr<sdw::KnnIndex> index;
-};
-
-struct PyKnnJoin {
-    std::unique_ptr<BorrowedPoints> queries;  // none in a self-join
-    std::unique_ptr<sdw::KnnJoin> join;
-    int64_t k;
-};
-
-void bind_knn(py::module_& m) {
-    py::class_<PyKnnIndex>(m, "KnnIndex")
-        .def(py::init([](const py::object& points, const py::object& coordinates, double scale) {
-                 auto self = std::make_unique<PyKnnIndex>();
-                 self->references = std::make_unique<BorrowedPoints>(points, coordinates);
-                 py::gil_scoped_release release;
-                 self->index = sdw::build_knn_index(self->references->points, scale);
-                 return self;
-             }),
-             py::arg("points"), py::arg("coordinates"), py::arg("scale"))
-        .def(
-            "self_join",
-            [](const PyKnnIndex& self, int64_t k) {
-                require(k >= 1 && k < self.references->points.rows, "k must be in [1, rows - 1]");
-                PyKnnJoin join{nullptr, nullptr, k};
-                py::gil_scoped_release release;
-                join.join = self.index->join(self.references->points, k, 0);
-                return join;
-            },
-            py::arg("k"), py::keep_alive<0, 1>())
-        .def(
-            "join",
-            [](const PyKnnIndex& self, const py::object& points, const py::object& coordinates, int64_t k,
-               int64_t self_offset) {
-                PyKnnJoin join{std::make_unique<BorrowedPoints>(points, coordinates), nullptr, k};
-                const sdw::KnnPoints &queries = join.queries->points, &references = self.references->points;
-                require(queries.dims == references.dims && queries.is_double == references.is_double,
-                        "queries and references must agree in dimensions and dtype");
-                require(k >= 1 && k <= references.rows, "k must be in [1, rows of the references]");
-                py::gil_scoped_release release;
-                join.join = self.index->join(queries, k, self_offset);
-                return join;
-            },
-            py::arg("points"), py::arg("coordinates"), py::arg("k"), py::arg("self_offset"), py::keep_alive<0, 1>());
-    py::class_<PyKnnJoin>(m, "KnnJoin")
-        .def_property_readonly("groups", [](const PyKnnJoin& self) { return self.join->groups(); })
-        .def_property_readonly("scans", [](const PyKnnJoin& self) { return self.join->scans(); })
-        .def("rows", [](const PyKnnJoin& self, int64_t first, int64_t last) { return self.join->rows(first, last); })
-        .def(
-            "search",
-            [](const PyKnnJoin& self, int64_t first, int64_t last, const py::object& query_, const py::object& squared_,
-               const py::object& index_) {
-                sdw::TensorView<int64_t> query(query_, "query", 1), index(index_, "index", 2);
-                sdw::TensorView<double> squared(squared_, "squared", 2);
-                if (first < 0 || last < first || last > self.join->groups()) throw py::index_error("no such groups");
-                const int64_t rows = self.join->rows(first, last);
-                require(query.size(0) == rows && squared.size(0) == rows && squared.size(1) == self.k &&
-                            index.size(0) == rows && index.size(1) == self.k,
-                        "outputs must have shapes (rows,), (rows, k) and (rows, k)");
-                py::gil_scoped_release release;
-                self.join->search(first, last, query.data(), squared.data(), index.data());
-            },
-            py::arg("first"), py::arg("last"), py::arg("query"), py::arg("squared"), py::arg("index"));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -291,7 +203,7 @@ PYBIND11_MODULE(_C, m) {
     bind_behavior_matching(m);
     bind_unrolled_bc(m);
     bind_weighted_bc_loss(m);
-    bind_knn(m);
+    sdw::bind_knn(m);
 #ifdef SDW_WITH_CUDA
     sdw::bind_cuda(m);
 #endif

@@ -8,8 +8,7 @@
 namespace sdw {
 
 SDW_DISPATCH(float, behavior_matching, (const BehaviorMatchingParams& p), (p))
-SDW_DISPATCH(std::unique_ptr<KnnIndex>, build_knn_index, (const KnnPoints& references, double scale),
-             (references, scale))
+SDW_DISPATCH(std::unique_ptr<KnnIndex>, build_knn_index, (const KnnParams& p), (p))
 SDW_DISPATCH(std::unique_ptr<UnrolledBCTape>, unrolled_bc, (const UnrolledBCParams& p), (p))
 SDW_DISPATCH(float, weighted_bc_loss, (const WeightedBCLossParams& p), (p))
 

@@ -36,6 +36,7 @@ INCLUDES += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.ge
 def emulated() -> ModuleType:
     """The module of the emulated kernels, with `set_seed` for the scheduler and `set_multiprocessors`."""
     sources = [*sorted(CUDA.glob("*.cu")), CUDA / "bindings.cpp", Path(__file__).parent / "emulated.cpp"]
+    sources.append(ROOT / "csrc" / "bindings" / "knn.cpp")
     sources.remove(CUDA / "device.cu")
     cache = Path(tempfile.gettempdir()) / f"sdw_emulated_{os.getuid()}"
     cache.mkdir(exist_ok=True)

@@ -10,6 +10,10 @@
 
 namespace py = pybind11;
 
+namespace sdw {
+void bind_knn(py::module_& m);
+}
+
 namespace {
 
 using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
@@ -154,6 +158,7 @@ PYBIND11_MODULE(sdw_emulated, m) {
     m.def("tiled", sdw::unrolled::tiled);
     m.def("tiles_a_warp", sdw::unrolled::tiles_a_warp);
     sdw::bind_cuda(m);
+    sdw::bind_knn(m);
     m.def("set_seed", [](uint64_t seed) { sdw::emulator::state.seed = seed; });
     m.def("set_multiprocessors", [](int count) { sdw::emulator::state.multiprocessors = count; });
 

@@ -20,7 +20,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,9 +32,9 @@ import torch
 import sdw_fast
 from benchmarks.table import Row, Table, format_seconds, machine, peak_memory, write_json
 from sdw_fast.ops import knn
-from sdw_fast.ops.knn_cuda import CudaKnnIndex
-
-knn_module = sys.modules["sdw_fast.ops.knn"]  # the name in the package is the function's
+from sdw_fast.ops._knn_cuda import CudaKnnIndex
+from sdw_fast.ops._knn_frame import Frame
+from sdw_fast.ops._knn_search import Rows
 
 K = 10
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -317,7 +316,7 @@ def compare_on_gpu(name: str, points: torch.Tensor, fraction: float) -> Table:
 def parts_of_the_time(points: torch.Tensor) -> str:
     """Where the time of our CUDA kernel goes, and what pruning leaves to do."""
     rows, device = len(points), points.device
-    axes, frame = _timed(lambda: knn_module._Frame(points, float(points.abs().max())))
+    axes, frame = _timed(lambda: Frame(Rows(points), float(points.abs().max())))
     rotation, coordinates = _timed(lambda: frame.coordinates(points))
     tree, index = _timed(lambda: CudaKnnIndex(points, coordinates))
     join = index.self_join(K)

@@ -13,75 +13,82 @@ namespace py = pybind11;
 namespace sdw {
 namespace {
 
+// Where tensors lie, as DLPack counts devices. Emulated, the CUDA op takes tensors of the host.
+constexpr int kHost = 1;
+#ifdef SDW_EMULATE_CUDA
+constexpr int kDevice = kHost;
+#else
+[[maybe_unused]] constexpr int kDevice = 2;
+#endif
+
 void require(bool condition, const char* message) {
     if (!condition) throw py::value_error(message);
 }
 
-// Whether the tensor says that it holds float64.
-bool is_float64(const py::object& tensor, int device_type) {
-    if (!py::hasattr(tensor, "__dlpack__")) return false;  // the view refuses it
-    const py::object to_dlpack = tensor.attr("__dlpack__");
-    const py::object capsule = device_type == 2 ? to_dlpack(py::arg("stream") = -1) : to_dlpack();
-    const auto* managed = static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-    if (managed == nullptr) throw py::error_already_set();
-    return managed->dl_tensor.dtype.code == 2 && managed->dl_tensor.dtype.bits == 64;
-}
-
-// (rows, dims) points, float or double, borrowed for as long as this lives.
-class PointsView {
+// A view of floats or doubles, as the tensor itself says.
+class RealView {
   public:
-    PointsView(const py::object& points, const char* name, int device_type = 1) {
-        if (is_float64(points, device_type))
-            double_ = std::make_unique<TensorView<double>>(points, name, 2, device_type);
+    RealView(const py::object& tensor, const char* name, int ndim, int device = kHost) {
+        if (says_double(tensor, device))
+            double_ = std::make_unique<TensorView<double>>(tensor, name, ndim, device);
         else
-            float_ = std::make_unique<TensorView<float>>(points, name, 2, device_type);
+            float_ = std::make_unique<TensorView<float>>(tensor, name, ndim, device);
     }
-    // Without coordinates yet.
-    KnnPoints get() const {
-        KnnPoints points;
-        points.points = double_ ? static_cast<const void*>(double_->data()) : float_->data();
-        points.is_double = double_ != nullptr;
-        points.rows = double_ ? double_->size(0) : float_->size(0);
-        points.dims = double_ ? double_->size(1) : float_->size(1);
-        return points;
-    }
+    bool is_double() const { return double_ != nullptr; }
+    const void* data() const { return double_ ? static_cast<const void*>(double_->data()) : float_->data(); }
+    int64_t size(int axis) const { return double_ ? double_->size(axis) : float_->size(axis); }
 
   private:
+    static bool says_double(const py::object& tensor, int device) {
+        if (!py::hasattr(tensor, "__dlpack__")) return false;  // the view refuses it
+        const py::object to_dlpack = tensor.attr("__dlpack__");
+        const py::object capsule = device == 2 ? to_dlpack(py::arg("stream") = -1) : to_dlpack();
+        const auto* managed = static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+        if (managed == nullptr) throw py::error_already_set();
+        return managed->dl_tensor.dtype.code == 2 && managed->dl_tensor.dtype.bits == 64;
+    }
+
     std::unique_ptr<TensorView<float>> float_;
     std::unique_ptr<TensorView<double>> double_;
 };
 
+KnnPoints make_points(const RealView& points, const TensorView<float>& coordinates) {
+    KnnPoints p;
+    p.points = points.data();
+    p.is_double = points.is_double();
+    p.coordinates = coordinates.data();
+    p.rows = points.size(0);
+    p.dims = points.size(1);
+    return p;
+}
+
 #ifndef SDW_EMULATE_CUDA
 
 // Points and their pruning coordinates, borrowed for as long as this lives.
-class CoordinatesView {
+class Borrowed {
   public:
-    CoordinatesView(const py::object& points, const py::object& coordinates)
-        : points_(points, "points"), coordinates_(coordinates, "coordinates", 2) {
+    Borrowed(const py::object& points, const py::object& coordinates)
+        : points_(points, "points", 2), coordinates_(coordinates, "coordinates", 2) {
         const KnnPoints p = get();
         require(coordinates_.size(0) == p.rows && coordinates_.size(1) == p.dims,
                 "points and coordinates must have the same shape");
         require(p.rows >= 1 && p.dims >= 1 && p.rows < (int64_t{1} << 32) - 64,
                 "points must have 1 to 2^32 - 65 rows and at least 1 dimension");
     }
-    KnnPoints get() const {
-        KnnPoints points = points_.get();
-        points.coordinates = coordinates_.data();
-        return points;
-    }
+    KnnPoints get() const { return make_points(points_, coordinates_); }
 
   private:
-    PointsView points_;
+    RealView points_;
     TensorView<float> coordinates_;
 };
 
 struct PyKnnIndex {
-    std::unique_ptr<CoordinatesView> references;
+    std::unique_ptr<Borrowed> references;
     std::unique_ptr<KnnIndex> index;
 };
 
 struct PyKnnJoin {
-    std::unique_ptr<CoordinatesView> queries;  // none in a self-join
+    std::unique_ptr<Borrowed> queries;  // none in a self-join
     std::unique_ptr<KnnJoin> join;
     int64_t k;
 };
@@ -90,7 +97,7 @@ void bind_cpu(py::module_& m) {
     py::class_<PyKnnIndex>(m, "KnnIndex")
         .def(py::init([](const py::object& points, const py::object& coordinates, double scale) {
                  auto self = std::make_unique<PyKnnIndex>();
-                 self->references = std::make_unique<CoordinatesView>(points, coordinates);
+                 self->references = std::make_unique<Borrowed>(points, coordinates);
                  KnnParams p;
                  p.references = self->references->get();
                  p.scale = scale;
@@ -115,7 +122,7 @@ void bind_cpu(py::module_& m) {
             "join",
             [](const PyKnnIndex& self, const py::object& points, const py::object& coordinates, int64_t k,
                int64_t self_offset) {
-                auto queries = std::make_unique<CoordinatesView>(points, coordinates);
+                auto queries = std::make_unique<Borrowed>(points, coordinates);
                 KnnParams p;
                 p.references = self.references->get();
                 p.queries = queries->get();
@@ -157,19 +164,12 @@ void bind_cpu(py::module_& m) {
 
 #if defined(SDW_WITH_CUDA) || defined(SDW_EMULATE_CUDA)
 
-// Where the tensors lie, as DLPack counts devices; under emulation that is the host.
-#ifdef SDW_EMULATE_CUDA
-constexpr int kDevice = 1;
-#else
-constexpr int kDevice = 2;
-#endif
-
 void search_on_cuda(const py::object& points_, const py::object& coordinates_, const py::object& row_,
                     const py::object& first_row_, const py::object& leaf_boxes_, const py::object& cell_boxes_,
                     const py::object& query_points_, const py::object& query_coordinates_, const py::object& query_row_,
                     int64_t first, int64_t k, int64_t self_offset, bool prune, const py::object& workspace_,
                     const py::object& counts_, const py::object& squared_, const py::object& index_, uintptr_t stream) {
-    const PointsView points(points_, "points", kDevice), query_points(query_points_, "query_points", kDevice);
+    const RealView points(points_, "points", 2, kDevice), query_points(query_points_, "query_points", 2, kDevice);
     const TensorView<float> coordinates(coordinates_, "coordinates", 4, kDevice),
         leaf_boxes(leaf_boxes_, "leaf_boxes", 5, kDevice), cell_boxes(cell_boxes_, "cell_boxes", 5, kDevice),
         query_coordinates(query_coordinates_, "query_coordinates", 2, kDevice);
@@ -180,10 +180,8 @@ void search_on_cuda(const py::object& points_, const py::object& coordinates_, c
     const TensorView<uint8_t> workspace(workspace_, "workspace", 1, kDevice);
 
     KnnParams p;
-    p.references = points.get();
-    p.references.coordinates = coordinates.data();
-    p.queries = query_points.get();
-    p.queries.coordinates = query_coordinates.data();
+    p.references = make_points(points, coordinates);
+    p.queries = make_points(query_points, query_coordinates);
     p.k = k;
     p.self_offset = self_offset;
     p.squared = squared.data();

@@ -112,3 +112,10 @@ def brute_force(queries: np.ndarray, references: np.ndarray | None, k: int) -> t
         np.fill_diagonal(squared, np.inf)
     index = np.argsort(squared, 1, kind="stable")[:, :k]
     return np.take_along_axis(squared, index, 1), index
+
+
+def surface(rows: int, dimension: int, seed: int) -> np.ndarray:
+    """Points near a curved surface of dimension 3, as the states of a robot are."""
+    rng = np.random.default_rng(seed)
+    latent = rng.standard_normal((rows, 3)) @ rng.standard_normal((3, dimension))
+    return (np.sin(latent) + 0.3 * latent + 0.02 * rng.standard_normal((rows, dimension))).astype(np.float32)

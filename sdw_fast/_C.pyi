@@ -1,7 +1,7 @@
 """Types of the compiled core. Tensors are passed by DLPack; outputs are written in place."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 

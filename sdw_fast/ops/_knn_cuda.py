@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from sdw_fast import _C
-from sdw_fast.ops._backend import cuda_stream, cuda_workspace
+from sdw_fast.ops._backend import _C, cuda_stream, cuda_workspace
 
 _SAMPLES = 128  # points of a node of the tree that its widest axis is found from
 LIST_BYTES = 1 << 29  # of the lists of one portion of a join

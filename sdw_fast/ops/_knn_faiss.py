@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from sdw_fast.ops._backend import cuda_stream
 from sdw_fast.ops._knn_search import READ_ROWS, Rows, Search
-from sdw_fast.ops.backend import cuda_stream
 
 GPU_MAX_K = 2048  # of faiss.knn_gpu
 

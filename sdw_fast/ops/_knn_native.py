@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sdw_fast import _C
+from sdw_fast.ops._backend import _C
 from sdw_fast.ops._knn_cuda import CudaKnnIndex
 from sdw_fast.ops._knn_frame import Frame
 from sdw_fast.ops._knn_search import Search

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from sdw_fast import _C
 from sdw_fast.ops import _knn_faiss, _knn_native
+from sdw_fast.ops._backend import _C
 from sdw_fast.ops._knn_search import NO_SELF, Search, check_alike, checked_out, checked_rows
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 try:
-    from sdw_fast import _C
+    import sdw_fast._C as _C
 except ImportError as error:
     raise ImportError(
         f"the compiled core of sdw_fast is not built, or does not load ({error}): run `pip install -e .` or "

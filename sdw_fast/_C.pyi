@@ -1,7 +1,6 @@
 """Types of the compiled core. Tensors are passed by DLPack; outputs are written in place."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 

@@ -39,11 +39,9 @@ def faiss_search(search: Search, factory: str) -> None:
         x = queries.double(q, q + step)  # [B, D]
         found = find(centered(queries, q, q + step)).to(x.device).sort(1).values  # [B, k + 1]
         distance = (x[:, None] - references.take(found.clamp(min=0))).square().sum(-1).sqrt()  # [B, k + 1]
-        missing = found < 0
-        if search.is_self_join:
-            missing |= found == torch.arange(q, q + x.shape[0], device=x.device)[:, None]
-        distance.masked_fill_(missing, torch.inf)
-        found = found.masked_fill(missing, -1)
+        distance.masked_fill_(found < 0, torch.inf)  # what an approximate index missed
+        if search.is_self_join:  # the query itself comes last, behind what is missing, and is cut off
+            distance.masked_fill_(found == torch.arange(q, q + x.shape[0], device=x.device)[:, None], torch.inf)
         order = distance.argsort(dim=1, stable=True)[:, :k]
         search.write(slice(q, q + x.shape[0]), distance.gather(1, order), found.gather(1, order))
         search.report(q + x.shape[0])

@@ -225,14 +225,16 @@ def test_neighbors_closer_than_float32_resolves(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "emulated", GPU], indirect=True)
-def test_thresholds_are_as_wide_as_float32_is_wrong(backend: str) -> None:
-    # On a sphere about the query, at radii that differ by less than float32 sees: double alone tells the k nearest.
-    # The query lies at the origin of the coordinates, where relative rounding is all that widens a threshold.
-    rng = np.random.default_rng(26)
-    x = rng.standard_normal((600, 5))
-    x = np.concatenate([x, -x]) / np.linalg.norm(np.concatenate([x, -x]), axis=1, keepdims=True)
-    x *= 1 + np.repeat([1e-8 * rng.permutation(600)], 2, 0).reshape(-1, 1)
-    check(np.zeros((1, 5)), x, 20, backend)
+@pytest.mark.parametrize("far", [0, 3000])  # without them the native backend scans, with them it walks its tree
+def test_thresholds_are_as_wide_as_float32_is_wrong(backend: str, far: int) -> None:
+    # On a sphere about the query, at radii that differ by less than float32 sees: only float64 tells the nearest. The
+    # query is the origin of the coordinates by symmetry, so that relative rounding alone is to be bounded.
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((100 + far, 5))
+        x *= (1 + 3e-9 * rng.permutation(len(x)))[:, None] / np.linalg.norm(x, axis=1, keepdims=True)
+        x[100:] *= 100
+        check(np.zeros((1, 5)), np.concatenate([x, -x]), 21, backend, ties=True)
 
 
 @given(st.data())

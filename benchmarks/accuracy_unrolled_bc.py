@@ -21,7 +21,7 @@ from torch import Tensor
 
 import sdw_fast
 from benchmarks.model import Problem
-from sdw_fast.ops.mlp import mlp_activations
+from sdw_fast.ops._mlp import mlp_activations
 
 Gradients = list[Tensor]
 

@@ -19,7 +19,6 @@ import argparse
 import os
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,9 +31,9 @@ from benchmarks.peers_knn import APPROXIMATE, GPU_PEERS, PEERS, K, recall, timed
 from benchmarks.table import RESULTS, machine
 from benchmarks.timing import Row, Table, format_seconds, peak_memory, record
 from sdw_fast.ops import knn
-from sdw_fast.ops.knn_cuda import CudaKnnIndex
-
-knn_module = sys.modules["sdw_fast.ops.knn"]  # the name in the package is the function's
+from sdw_fast.ops._knn_cuda import CudaKnnIndex
+from sdw_fast.ops._knn_frame import Frame
+from sdw_fast.ops._knn_search import Rows
 
 
 def source(name: str, rows: int) -> np.ndarray:
@@ -154,7 +153,7 @@ def compare_on_gpu(name: str, points: torch.Tensor, fraction: float) -> Table:
 def parts_of_the_time(points: torch.Tensor) -> str:
     """Where the time of our CUDA kernel goes, and what pruning leaves to do."""
     rows, device = len(points), points.device
-    axes, frame = timed(lambda: knn_module._Frame(points, float(points.abs().max())))
+    axes, frame = timed(lambda: Frame(Rows(points), float(points.abs().max())))
     rotation, coordinates = timed(lambda: frame.coordinates(points))
     tree, index = timed(lambda: CudaKnnIndex(points, coordinates))
     join = index.self_join(K)

@@ -97,7 +97,8 @@ check() {
     export PYTHON OUT SDW_WHEELS device packages
     [ -z "$SDW_WHEELS" ] || stage "wheels" 60 bash -c wheels
     stage "build" 240 bash -c build
-    stage "tests" 150 "$PYTHON" -m pytest -q --maxfail=10 -p no:cacheprovider tests/cuda
+    stage "tests" 150 "$PYTHON" -m pytest -q --maxfail=10 -p no:cacheprovider tests/cuda tests/ops \
+        -k "cuda and not emulated"
     stage "every op once" 60 "$PYTHON" -m benchmarks.gpu touch --out "$OUT" --device "$device"
     stage "ops" 150 "$PYTHON" -m benchmarks.gpu ops --out "$OUT" --device "$device"
     stage "knn" 90 "$PYTHON" -m benchmarks.bench_knn surface:11 surface:17 "${knn[@]}" --out "$OUT"

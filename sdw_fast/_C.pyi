@@ -1,7 +1,7 @@
 """Types of the compiled core. Tensors are passed by DLPack; outputs are written in place."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 
@@ -14,49 +14,30 @@ def set_num_threads(threads: int) -> None: ...
 def cuda_device_description() -> str: ...
 def cuda_runtime_version() -> int: ...
 
-class UnrolledBCTape:
-    def backward(
+# The ops: one signature on both devices, `_cuda` where CUDA was compiled in. Parameters are flat, (R, P): W1, b1, W2,
+# b2, … one behind the other. Only CUDA looks at `ieee`, at `workspace`, of the bytes that the op's _workspace says, and
+# at `stream`, the handle of PyTorch's current stream; its tensors lie on the current device.
+class _BehaviorMatching(Protocol):
+    def __call__(
         self,
-        grad_trained: Sequence[Tensor],
-        grad_observations: Tensor | None,
-        grad_actions: Tensor | None,
-        grad_params: Sequence[Tensor] | None,
-    ) -> float: ...
+        widths: Sequence[int],
+        params: Tensor,
+        states: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        losses: Tensor,
+        gradients: Tensor | None,
+        ieee: bool = False,
+        workspace: Tensor | None = None,
+        stream: int = 0,
+    ) -> None: ...
 
-def unrolled_bc(
-    observations: Tensor,
-    actions: Tensor,
-    params: Sequence[Tensor],
-    trained: Sequence[Tensor],
-    *,
-    steps: int,
-    window: int,
-    lr: float,
-    momentum: float,
-    recompute: bool,
-    keep_tape: bool,
-) -> UnrolledBCTape | None: ...
-def behavior_matching(
-    params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor, gradients: Sequence[Tensor] | None
-) -> float: ...
-def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, gradient: Tensor | None) -> float: ...
+behavior_matching_cpu: _BehaviorMatching
+behavior_matching_cuda: _BehaviorMatching
 
-# Where CUDA was compiled in. Tensors lie on the current device; `stream` is the handle of PyTorch's current stream.
 def behavior_matching_cuda_workspace(rows: int, widths: Sequence[int], want_gradients: bool) -> int: ...
-def behavior_matching_cuda(
-    params: Sequence[Tensor],
-    states: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    loss: Tensor,
-    gradients: Tensor | None,
-    workspace: Tensor,
-    ieee: bool,
-    stream: int,
-) -> None: ...
-def scale_cuda(values: Tensor, factor: Tensor, stream: int) -> None: ...
 
-class UnrolledBCCudaProblem:
+class UnrolledBCOptions:
     def __init__(
         self,
         *,
@@ -70,46 +51,58 @@ class UnrolledBCCudaProblem:
         recompute: bool,
         ieee: bool,
     ) -> None: ...
-    @property
-    def workspace(self) -> int: ...
 
-def unrolled_bc_cuda(
-    problem: UnrolledBCCudaProblem,
-    observations: Tensor,
-    actions: Tensor,
-    params: Tensor,
-    lr: Tensor,
-    trained: Tensor,
-    workspace: Tensor,
-    stream: int,
-) -> None: ...
-def unrolled_bc_cuda_backward(
-    problem: UnrolledBCCudaProblem,
-    again: bool,
-    grad_trained: Tensor,
-    lr: Tensor,
-    grad_observations: Tensor | None,
-    grad_actions: Tensor | None,
-    grad_params: Tensor | None,
-    grad_lr: Tensor,
-    workspace: Tensor,
-    stream: int,
-) -> None: ...
+class UnrolledBCTape:
+    def backward(
+        self,
+        grad_trained: Tensor,
+        grad_observations: Tensor | None,
+        grad_actions: Tensor | None,
+        grad_params: Tensor | None,
+        grad_lr: Tensor,
+        stream: int = 0,
+    ) -> None: ...
+
+class _UnrolledBC(Protocol):
+    def __call__(
+        self,
+        options: UnrolledBCOptions,
+        observations: Tensor,
+        actions: Tensor,
+        params: Tensor,
+        lr: Tensor,
+        trained: Tensor,
+        workspace: Tensor | None = None,
+        stream: int = 0,
+    ) -> UnrolledBCTape | None: ...
+
+unrolled_bc_cpu: _UnrolledBC
+unrolled_bc_cuda: _UnrolledBC
+
+def unrolled_bc_cuda_workspace(options: UnrolledBCOptions) -> int: ...
+
+class _WeightedBCLoss(Protocol):
+    def __call__(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weights: Tensor,
+        loss: Tensor,
+        gradient: Tensor | None,
+        workspace: Tensor | None = None,
+        stream: int = 0,
+    ) -> None: ...
+
+weighted_bc_loss_cpu: _WeightedBCLoss
+weighted_bc_loss_cuda: _WeightedBCLoss
+
 def weighted_bc_loss_cuda_workspace(rows: int, columns: int) -> int: ...
-def weighted_bc_loss_cuda(
-    pred: Tensor,
-    target: Tensor,
-    weights: Tensor,
-    loss: Tensor,
-    gradient: Tensor | None,
-    workspace: Tensor,
-    stream: int,
-) -> None: ...
+def scale_cuda(values: Tensor, factors: Tensor, stream: int) -> None: ...
 
 class KnnIndex:
-    def __init__(self, points: Any, coordinates: Any, scale: float) -> None: ...
+    def __init__(self, points: Tensor, coordinates: Tensor, scale: float) -> None: ...
     def self_join(self, k: int) -> KnnJoin: ...
-    def join(self, points: Any, coordinates: Any, k: int, self_offset: int) -> KnnJoin: ...
+    def join(self, points: Tensor, coordinates: Tensor, k: int, self_offset: int) -> KnnJoin: ...
 
 class KnnJoin:
     @property
@@ -117,9 +110,9 @@ class KnnJoin:
     @property
     def scans(self) -> bool: ...
     def rows(self, first: int, last: int) -> int: ...
-    def search(self, first: int, last: int, query: Any, squared: Any, index: Any) -> None: ...
+    def search(self, first: int, last: int, query: Tensor, squared: Tensor, index: Tensor) -> None: ...
 
-# The CUDA ops, where they were compiled: tensors on the device, a stream as its handle.
+# The same on CUDA, where it was compiled in, on what sdw_fast/ops/_knn_cuda.py packs.
 knn_cuda_max_dims: int
 knn_cuda_max_k: int
 knn_cuda_leaf: int

@@ -166,12 +166,7 @@ class Distiller:
         )
         for parameter in final:
             parameter.retain_grad()
-        losses = torch.stack(
-            [
-                ops.behavior_matching([p[r] for p in final], states[r], targets[r], weights[r])
-                for r in range(self.n_runs)
-            ]
-        )  # TEMPORARY until behavior_matching takes R
+        losses = ops.behavior_matching(final, states, targets, weights, precision=config.precision)
         self._optimizer.zero_grad()
         losses.sum().backward()
         norms = self._clip()

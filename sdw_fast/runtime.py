@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sdw_fast import _C
+from sdw_fast.ops._backend import _C
 from sdw_fast.version import __version__
 
 

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from emulator.fixtures import cuda_on_cpu, emulated, kernel  # noqa: F401
 
 import sdw_fast as sdw
 

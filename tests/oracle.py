@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def random_problem(widths, rows, seed, dtype=torch.float64, gain=1.4):
@@ -80,6 +81,26 @@ def assert_agree(actual, expected, tolerance):
     assert relative_error(gradients[3:], gradients_expected[3:]) < tolerance
 
 
+def to_tf32(x: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, to nearest, in the dtype that it is in."""
+    return ((x.float().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+
+class Tf32Products(TorchDispatchMode):
+    """Matrix products of operands rounded to tf32, whatever the dtype they are in.
+
+    The kernel's own trajectory includes which units its rounding switches off: near a kink, the exact product switches
+    others, and the two adjoints differ by that, not by an error.
+    """
+
+    PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.PRODUCTS:
+            args = (*args[:-2], *(to_tf32(operand) for operand in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
 def brute_force(queries: np.ndarray, references: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Squared distances and indices: all differences in float64; a stable sort breaks ties by index."""
     points = queries if references is None else references
@@ -91,3 +112,10 @@ def brute_force(queries: np.ndarray, references: np.ndarray | None, k: int) -> t
         np.fill_diagonal(squared, np.inf)
     index = np.argsort(squared, 1, kind="stable")[:, :k]
     return np.take_along_axis(squared, index, 1), index
+
+
+def surface(rows: int, dimension: int, seed: int) -> np.ndarray:
+    """Points near a curved surface of dimension 3, as the states of a robot are."""
+    rng = np.random.default_rng(seed)
+    latent = rng.standard_normal((rows, 3)) @ rng.standard_normal((3, dimension))
+    return (np.sin(latent) + 0.3 * latent + 0.02 * rng.standard_normal((rows, dimension))).astype(np.float32)

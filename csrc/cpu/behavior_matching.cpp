@@ -3,6 +3,7 @@
 #include "sdw/behavior_matching.h"
 
 #include "mlp.h"
+#include "sdw/flat.h"
 #include "sdw/memory.h"
 
 namespace sdw::SDW_ISA {
@@ -75,14 +76,13 @@ void add_gradients(const Mlp& mlp, const Layout& at, const std::vector<Strip>& s
     }
 }
 
-}  // namespace
-
-float behavior_matching(const BehaviorMatchingParams& p) {
+// The first problem's loss, and its gradients.
+float loss_of(const BehaviorMatchingParams& p) {
     const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
     const Mlp mlp(p.widths, (p.rows + blocks - 1) / blocks);
     const Buffer buffer(Layout(mlp, nullptr).bytes);
     const Layout at(mlp, buffer.data());
-    const bool want_gradients = !p.gradients.empty();
+    const bool want_gradients = p.gradients != nullptr;
     const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(p.widths.back()));
     std::fill_n(buffer.data(), at.row_weights - buffer.data(), 0.0f);
     pack_weights(mlp, p.params, at.params, at.transposed);
@@ -115,6 +115,21 @@ float behavior_matching(const BehaviorMatchingParams& p) {
     double loss = 0.0;
     for (int64_t row = 0; row < mlp.rows; ++row) loss += losses[row];
     return static_cast<float>(loss * scale);
+}
+
+}  // namespace
+
+void behavior_matching_cpu(const BehaviorMatchingParams& params) {
+    const int64_t inputs = params.widths.front(), outputs = params.widths.back(), flat = flat_size(params.widths);
+    for (int64_t r = 0; r < params.problems; ++r) {
+        BehaviorMatchingParams p = params;
+        p.params += r * flat;
+        p.states += r * p.rows * inputs;
+        p.targets += r * p.rows * outputs;
+        p.weights += r * p.rows;
+        if (p.gradients != nullptr) p.gradients += r * flat;
+        params.losses[r] = loss_of(p);
+    }
 }
 
 }  // namespace sdw::SDW_ISA

@@ -7,10 +7,9 @@
 
 namespace sdw {
 
-SDW_DISPATCH(float, behavior_matching, (const BehaviorMatchingParams& p), (p))
-SDW_DISPATCH(std::unique_ptr<KnnIndex>, build_knn_index, (const KnnPoints& references, double scale),
-             (references, scale))
-SDW_DISPATCH(std::unique_ptr<UnrolledBCTape>, unrolled_bc, (const UnrolledBCParams& p), (p))
-SDW_DISPATCH(float, weighted_bc_loss, (const WeightedBCLossParams& p), (p))
+SDW_DISPATCH(void, behavior_matching_cpu, (const BehaviorMatchingParams& p), (p))
+SDW_DISPATCH(std::unique_ptr<KnnIndex>, build_knn_index, (const KnnParams& p), (p))
+SDW_DISPATCH(std::unique_ptr<UnrolledBCTape>, unrolled_bc_cpu, (const UnrolledBCParams& p), (p))
+SDW_DISPATCH(void, weighted_bc_loss_cpu, (const WeightedBCLossParams& p), (p))
 
 }  // namespace sdw

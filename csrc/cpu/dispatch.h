@@ -1,5 +1,5 @@
-// Chooses the instruction set at run time. SDW_DISPATCH(void, op, (const Params& p), (p)) defines sdw::op, which calls
-// sdw::<isa>::op of the instruction set in use; csrc/cpu/dispatch.cpp has one line an op.
+// Chooses the instruction set at run time. SDW_DISPATCH(void, op_cpu, (const Params& p), (p)) defines sdw::op_cpu,
+// which calls sdw::<isa>::op_cpu of the instruction set in use; csrc/cpu/dispatch.cpp has one line an op.
 #pragma once
 
 #include "sdw/isa.h"

@@ -263,22 +263,24 @@ inline void unpack(const Matrix& packed, int64_t columns, Range range, float* pl
     }
 }
 
-// Parameters in torch.nn.Linear's layout into both packed forms, and back. Padding must have been zeroed before.
-inline void pack_weights(const Mlp& mlp, const std::vector<const float*>& params, const Weights& weights,
+// Flat parameters (sdw/flat.h) into both packed forms, and back. Padding must have been zeroed before.
+inline void pack_weights(const Mlp& mlp, const float* flat, const Weights& weights,
                          const std::vector<Matrix>& transposed) {
     for (int l = 0; l < mlp.layers; ++l) {
         const int64_t in = mlp.widths[l], out = mlp.widths[l + 1];
-        pack(params[2 * l], in, {0, out}, transposed[l]);
+        pack(flat, in, {0, out}, transposed[l]);
         transpose(transposed[l], out, in, weights.matrices[l]);
-        std::memcpy(weights.biases[l], params[2 * l + 1], out * sizeof(float));
+        std::memcpy(weights.biases[l], flat + out * in, out * sizeof(float));
+        flat += out * (in + 1);
     }
 }
 
-inline void unpack_weights(const Mlp& mlp, const Weights& weights, const std::vector<Matrix>& transposed,
-                           const std::vector<float*>& params) {
+inline void unpack_weights(const Mlp& mlp, const Weights& weights, const std::vector<Matrix>& transposed, float* flat) {
     for (int l = 0; l < mlp.layers; ++l) {
-        unpack(transposed[l], mlp.widths[l], {0, mlp.widths[l + 1]}, params[2 * l]);
-        std::memcpy(params[2 * l + 1], weights.biases[l], mlp.widths[l + 1] * sizeof(float));
+        const int64_t in = mlp.widths[l], out = mlp.widths[l + 1];
+        unpack(transposed[l], in, {0, out}, flat);
+        std::memcpy(flat + out * in, weights.biases[l], out * sizeof(float));
+        flat += out * (in + 1);
     }
 }
 

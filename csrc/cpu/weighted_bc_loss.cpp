@@ -73,7 +73,7 @@ double loss_of(const WeightedBCLossParams& p, const std::vector<Phase>& table, f
 
 }  // namespace
 
-float weighted_bc_loss(const WeightedBCLossParams& p) {
+void weighted_bc_loss_cpu(const WeightedBCLossParams& p) {
     const int64_t elements = p.rows * p.columns;
     const int64_t chunks = (elements + kChunk - 1) / kChunk;
     const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(p.columns));
@@ -91,7 +91,7 @@ float weighted_bc_loss(const WeightedBCLossParams& p) {
     });
     double loss = 0.0;
     for (const double part : losses) loss += part;
-    return static_cast<float>(loss * scale);
+    *p.loss = static_cast<float>(loss * scale);
 }
 
 }  // namespace sdw::SDW_ISA

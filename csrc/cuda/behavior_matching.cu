@@ -329,7 +329,7 @@ size_t behavior_matching_cuda_workspace(int64_t rows, const std::vector<int64_t>
     return Plan(rows, widths, want_gradients).bytes;
 }
 
-void behavior_matching_cuda(const BehaviorMatchingCudaParams& p) {
+void behavior_matching_cuda(const BehaviorMatchingParams& p) {
     const bool want_gradients = p.gradients != nullptr;
     const Plan plan(p.rows, p.widths, want_gradients);
     auto* const workspace = static_cast<unsigned char*>(p.workspace);
@@ -344,27 +344,33 @@ void behavior_matching_cuda(const BehaviorMatchingCudaParams& p) {
     }
     int64_t at = 0;
     for (int l = 0; l < params.layers; ++l) {
-        params.weights[l] = p.params[2 * l];
-        params.biases[l] = p.params[2 * l + 1];
         params.gradient_at[l] = at;
         at += p.widths[l + 1] * (p.widths[l] + 1);
     }
     params.activations = plan.activations;
     params.slab = plan.slab;
-    params.states = p.states;
-    params.targets = p.targets;
-    params.row_weights = p.weights;
     params.scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(p.widths.back()));
     params.sums = reinterpret_cast<double*>(workspace);
     params.slabs = want_gradients ? reinterpret_cast<float*>(workspace + plan.slabs_at) : nullptr;
     params.spilled = reinterpret_cast<float*>(workspace + plan.spilled_at);
-    launch(p.ieee ? kernel_for<true>(plan) : kernel_for<false>(plan), plan.blocks, kThreads, plan.shared, p.stream,
-           params);
-    const int64_t numbers = want_gradients ? plan.slab : 1;
-    launch(finish, static_cast<unsigned>((numbers + kFinishThreads - 1) / kFinishThreads), kFinishThreads,
-           kFinishThreads * sizeof(double), p.stream,
-           FinishParams{params.sums, params.slabs, static_cast<int>(plan.blocks), plan.slab, params.scale, p.loss,
-                        p.gradients});
+    // One problem after another, in the same workspace: the stream keeps them apart.
+    for (int64_t r = 0; r < p.problems; ++r) {
+        const float* const flat = p.params + r * plan.slab;
+        for (int l = 0; l < params.layers; ++l) {
+            params.weights[l] = flat + params.gradient_at[l];
+            params.biases[l] = params.weights[l] + p.widths[l + 1] * p.widths[l];
+        }
+        params.states = p.states + r * p.rows * p.widths.front();
+        params.targets = p.targets + r * p.rows * p.widths.back();
+        params.row_weights = p.weights + r * p.rows;
+        launch(p.ieee ? kernel_for<true>(plan) : kernel_for<false>(plan), plan.blocks, kThreads, plan.shared, p.stream,
+               params);
+        const int64_t numbers = want_gradients ? plan.slab : 1;
+        launch(finish, static_cast<unsigned>((numbers + kFinishThreads - 1) / kFinishThreads), kFinishThreads,
+               kFinishThreads * sizeof(double), p.stream,
+               FinishParams{params.sums, params.slabs, static_cast<int>(plan.blocks), plan.slab, params.scale,
+                            p.losses + r, want_gradients ? p.gradients + r * plan.slab : nullptr});
+    }
 }
 
 }  // namespace sdw

@@ -16,7 +16,7 @@
 // query's sorted list, 32 places of which it moves at once. There is no matrix of distances, and nothing is shared
 // between warps but the leaves, which neighbors find in the first-level cache.
 //
-// Exactness is the CPU's (csrc/cpu/knn.cpp, sdw/knn_bounds.h): float distances of centered coordinates only filter.
+// Exactness is the CPU's (csrc/cpu/knn, sdw/knn_bounds.h): float distances of centered coordinates only filter.
 // With τ the k-th smallest of them every point up to T(τ) is kept, in a list with room for more than k, and `finish`
 // ranks the list in double by the points as given, ties by row. If the list ran full within T, the query is searched
 // again, ranked in double from the start. Both ways the answer depends neither on the order of the visits nor on
@@ -27,8 +27,8 @@
 #include <string>
 
 #include "launch.h"
+#include "sdw/knn.h"
 #include "sdw/knn_bounds.h"
-#include "sdw/knn_cuda.h"
 
 namespace sdw {
 namespace {
@@ -46,7 +46,7 @@ static_assert(kKnnFan == kLanes && kKnnLeaf == 2 * kLanes, "lanes are boxes, que
 
 // Params as kernels take them.
 struct Search {
-    KnnCudaParams p;
+    KnnParams p;
     KnnBounds bounds;
     int V;              // float4s a point
     int64_t packs;      // of cells
@@ -125,9 +125,10 @@ __device__ inline double squared_distance(const void* a, int64_t i, const void* 
 }
 
 // Between a row of the queries and one of the references, as given.
-__device__ inline double true_distance(const KnnCudaParams& p, int64_t query, int64_t row) {
-    return p.is_double ? squared_distance<double>(p.query_points, query, p.points, row, p.dims)
-                       : squared_distance<float>(p.query_points, query, p.points, row, p.dims);
+__device__ inline double true_distance(const KnnParams& p, int64_t query, int64_t row) {
+    const void *x = p.queries.points, *y = p.references.points;
+    return p.references.is_double ? squared_distance<double>(x, query, y, row, p.references.dims)
+                                  : squared_distance<float>(x, query, y, row, p.references.dims);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ struct Searcher {
     __device__ void load(int64_t group) {
         const int64_t begin = group * kLanes, left = s.p.rows - begin;
         const int count = left < kLanes ? static_cast<int>(left) : kLanes;
-        const float4* from = reinterpret_cast<const float4*>(s.p.query_coordinates) + (s.p.first + begin) * V;
+        const float4* from = reinterpret_cast<const float4*>(s.p.queries.coordinates) + (s.p.first + begin) * V;
         // Lanes beyond the last query repeat it and want nothing.
         for (int i = lane; i < kLanes * V; i += kLanes)
             rows[i / V * kStride + i % V] = __ldg(from + min(i / V, count - 1) * V + i % V);
@@ -248,7 +249,7 @@ struct Searcher {
 
     // The points of a leaf from `offset` on, kTogether a lane, against each query that wants them.
     __device__ void scan(int64_t leaf, int offset, unsigned wants) {
-        const float4* points = leaf_at(s.p.coordinates, leaf, V) + offset + lane;
+        const float4* points = leaf_at(s.p.references.coordinates, leaf, V) + offset + lane;
         const auto place = static_cast<uint32_t>(leaf * kKnnLeaf + offset + lane);
         float4 x[kTogether][V];
 #pragma unroll
@@ -265,12 +266,12 @@ struct Searcher {
             const float least = __shfl_sync(kAll, limit, query);
 #pragma unroll
             for (int c = 0; c < kTogether; ++c)
-                offer(query, squared[c], squared[c] < least, place + static_cast<uint32_t>(c) * kLanes);
+                insert_better(query, squared[c], squared[c] < least, place + static_cast<uint32_t>(c) * kLanes);
         }
     }
 
     // Lanes with `better` have a point for the query: inserts those that still are, one after the other.
-    __device__ void offer(int query, float squared, bool better, uint32_t place) {
+    __device__ void insert_better(int query, float squared, bool better, uint32_t place) {
         unsigned mask = __ballot_sync(kAll, better);
         if (mask == 0) return;
         const int64_t left_out = __shfl_sync(kAll, self, query);
@@ -380,7 +381,7 @@ struct Finisher {
     // order of visits is better than another.
     __device__ void search_again() {
         const int V = s.V;
-        const float4* x = reinterpret_cast<const float4*>(s.p.query_coordinates) + (s.p.first + query) * V;
+        const float4* x = reinterpret_cast<const float4*>(s.p.queries.coordinates) + (s.p.first + query) * V;
         for (int64_t i = lane; i < s.p.k; i += kLanes) squared[i] = INFINITY, index[i] = -1;
         __syncwarp();
         for (int64_t pack = 0; pack < s.packs; ++pack) {
@@ -399,7 +400,7 @@ struct Finisher {
         const int64_t kth_row = index[s.p.k - 1];
         if (kth == 0 && s.p.first_row[leaf] > kth_row) return;  // k equal rows of lower index are known
         for (int offset = 0; offset < kKnnLeaf; offset += kLanes) {
-            const float4* point = leaf_at(s.p.coordinates, leaf, s.V) + offset + lane;
+            const float4* point = leaf_at(s.p.references.coordinates, leaf, s.V) + offset + lane;
             float filter = 0;
             for (int i = 0; i < s.V; ++i)
                 filter = add_squares(filter, minus(__ldg(point + i * kKnnLeaf), __ldg(x + i)));
@@ -484,12 +485,12 @@ size_t knn_cuda_workspace(int64_t rows, int64_t k) {
         rows * (list_capacity(k) * static_cast<int64_t>(sizeof(uint64_t)) + static_cast<int64_t>(sizeof(float))));
 }
 
-void knn_cuda(const KnnCudaParams& params, void* stream) {
-    const Compiled* compiled = compiled_for(params.dims);
+void knn_cuda(const KnnParams& params, void* stream) {
+    const Compiled* compiled = compiled_for(params.references.dims);
     const int64_t capacity = list_capacity(params.k), cells = (params.leaves + kKnnFan - 1) / kKnnFan;
     auto* lists = static_cast<uint64_t*>(params.workspace);
     const Search s{params,
-                   KnnBounds::differences(params.dims),
+                   KnnBounds::differences(params.references.dims),
                    compiled->V,
                    (cells + kKnnFan - 1) / kKnnFan,
                    static_cast<int>(capacity),

@@ -1,7 +1,8 @@
 // The one place that launches kernels, and the one header that a kernel file includes for CUDA.
 //
 // Under nvcc this is CUDA. Compiled by the host compiler with SDW_EMULATE_CUDA the same kernels run on the CPU
-// (emulator.h), so that tests see the kernels themselves on machines without a GPU. For that a kernel file keeps to:
+// (tests/emulator/emulator.h), so that tests see the kernels themselves on machines without a GPU. For that a kernel
+// file keeps to:
 // `__global__` functions with parameters passed by value, dynamic shared memory only (shared_memory()), the built-ins
 // that emulator.h lists, the wrappers of mma.h in place of inline assembly, and spin_pause() in every loop that waits.
 #pragma once
@@ -13,7 +14,7 @@
 
 #ifdef SDW_EMULATE_CUDA
 
-#include "emulator.h"
+#include "emulator.h"  // from tests/emulator, by the include path
 
 #else
 

@@ -18,9 +18,11 @@ __global__ void __launch_bounds__(kThreads) scale(float* values, int64_t count, 
 
 }  // namespace
 
-void scale_cuda(float* values, int64_t count, const float* factor, void* stream) {
-    const int64_t blocks = std::min((count + kThreads - 1) / kThreads, kBlocks);
-    launch(scale, static_cast<unsigned>(blocks), kThreads, 0, stream, values, count, factor);
+void scale_cuda(const ScaleParams& p) {
+    const int64_t blocks = std::min((p.columns + kThreads - 1) / kThreads, kBlocks);
+    for (int64_t r = 0; r < p.rows; ++r)
+        launch(scale, static_cast<unsigned>(blocks), kThreads, 0, p.stream, p.values + r * p.columns, p.columns,
+               p.factors + r);
 }
 
 }  // namespace sdw

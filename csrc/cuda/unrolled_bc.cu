@@ -12,6 +12,9 @@
 // one owner and a fixed order of summation: the result's bits do not depend on the number of blocks. Groups never wait
 // for each other. All operands come from the second-level cache, where a step's 0.6 MB of weights (twice, for both
 // ways) and 3.2 MB of activations stay; README.md has the arithmetic.
+#include <memory>
+#include <utility>
+
 #include "product.h"
 
 namespace sdw {
@@ -174,7 +177,7 @@ __device__ void forward_rows(const Problem& p, float* theta, float* pass, int ro
             [&](int, int column) { return *reinterpret_cast<const float2*>(biases + column); },
             [&](int row, int column, float x0, float x1, float2 bias) {
                 const float z0 = x0 + bias.x, z1 = x1 + bias.y;
-                if (hidden) return out.put(row, column, fmaxf(z0, 0.0f), fmaxf(z1, 0.0f));
+                if (hidden) return out.put(row, column, z0 < 0 ? 0 : z0, z1 < 0 ? 0 : z1);  // NaN stays
                 const float a0 = tanhf(z0), a1 = tanhf(z1);
                 const float2 y = *reinterpret_cast<const float2*>(p.actions() + tiled(row, column, out.width));
                 const float scale = row < p.net.rows ? p.scale : 0.0f;
@@ -540,16 +543,16 @@ __global__ void __launch_bounds__(kThreads, 1) unrolled_bc_backward(const __grid
         differentiate<Product>(b, index, me);
 }
 
-Kernel make_kernel(const UnrolledBCCudaProblem& problem, void* workspace, const float* lr) {
+Kernel make_kernel(const UnrolledBCParams& params) {
     Kernel kernel{};
-    kernel.net = make_network(problem);
-    kernel.plan = make_plan(problem);
+    kernel.net = make_network(params);
+    kernel.plan = make_plan(params);
     kernel.at = make_layout(kernel.net, kernel.plan);
-    kernel.problems = static_cast<int>(problem.problems);
-    kernel.workspace = static_cast<float*>(workspace);
-    kernel.counters = reinterpret_cast<unsigned*>(kernel.workspace + problem.problems * kernel.at.floats);
-    kernel.lr = lr;
-    kernel.momentum = problem.momentum;
+    kernel.problems = static_cast<int>(params.problems);
+    kernel.workspace = static_cast<float*>(params.workspace);
+    kernel.counters = reinterpret_cast<unsigned*>(kernel.workspace + params.problems * kernel.at.floats);
+    kernel.lr = params.lr;
+    kernel.momentum = params.momentum;
     return kernel;
 }
 
@@ -564,32 +567,47 @@ void run(void (*kernel)(Params), Params params, void* stream) {
                     params);
 }
 
+class Tape final : public UnrolledBCTape {
+  public:
+    explicit Tape(const UnrolledBCParams& params) : params_(params) {}
+
+    void backward(const UnrolledBCGradients& gradients) override {
+        Backward b{};
+        b.kernel = make_kernel(params_);
+        b.again = std::exchange(again_, true);
+        b.trained = gradients.trained;
+        b.observations = gradients.observations;
+        b.actions = gradients.actions;
+        b.params = gradients.params;
+        b.lr_gradient = gradients.lr;
+        run(params_.ieee ? unrolled_bc_backward<Ieee> : unrolled_bc_backward<Tf32>, b, gradients.stream);
+    }
+
+  private:
+    const UnrolledBCParams params_;
+    bool again_ = false;  // a backward pass has been here
+};
+
 }  // namespace
 }  // namespace unrolled
 
-size_t unrolled_bc_cuda_workspace(const UnrolledBCCudaProblem& problem) {
+size_t unrolled_bc_cuda_workspace(const UnrolledBCParams& params) {
     using namespace unrolled;
-    const Layout at = make_layout(make_network(problem), make_plan(problem));
-    return problem.problems * (at.floats + kCounterStride) * sizeof(float);
+    const Layout at = make_layout(make_network(params), make_plan(params));
+    return params.problems * (at.floats + kCounterStride) * sizeof(float);
 }
 
-void unrolled_bc_cuda(const UnrolledBCCudaParams& params) {
+std::unique_ptr<UnrolledBCTape> unrolled_bc_cuda(const UnrolledBCParams& params) {
     using namespace unrolled;
-    const Forward f{make_kernel(params.problem, params.workspace, params.lr), params.observations, params.actions,
-                    params.params, params.trained};
-    run(params.problem.ieee ? unrolled_bc_forward<Ieee> : unrolled_bc_forward<Tf32>, f, params.stream);
-}
-
-void unrolled_bc_cuda_backward(const UnrolledBCCudaGradients& gradients) {
-    using namespace unrolled;
-    const Backward b{make_kernel(gradients.problem, gradients.workspace, gradients.lr),
-                     gradients.again,
-                     gradients.trained,
-                     gradients.observations,
-                     gradients.actions,
-                     gradients.params,
-                     gradients.lr_gradient};
-    run(gradients.problem.ieee ? unrolled_bc_backward<Ieee> : unrolled_bc_backward<Tf32>, b, gradients.stream);
+    Forward f{};
+    f.kernel = make_kernel(params);
+    f.observations = params.observations;
+    f.actions = params.actions;
+    f.params = params.params;
+    f.trained = params.trained;
+    run(params.ieee ? unrolled_bc_forward<Ieee> : unrolled_bc_forward<Tf32>, f, params.stream);
+    if (!params.keep_tape) return nullptr;
+    return std::make_unique<Tape>(params);
 }
 
 }  // namespace sdw

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "launch.h"
-#include "sdw/unrolled_bc_cuda.h"
+#include "sdw/unrolled_bc.h"
 
 namespace sdw::unrolled {
 
@@ -54,7 +54,7 @@ struct Network {
     SDW_HOST_DEVICE int outputs() const { return layer[layers - 1].out_padded; }
 };
 
-inline Network make_network(const UnrolledBCCudaProblem& problem) {
+inline Network make_network(const UnrolledBCParams& problem) {
     const auto& widths = problem.widths;
     if (problem.problems < 1 || problem.rows < 1 || widths.size() < 2 ||
         *std::min_element(widths.begin(), widths.end()) < 1)
@@ -100,7 +100,7 @@ struct Plan {
     }
 };
 
-inline Plan make_plan(const UnrolledBCCudaProblem& problem) {
+inline Plan make_plan(const UnrolledBCParams& problem) {
     if (problem.window < 1 || problem.window > problem.steps)
         throw std::invalid_argument("unrolled_bc: 1 <= window <= steps is required");
     if (!problem.keep_tape) return {problem.steps, 0, 0, 0};

@@ -135,7 +135,7 @@ size_t weighted_bc_loss_cuda_workspace(int64_t rows, int64_t columns) {
     return static_cast<size_t>(chunks_of(rows * columns)) * sizeof(double);
 }
 
-void weighted_bc_loss_cuda(const WeightedBCLossCudaParams& p) {
+void weighted_bc_loss_cuda(const WeightedBCLossParams& p) {
     const int64_t elements = p.rows * p.columns, chunks = chunks_of(elements);
     const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(p.columns));
     auto* sums = static_cast<double*>(p.workspace);

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdw_fast import _C
-from sdw_fast.ops.backend import check_precision, cuda_stream, cuda_workspace, resolve_backend
-from sdw_fast.ops.mlp import check_floating, check_mlp, check_rows, mlp_activations, mlp_deltas, mlp_gradients
-from sdw_fast.ops.one_pass import OnePassLoss
-from sdw_fast.ops.weighted_bc_loss import check_weights, weighted_error
+from sdw_fast.ops._backend import _C, check_precision, cuda_stream, cuda_workspace, resolve_backend
+from sdw_fast.ops._mlp import (
+    check_floating,
+    check_mlp,
+    check_problems,
+    check_rows,
+    flatten,
+    layer_widths,
+    mlp_activations,
+)
+from sdw_fast.ops._one_pass import OnePassLoss
+from sdw_fast.ops.weighted_bc_loss import check_constant, check_weights, weighted_error
 
 
 def behavior_matching(
@@ -29,6 +35,9 @@ def behavior_matching(
 
     The gradient for the parameters is computed in the same pass as the loss, so that `.backward()` costs nothing.
 
+    R independent problems of one shape run in one call when every tensor has a leading dimension R: each parameter
+    (R, …), states (R, M, D), targets (R, M, A), weights (R, M). Each loss has the bits of a call of its own.
+
     Args:
         params: [W1, b1, W2, b2, …] of the ReLU policy, in `torch.nn.Linear` layout, W (out, in).
         states: (M, D), normalized as the policy shall see them.
@@ -39,80 +48,69 @@ def behavior_matching(
         backend: "auto", "cpu", "cuda" or "torch"; "torch" also takes float64.
 
     Returns:
-        The loss, a scalar tensor.
+        The loss, a scalar tensor; of R problems (R,).
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or backend are not as said, or states, targets or weights
             require a gradient.
     """
-    check_floating("behavior_matching", states=states, targets=targets, weights=weights)
-    check_rows("behavior_matching", states=states, targets=targets)
-    check_mlp("behavior_matching", params, states, targets)
-    check_weights("behavior_matching", weights, states.shape[0], constants={"states": states, "targets": targets})
-    check_precision("behavior_matching", precision)
-    resolved = resolve_backend("behavior_matching", backend, [states, targets, weights, *params])
-    backends: dict[str, Callable[..., Any]] = {
-        "torch": _torch,
-        "cpu": _cpu,
-        "cuda": partial(_cuda, precision == "ieee"),
-    }
-    return OnePassLoss.apply(partial(backends[resolved], states, targets, weights), *params)
+    op = "behavior_matching"
+    check_floating(op, states=states, targets=targets, weights=weights)
+    if batched := states.ndim == 3:
+        problems = check_problems(op, params, states=states, targets=targets, weights=weights)
+        _check_problem(op, [param[0] for param in params], states[0], targets[0], weights[0])
+    else:
+        problems = 1
+        _check_problem(op, params, states, targets, weights)
+    check_constant(op, states=states, targets=targets, weights=weights)
+    check_precision(op, precision)
+    resolved = resolve_backend(op, backend, [states, targets, weights, *params])
+    states, targets, weights = (tensor if batched else tensor[None] for tensor in (states, targets, weights))
+    if resolved == "torch":
+        each = zip(*(param if batched else param[None] for param in params), strict=True)
+        losses = torch.stack([_twin(*problem) for problem in zip(each, states, targets, weights, strict=True)])
+    else:
+        evaluate = partial(_compiled, resolved, precision == "ieee", layer_widths(params), states, targets, weights)
+        losses = OnePassLoss.apply(evaluate, flatten(params, problems))
+    return losses if batched else losses.reshape(())
 
 
-def _torch(
-    states: Tensor, targets: Tensor, weights: Tensor, params: Sequence[Tensor], want_gradients: bool
-) -> tuple[Tensor, list[Tensor] | None]:
-    activations = mlp_activations(params, states)
-    output = activations[-1]  # (M, A)
-    loss, grad_output = weighted_error(output, targets, weights)
-    if not want_gradients:
-        return loss, None
-    deltas = mlp_deltas(params, activations, grad_output * (1 - output * output))
-    return loss, mlp_gradients(activations, deltas)
+def _check_problem(op: str, params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor) -> None:
+    check_rows(op, states=states, targets=targets)
+    check_mlp(op, params, states, targets)
+    check_weights(op, weights, states.shape[0])
 
 
-def _cpu(
-    states: Tensor, targets: Tensor, weights: Tensor, params: Sequence[Tensor], want_gradients: bool
-) -> tuple[Tensor, list[Tensor] | None]:
-    """The kernel of csrc/cpu/behavior_matching.cpp."""
-    gradients = [torch.empty(param.shape) for param in params] if want_gradients else None
-    loss = _C.behavior_matching(
-        [param.detach().contiguous() for param in params],
-        states.contiguous(),
-        targets.contiguous(),
-        weights.contiguous(),
-        gradients,
-    )
-    return torch.tensor(loss), gradients
+def _twin(params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The loss of one problem; autograd differentiates it."""
+    output = mlp_activations(params, states)[-1]  # (M, A)
+    return weighted_error(output, targets, weights)
 
 
-def _cuda(
+def _compiled(
+    backend: str,
     ieee: bool,
+    widths: list[int],
     states: Tensor,
     targets: Tensor,
     weights: Tensor,
-    params: Sequence[Tensor],
+    params: Tensor,
     want_gradients: bool,
-) -> tuple[Tensor, list[Tensor] | None]:
-    """The kernel of csrc/cuda/behavior_matching.cu, which writes all gradients into one tensor."""
-    sizes = [param.numel() for param in params]
-    gradients = states.new_empty(sum(sizes)) if want_gradients else None
-    loss = states.new_empty(1)
-    with cuda_stream(states) as stream:
-        widths = [states.shape[1], *(bias.shape[0] for bias in params[1::2])]
-        size = _C.behavior_matching_cuda_workspace(states.shape[0], widths, want_gradients)
-        workspace = cuda_workspace("behavior_matching", size, states.device, "use a narrower policy")
-        _C.behavior_matching_cuda(
-            [param.detach().contiguous() for param in params],
-            states.contiguous(),
-            targets.contiguous(),
-            weights.contiguous(),
-            loss,
-            gradients,
-            workspace,
-            ieee,
-            stream,
-        )
-    if gradients is None:
-        return loss[0], None
-    return loss[0], [part.view_as(param) for part, param in zip(gradients.split(sizes), params, strict=True)]
+) -> tuple[Tensor, Tensor | None]:
+    """The kernels of csrc/cpu/behavior_matching.cpp and csrc/cuda/behavior_matching.cu.
+
+    From states (R, M, D), targets (R, M, A), weights (R, M) and params (R, P): losses (R,) and gradients (R, P).
+    """
+    losses = params.new_empty(len(params))
+    gradients = params.new_empty(params.shape) if want_gradients else None
+    states, targets, weights = (tensor.detach().contiguous() for tensor in (states, targets, weights))
+    if backend == "cpu":
+        _C.behavior_matching_cpu(widths, params, states, targets, weights, losses, gradients)
+    else:
+        with cuda_stream(params) as stream:
+            size = _C.behavior_matching_cuda_workspace(states.shape[1], widths, want_gradients)
+            workspace = cuda_workspace("behavior_matching", size, params.device, "use a narrower policy")
+            _C.behavior_matching_cuda(
+                widths, params, states, targets, weights, losses, gradients, ieee, workspace, stream
+            )
+    return losses, gradients

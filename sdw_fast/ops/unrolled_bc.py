@@ -22,9 +22,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdw_fast import _C
-from sdw_fast.ops.backend import check_precision, cuda_stream, cuda_workspace, resolve_backend
-from sdw_fast.ops.mlp import check_floating, check_mlp, check_rows, mlp_activations, mlp_deltas, mlp_gradients
+from sdw_fast.ops._backend import _C, check_precision, cuda_stream, cuda_workspace, resolve_backend
+from sdw_fast.ops._mlp import (
+    check_floating,
+    check_mlp,
+    check_problems,
+    check_rows,
+    flatten,
+    layer_widths,
+    mlp_activations,
+    unflatten,
+)
 
 
 def unrolled_bc(
@@ -76,11 +84,11 @@ def unrolled_bc(
         TypeError, ValueError: shapes, dtypes, devices or options are not as said.
         MemoryError: a compiled backend's tape would not fit the memory available.
     """
-    batched = isinstance(observations, Tensor) and observations.ndim == 3
-    if batched:
-        _check_batch(observations, actions, params)
+    if batched := isinstance(observations, Tensor) and observations.ndim == 3:
+        problems = check_problems("unrolled_bc", params, observations=observations, actions=actions)
         _check_problem(observations[0], actions[0], [param[0] for param in params])
     else:
+        problems = 1
         _check_problem(observations, actions, params)
     if steps < 1:
         raise ValueError(f"unrolled_bc: steps must be at least 1, got {steps}")
@@ -93,42 +101,34 @@ def unrolled_bc(
     check_precision("unrolled_bc", precision)
     resolved = resolve_backend("unrolled_bc", backend, [observations, actions, *params])
     schedule = _Schedule(steps, window or steps, float(momentum), tape == "recompute", precision == "ieee")
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 and not (batched and lr.shape == observations.shape[:1]):
-            expected = "a float, a scalar tensor or a tensor (R,)" if batched else "a float or a scalar tensor"
-            raise ValueError(f"unrolled_bc: lr must be {expected}, got shape {tuple(lr.shape)}")
-        lr = lr.reshape(()).to(observations) if lr.numel() == 1 else lr.to(observations)
-    elif not math.isfinite(lr):
-        raise ValueError(f"unrolled_bc: lr must be finite, got {lr}")
-    if resolved == "cuda":
-        return _cuda(schedule, lr, observations, actions, params, batched)
-    function = {"torch": _TorchUnrolledBC, "cpu": _CPUUnrolledBC}[resolved]
-    if not batched:
-        return list(function.apply(schedule, lr, observations, actions, *params))
-    rates = lr.expand(len(observations)) if isinstance(lr, Tensor) else [lr] * len(observations)
-    trained = [
-        function.apply(schedule, rates[i], observations[i], actions[i], *(param[i] for param in params))
-        for i in range(len(observations))
-    ]
-    return [torch.stack(tensors) for tensors in zip(*trained, strict=True)]
-
-
-def _check_batch(observations: Tensor, actions: Tensor, params: Sequence[Tensor]) -> None:
-    tensors = {"actions": actions, **{f"params[{i}]": param for i, param in enumerate(params)}}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"unrolled_bc: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.ndim == 0 or tensor.shape[0] != observations.shape[0] or tensor.shape[0] == 0:
-            raise ValueError(
-                f"unrolled_bc: with observations {tuple(observations.shape)} of {observations.shape[0]} problems, "
-                f"{name} must have that leading dimension, at least 1; got shape {tuple(tensor.shape)}"
-            )
+    data = [_rates(lr, observations, batched)]  # (R,)
+    data += [tensor if batched else tensor[None] for tensor in (observations, actions)]
+    if resolved == "torch":
+        each = [param if batched else param[None] for param in params]
+        trained = [_Twin.apply(schedule, *problem) for problem in zip(*data, *each, strict=True)]
+        stacked = [torch.stack(tensors) for tensors in zip(*trained, strict=True)]
+        return stacked if batched else [tensor[0] for tensor in stacked]
+    flat = _Compiled.apply(resolved, schedule, layer_widths(params), *data, flatten(params, problems))
+    return unflatten(flat, params)
 
 
 def _check_problem(observations: Tensor, actions: Tensor, params: Sequence[Tensor]) -> None:
     check_floating("unrolled_bc", observations=observations, actions=actions)
     check_rows("unrolled_bc", observations=observations, actions=actions)
     check_mlp("unrolled_bc", params, observations, actions)
+
+
+def _rates(lr: float | Tensor, observations: Tensor, batched: bool) -> Tensor:
+    """Returns α of each problem, (R,), with the dtype and device of the observations."""
+    problems = len(observations) if batched else 1
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 and not (batched and lr.shape == (problems,)):
+            expected = "a float, a scalar tensor or a tensor (R,)" if batched else "a float or a scalar tensor"
+            raise ValueError(f"unrolled_bc: lr must be {expected}, got shape {tuple(lr.shape)}")
+        return lr.to(observations).reshape(-1).expand(problems)
+    if not math.isfinite(lr):
+        raise ValueError(f"unrolled_bc: lr must be finite, got {lr}")
+    return observations.new_full((problems,), lr)
 
 
 class _Schedule(NamedTuple):
@@ -153,195 +153,6 @@ class _Step(NamedTuple):
     deltas: list[Tensor]  # δ_1 … δ_L
 
 
-class _TorchUnrolledBC(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, schedule: _Schedule, lr: float | Tensor, observations: Tensor, actions: Tensor, *params: Tensor
-    ) -> tuple[Tensor, ...]:
-        alpha = lr.detach() if isinstance(lr, Tensor) else lr
-        descent = _Descent(observations, actions, alpha, schedule.momentum)
-        state = _State(list(params), [torch.zeros_like(param) for param in params])
-        for _ in range(schedule.steps - schedule.window):
-            state, _ = descent.step(state)
-        ctx.segments = []  # (state at the start, its steps or none: run them again, their number)
-        keep = any(ctx.needs_input_grad)
-        for length in schedule.segments():
-            start = state
-            recorded = []
-            for _ in range(length):
-                state, step = descent.step(state)
-                if keep and not schedule.recompute:
-                    recorded.append(step)
-            if keep:
-                ctx.segments.append((start, recorded, length))
-        ctx.alpha, ctx.momentum = alpha, schedule.momentum
-        ctx.save_for_backward(observations, actions, *params)  # params: to refuse their change in place
-        return tuple(state.theta)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_params: Tensor) -> tuple[Any, ...]:
-        observations, actions, *_ = ctx.saved_tensors
-        _, needs_lr, needs_observations, needs_actions, *needs_params = ctx.needs_input_grad
-        adjoint = list(grad_params)
-        direction = [torch.zeros_like(grad) for grad in adjoint]
-        descent = _Descent(observations, actions, ctx.alpha, ctx.momentum)
-        grad_observations = torch.zeros_like(observations)
-        grad_actions = torch.zeros_like(actions)
-        grad_lr = observations.new_zeros(())
-        for start, recorded, length in reversed(ctx.segments):
-            for step in reversed(recorded or descent.record(start, length)):
-                direction = [torch.add(a, v, alpha=ctx.momentum) for a, v in zip(adjoint, direction, strict=True)]
-                adjoint, d_observations, d_actions, d_lr = _adjoint_step(step, actions, adjoint, direction, ctx.alpha)
-                grad_observations -= d_observations
-                grad_actions -= d_actions
-                grad_lr -= d_lr
-        return (
-            None,
-            grad_lr if needs_lr else None,
-            grad_observations if needs_observations else None,
-            grad_actions if needs_actions else None,
-            *(grad if needed else None for grad, needed in zip(adjoint, needs_params, strict=True)),
-        )
-
-
-class _CPUUnrolledBC(torch.autograd.Function):
-    """The kernel of csrc/cpu/unrolled_bc.cpp; the tape copies its inputs and lives as long as the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, schedule: _Schedule, lr: float | Tensor, observations: Tensor, actions: Tensor, *params: Tensor
-    ) -> tuple[Tensor, ...]:
-        trained = tuple(torch.empty(param.shape) for param in params)
-        ctx.tape = _C.unrolled_bc(
-            observations.detach().contiguous(),
-            actions.detach().contiguous(),
-            [param.detach().contiguous() for param in params],
-            trained,
-            steps=schedule.steps,
-            window=schedule.window,
-            lr=float(lr),
-            momentum=schedule.momentum,
-            recompute=schedule.recompute,
-            keep_tape=any(ctx.needs_input_grad),
-        )
-        ctx.shapes = observations.shape, actions.shape
-        return trained
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_params: Tensor) -> tuple[Any, ...]:
-        _, needs_lr, *needs_data = ctx.needs_input_grad[:4]
-        needs_params = ctx.needs_input_grad[4:]
-        grad_data = [
-            torch.empty(shape) if needed else None for shape, needed in zip(ctx.shapes, needs_data, strict=True)
-        ]
-        grad_start = [torch.empty(grad.shape) for grad in grad_params] if any(needs_params) else None
-        grad_lr = ctx.tape.backward([grad.contiguous() for grad in grad_params], *grad_data, grad_start)
-        return (
-            None,
-            torch.tensor(grad_lr, dtype=torch.float32) if needs_lr else None,
-            *grad_data,
-            *(grad if needed else None for grad, needed in zip(grad_start or grad_params, needs_params, strict=True)),
-        )
-
-
-def _cuda(
-    schedule: _Schedule,
-    lr: float | Tensor,
-    observations: Tensor,
-    actions: Tensor,
-    params: Sequence[Tensor],
-    batched: bool,
-) -> list[Tensor]:
-    """All problems' data as the kernel takes it: a row a problem, its parameters one behind the other."""
-    problems = len(observations) if batched else 1
-    shapes = [param.shape[1:] if batched else param.shape for param in params]
-    rates = lr.expand(problems) if isinstance(lr, Tensor) else observations.new_full((problems,), lr)
-    trained = _CUDAUnrolledBC.apply(
-        schedule,
-        [observations.shape[-1], *(shape[0] for shape in shapes[1::2])],
-        rates.reshape(problems, 1),
-        observations.reshape(problems, -1),
-        actions.reshape(problems, -1),
-        torch.cat([param.reshape(problems, -1) for param in params], dim=1),
-    )
-    parts = trained.split([shape.numel() for shape in shapes], dim=1)
-    return [part.reshape(*([problems] if batched else []), *shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-class _CUDAUnrolledBC(torch.autograd.Function):
-    """The kernels of csrc/cuda/unrolled_bc.cu; the workspace holds the tape and lives as long as the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        schedule: _Schedule,
-        widths: list[int],
-        lr: Tensor,
-        observations: Tensor,
-        actions: Tensor,
-        params: Tensor,
-    ) -> Tensor:
-        ctx.problem = _C.UnrolledBCCudaProblem(
-            problems=len(observations),
-            rows=observations.shape[1] // widths[0],
-            widths=widths,
-            steps=schedule.steps,
-            window=schedule.window,
-            momentum=schedule.momentum,
-            keep_tape=any(ctx.needs_input_grad),
-            recompute=schedule.recompute,
-            ieee=schedule.ieee,
-        )
-        ctx.lr = lr.detach().clone(memory_format=torch.contiguous_format)
-        ctx.shapes = observations.shape, actions.shape, params.shape
-        ctx.again = False
-        trained = torch.empty_like(params)
-        advice = (
-            f"a smaller window or fewer rows need less{'' if schedule.recompute else ', and so does tape=recompute'}"
-        )
-        with cuda_stream(observations) as stream:
-            ctx.workspace = cuda_workspace("unrolled_bc", ctx.problem.workspace, observations.device, advice)
-            _C.unrolled_bc_cuda(
-                ctx.problem,
-                observations.detach().contiguous(),
-                actions.detach().contiguous(),
-                params.detach().contiguous(),
-                ctx.lr,
-                trained,
-                ctx.workspace,
-                stream,
-            )
-        if not any(ctx.needs_input_grad):
-            ctx.workspace = None
-        return trained
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_trained: Tensor) -> tuple[Any, ...]:
-        grad_lr = torch.empty_like(ctx.lr)
-        grad_observations, grad_actions, grad_params = (
-            grad_trained.new_empty(shape) if needed else None
-            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[3:], strict=True)
-        )
-        with cuda_stream(grad_trained) as stream:
-            _C.unrolled_bc_cuda_backward(
-                ctx.problem,
-                ctx.again,
-                grad_trained.contiguous(),
-                ctx.lr,
-                grad_observations,
-                grad_actions,
-                grad_params,
-                grad_lr,
-                ctx.workspace,
-                stream,
-            )
-        ctx.again = True
-        return None, None, grad_lr, grad_observations, grad_actions, grad_params
-
-
 class _State(NamedTuple):
     """Where the descent stands."""
 
@@ -352,20 +163,28 @@ class _State(NamedTuple):
 class _Descent(NamedTuple):
     """Behavior cloning, step by step."""
 
-    observations: Tensor
-    actions: Tensor
-    alpha: float | Tensor
+    observations: Tensor  # (N, D)
+    actions: Tensor  # (N, A)
+    alpha: Tensor
     momentum: float
 
     def step(self, state: _State) -> tuple[_State, _Step]:
-        activations = mlp_activations(state.theta, self.observations)
+        theta = state.theta
+        layers = len(theta) // 2
+        activations = mlp_activations(theta, self.observations)
+        # Output: a = tanh(z), δ_L = c (a − y)(1 − a²), c = 2 / (N·A).
         output = activations[-1]  # (N, A)
-        output_delta = 2 / output.numel() * (output - self.actions) * (1 - output * output)
-        deltas = mlp_deltas(state.theta, activations, output_delta)
-        gradients = mlp_gradients(activations, deltas)
+        deltas = [2 / output.numel() * (output - self.actions) * (1 - output * output)]  # (N, A)
+        # Backward: δ_{l-1} = m_{l-1} ∘ (δ_l W_l), m_l = [h_l > 0].
+        for layer in range(layers - 1, 0, -1):
+            deltas.insert(0, deltas[0] @ theta[2 * layer] * (activations[layer] > 0))  # (N, width)
+        # Weights: g_l = δ_lᵀ h_{l-1}, and the column sums of δ_l.
+        gradients: list[Tensor] = []
+        for delta, h in zip(deltas, activations[:-1], strict=True):
+            gradients += [delta.t() @ h, delta.sum(0)]  # (out, in), (out,)
         velocity = [self.momentum * u + self.alpha * g for u, g in zip(state.velocity, gradients, strict=True)]
-        theta = [param - u for param, u in zip(state.theta, velocity, strict=True)]
-        return _State(theta, velocity), _Step(state.theta, activations, deltas)
+        moved = [param - u for param, u in zip(theta, velocity, strict=True)]
+        return _State(moved, velocity), _Step(theta, activations, deltas)
 
     def record(self, state: _State, length: int) -> list[_Step]:
         steps = []
@@ -376,7 +195,7 @@ class _Descent(NamedTuple):
 
 
 def _adjoint_step(
-    step: _Step, actions: Tensor, adjoint: list[Tensor], direction: list[Tensor], alpha: float | Tensor
+    step: _Step, actions: Tensor, adjoint: list[Tensor], direction: list[Tensor], alpha: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """From λ_{t+1} and the direction v to λ_t, α ∇_s⟨g, v⟩ (N, D), α ∇_a⟨g, v⟩ (N, A) and ⟨g, v⟩."""
     theta, activations, deltas = step
@@ -416,3 +235,105 @@ def _adjoint_step(
         if layer > 0:
             tangent_delta *= activations[layer] > 0
     return result, alpha * tangent_delta, -alpha * scale * tangent_output, lr_gradient
+
+
+class _Twin(torch.autograd.Function):
+    """One problem in PyTorch; the R-operator, not autograd, differentiates it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, schedule: _Schedule, lr: Tensor, observations: Tensor, actions: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        descent = _Descent(observations, actions, lr.detach(), schedule.momentum)
+        state = _State(list(params), [torch.zeros_like(param) for param in params])
+        for _ in range(schedule.steps - schedule.window):
+            state, _ = descent.step(state)
+        ctx.segments = []  # (state at the start, its steps or none: run them again, their number)
+        keep = any(ctx.needs_input_grad)
+        for length in schedule.segments():
+            start = state
+            recorded = []
+            for _ in range(length):
+                state, step = descent.step(state)
+                if keep and not schedule.recompute:
+                    recorded.append(step)
+            if keep:
+                ctx.segments.append((start, recorded, length))
+        ctx.momentum = schedule.momentum
+        ctx.save_for_backward(lr, observations, actions, *params)  # params: to refuse their change in place
+        return tuple(state.theta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_params: Tensor) -> tuple[Any, ...]:
+        lr, observations, actions, *_ = (tensor.detach() for tensor in ctx.saved_tensors)
+        _, needs_lr, needs_observations, needs_actions, *needs_params = ctx.needs_input_grad
+        adjoint = list(grad_params)
+        direction = [torch.zeros_like(grad) for grad in adjoint]
+        descent = _Descent(observations, actions, lr, ctx.momentum)
+        grad_observations = torch.zeros_like(observations)
+        grad_actions = torch.zeros_like(actions)
+        grad_lr = observations.new_zeros(())
+        for start, recorded, length in reversed(ctx.segments):
+            for step in reversed(recorded or descent.record(start, length)):
+                direction = [torch.add(a, v, alpha=ctx.momentum) for a, v in zip(adjoint, direction, strict=True)]
+                adjoint, d_observations, d_actions, d_lr = _adjoint_step(step, actions, adjoint, direction, lr)
+                grad_observations -= d_observations
+                grad_actions -= d_actions
+                grad_lr -= d_lr
+        return (
+            None,
+            grad_lr if needs_lr else None,
+            grad_observations if needs_observations else None,
+            grad_actions if needs_actions else None,
+            *(grad if needed else None for grad, needed in zip(adjoint, needs_params, strict=True)),
+        )
+
+
+class _Compiled(torch.autograd.Function):
+    """The kernels of csrc/cpu/unrolled_bc and csrc/cuda/unrolled_bc.cu: R problems, parameters flat.
+
+    The tape copies its inputs and lives as long as the graph.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        schedule: _Schedule,
+        widths: list[int],
+        lr: Tensor,  # (R,)
+        observations: Tensor,  # (R, N, D)
+        actions: Tensor,  # (R, N, A)
+        params: Tensor,  # (R, P)
+    ) -> Tensor:
+        problems, rows, _ = observations.shape
+        keep_tape = any(ctx.needs_input_grad)
+        options = _C.UnrolledBCOptions(
+            problems=problems, rows=rows, widths=widths, keep_tape=keep_tape, **schedule._asdict()
+        )
+        trained = params.new_empty(params.shape)
+        ctx.shapes = [tensor.shape for tensor in (lr, observations, actions, params)]
+        observations, actions, params = (tensor.detach().contiguous() for tensor in (observations, actions, params))
+        lr = lr.detach().clone(memory_format=torch.contiguous_format)  # the tape looks at it again
+        if backend == "cpu":
+            ctx.tape = _C.unrolled_bc_cpu(options, observations, actions, params, lr, trained)
+        else:
+            advice = "a smaller window or fewer rows need less"
+            advice += "" if schedule.recompute else ", and so does tape=recompute"
+            with cuda_stream(observations) as stream:
+                size = _C.unrolled_bc_cuda_workspace(options)
+                workspace = cuda_workspace("unrolled_bc", size, observations.device, advice)
+                ctx.tape = _C.unrolled_bc_cuda(options, observations, actions, params, lr, trained, workspace, stream)
+        return trained
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_trained: Tensor) -> tuple[Any, ...]:
+        lr_shape, *shapes = ctx.shapes
+        needed = ctx.needs_input_grad[4:]
+        gradients = [grad_trained.new_empty(s) if n else None for s, n in zip(shapes, needed, strict=True)]
+        grad_lr = grad_trained.new_empty(lr_shape)
+        with cuda_stream(grad_trained) as stream:
+            ctx.tape.backward(grad_trained.detach().contiguous(), *gradients, grad_lr, stream)
+        return None, None, None, grad_lr, *gradients

@@ -6,33 +6,29 @@
 
 namespace sdw {
 
+// Where a field names no device, it is for both. Pointers are to memory of the device that the op runs on.
 struct WeightedBCLossParams {
-    int64_t rows;          // M, at least 1
-    int64_t columns;       // A, at least 1
-    const float* pred;     // (M, A)
-    const float* target;   // (M, A)
-    const float* weights;  // (M,); a row of weight zero counts for nothing
-    float* gradient;       // out: (M, A), the gradient for pred, or null: loss alone
-    int threads;           // at most; the result's bits do not depend on it
+    int64_t rows = 1;     // M, at least 1
+    int64_t columns = 1;  // A, at least 1; CUDA: below 2^31
+
+    const float* pred = nullptr;     // (M, A)
+    const float* target = nullptr;   // (M, A)
+    const float* weights = nullptr;  // (M,); a row of weight zero counts for nothing
+    float* loss = nullptr;           // out: one number
+    float* gradient = nullptr;       // out: (M, A) for pred, or null: the loss alone
+
+    int threads = 1;            // CPU: at most; the result's bits do not depend on it
+    void* workspace = nullptr;  // CUDA: weighted_bc_loss_cuda_workspace() bytes, aligned to 256
+    void* stream = nullptr;     // CUDA: a cudaStream_t
 };
 
-// Returns sum_i w_i |pred_i - target_i|^2 / (M A).
-float weighted_bc_loss(const WeightedBCLossParams& params);
+// loss = sum_i w_i |pred_i - target_i|^2 / (M A)
+void weighted_bc_loss_cpu(const WeightedBCLossParams& params);
 
-// The same on a CUDA device: all pointers are the device's, nothing is waited for.
-struct WeightedBCLossCudaParams {
-    int64_t rows;          // M, at least 1
-    int64_t columns;       // A, at least 1, below 2^31
-    const float* pred;     // (M, A)
-    const float* target;   // (M, A)
-    const float* weights;  // (M,); a row of weight zero counts for nothing
-    float* gradient;       // out: (M, A), the gradient for pred, or null: loss alone
-    float* loss;           // out: one number
-    void* workspace;       // weighted_bc_loss_cuda_workspace() bytes, aligned to 256
-    void* stream;          // a cudaStream_t
-};
+// The same, enqueued on the stream: waits for nothing and allocates nothing.
+void weighted_bc_loss_cuda(const WeightedBCLossParams& params);
 
+// Bytes that weighted_bc_loss_cuda works in.
 size_t weighted_bc_loss_cuda_workspace(int64_t rows, int64_t columns);
-void weighted_bc_loss_cuda(const WeightedBCLossCudaParams& params);
 
 }  // namespace sdw

@@ -1,4 +1,7 @@
-"""The CUDA kernels without a GPU: compiled by the host compiler, every CUDA thread a fiber (csrc/cuda/emulator.h)."""
+"""Fixtures that run an op's implementations: PyTorch, CPU, CUDA on a GPU, and CUDA without one.
+
+Without a GPU the CUDA kernels are compiled by the host compiler, every CUDA thread a fiber (emulator.h).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pybind11
 import pytest
@@ -22,29 +25,51 @@ import torch
 
 from sdw_fast import _C
 
-ROOT = Path(__file__).parents[2]
-CUDA = ROOT / "csrc" / "cuda"
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CORE = ROOT / "csrc"
 # -U: checked longjmp takes a change of stack for an attack.
-FLAGS = "-O2 -fPIC -std=c++17 -fvisibility=hidden -DSDW_EMULATE_CUDA -U_FORTIFY_SOURCE "
+FLAGS = "-O2 -fPIC -fopenmp -std=c++17 -fvisibility=hidden -DSDW_WITH_CUDA -DSDW_EMULATE_CUDA -U_FORTIFY_SOURCE "
 FLAGS += "-Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror"
 GUARD = 256  # bytes behind every workspace
-INCLUDES = [f"-I{ROOT / 'csrc' / 'include'}"]
+INCLUDES = [f"-I{CORE / 'include'}", f"-I{HERE}"]
 INCLUDES += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+
+class Kernel(NamedTuple):
+    """An implementation of the ops."""
+
+    backend: str  # as they take it
+    device: str  # where its tensors lie
+
+
+@pytest.fixture(params=["torch", "cpu", "emulated", "cuda"])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    """Every implementation in turn; `parametrize(..., indirect=["kernel"])` names some."""
+    if request.param == "emulated":
+        request.getfixturevalue("cuda_on_cpu")
+        return Kernel("cuda", "cpu")
+    if request.param == "cuda" and not (torch.cuda.is_available() and _C.has_cuda):
+        pytest.skip("no GPU")
+    return Kernel(request.param, "cuda" if request.param == "cuda" else "cpu")
 
 
 @pytest.fixture(scope="session")
 def emulated() -> ModuleType:
     """The module of the emulated kernels, with `set_seed` for the scheduler and `set_multiprocessors`."""
-    sources = [*sorted(CUDA.glob("*.cu")), CUDA / "bindings.cpp", Path(__file__).parent / "emulated.cpp"]
-    sources.remove(CUDA / "device.cu")
+    if os.environ.get("SDW_SANITIZE"):
+        pytest.skip("sanitizers do not follow the fibers' changes of stack")
+    sources = [HERE / "emulated.cpp", CORE / "cpu" / "isa.cpp", *(CORE / "cuda").glob("*.cu")]
+    sources += (CORE / "bindings").glob("*.cpp")
+    not_emulated = {CORE / "cuda" / "device.cu", CORE / "bindings" / "module.cpp", CORE / "bindings" / "runtime.cpp"}
     cache = Path(tempfile.gettempdir()) / f"sdw_emulated_{os.getuid()}"
     cache.mkdir(exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _compile(source, cache), sources))
+        objects = list(pool.map(lambda source: _compile(source, cache), sorted(set(sources) - not_emulated)))
     path = cache / _digest(*objects) / f"sdw_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        _produce(path, ["-shared", *map(str, objects)])
+        _produce(path, ["-shared", "-fopenmp", *map(str, objects)])
     spec = importlib.util.spec_from_file_location("sdw_emulated", path)
     assert spec is not None
     assert spec.loader is not None
@@ -80,7 +105,7 @@ def cuda_on_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def _compile(source: Path, cache: Path) -> Path:
     """Returns the object file of `source`, compiled now if neither it nor any header has been before."""
-    headers = sorted((ROOT / "csrc").rglob("*.h"))
+    headers = [*sorted(CORE.rglob("*.h")), *sorted(HERE.glob("*.h"))]
     target = cache / f"{source.stem}-{_digest(source, *headers)}.o"
     if not target.exists():
         _produce(target, [*FLAGS.split(), *INCLUDES, "-c", "-x", "c++", str(source)])

@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from sdw_fast import _C
-from sdw_fast.ops.backend import cuda_stream, cuda_workspace
+from sdw_fast.ops._backend import _C, cuda_stream, cuda_workspace
 
 _SAMPLES = 128  # points of a node of the tree that its widest axis is found from
-_LIST_BYTES = 1 << 29  # of the lists of one portion of a join
+LIST_BYTES = 1 << 29  # of the lists of one portion of a join
 _NO_ROW = 1 << 62  # in first_row of what has no points
 
 
@@ -98,7 +97,7 @@ class CudaKnnJoin:
         self.index, self.points, self.coordinates, self.order = index, points, coordinates, order
         self.k, self.self_offset, self.prune = k, self_offset, True
         self.groups = -(-order.shape[0] // _C.knn_cuda_fan)
-        self.portion = max(1, _LIST_BYTES // _C.knn_cuda_workspace(_C.knn_cuda_fan, k))  # groups
+        self.portion = max(1, LIST_BYTES // _C.knn_cuda_workspace(_C.knn_cuda_fan, k))  # groups
         self.counts = order.new_zeros((self.groups, 3), dtype=torch.int32)
 
     def rows(self, first: int, last: int) -> int:

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: "auto" resolved to "cpu", "cuda" or "torch", and refusals that name choices."""
+"""The compiled core, and which implementation of an op runs: "auto" resolved to "cpu", "cuda" or "torch"."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from contextlib import contextmanager
 
 import torch
 
-from sdw_fast import _C
+try:
+    import sdw_fast._C as _C
+except ImportError as error:
+    raise ImportError(
+        f"the compiled core of sdw_fast is not built, or does not load ({error}): run `pip install -e .` or "
+        "`make setup` in the source checkout"
+    ) from error
+
+__all__ = ["_C", "check_precision", "cuda_stream", "cuda_workspace", "resolve_backend"]
 
 
 def resolve_backend(op: str, backend: str, tensors: Iterable[torch.Tensor]) -> str:
@@ -24,13 +32,13 @@ def resolve_backend(op: str, backend: str, tensors: Iterable[torch.Tensor]) -> s
             devices. The message lists what is available.
     """
     tensors = list(tensors)
-    devices = {tensor.device.type for tensor in tensors}
+    devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
-        raise ValueError(f"{op}: all tensors must be on one device, got {sorted(devices)}")
+        raise ValueError(f"{op}: all tensors must be on one device, got {sorted(map(str, devices))}")
     device = devices.pop()
     single = all(tensor.dtype == torch.float32 for tensor in tensors)
-    compiled = {"cpu": hasattr(_C, op), "cuda": hasattr(_C, f"{op}_cuda")}
-    available = [name for name in ("cpu", "cuda") if compiled[name] and name == device and single] + ["torch"]
+    available = [device.type] if single and hasattr(_C, f"{op}_{device.type}") else []
+    available.append("torch")
     if backend == "auto":
         return available[0]
     if backend not in available:
@@ -44,7 +52,10 @@ def resolve_backend(op: str, backend: str, tensors: Iterable[torch.Tensor]) -> s
 
 @contextmanager
 def cuda_stream(tensor: torch.Tensor) -> Iterator[int]:
-    """Makes the device of a CUDA tensor current, and gives the handle of PyTorch's current stream there."""
+    """Makes the device of a CUDA tensor current, and gives the handle of PyTorch's current stream there; else 0."""
+    if not tensor.is_cuda:
+        yield 0
+        return
     with torch.cuda.device(tensor.device):
         yield torch.cuda.current_stream().cuda_stream
 

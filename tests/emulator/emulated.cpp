@@ -4,11 +4,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../../csrc/cuda/bindings.h"
 #include "../../csrc/cuda/mma.h"
 #include "../../csrc/cuda/unrolled_bc_schedule.h"
 
 namespace py = pybind11;
+
+namespace sdw {
+
+void bind_behavior_matching(py::module_& m);
+void bind_knn(py::module_& m);
+void bind_scale(py::module_& m);
+void bind_unrolled_bc(py::module_& m);
+void bind_weighted_bc_loss(py::module_& m);
+
+}  // namespace sdw
 
 namespace {
 
@@ -111,7 +120,7 @@ __global__ void count(CountParams p) {
 }
 
 // What unrolled_bc_schedule.h decides for a problem, in plain numbers.
-py::dict unrolled_bc_schedule(const sdw::UnrolledBCCudaProblem& problem, int resident) {
+py::dict unrolled_bc_schedule(const sdw::UnrolledBCParams& problem, int resident) {
     using namespace sdw::unrolled;
     const Network net = make_network(problem);
     const Plan plan = make_plan(problem);
@@ -150,10 +159,14 @@ py::dict unrolled_bc_schedule(const sdw::UnrolledBCCudaProblem& problem, int res
 }  // namespace
 
 PYBIND11_MODULE(sdw_emulated, m) {
+    sdw::bind_behavior_matching(m);
+    sdw::bind_knn(m);
+    sdw::bind_scale(m);
+    sdw::bind_unrolled_bc(m);
+    sdw::bind_weighted_bc_loss(m);
     m.def("unrolled_bc_schedule", unrolled_bc_schedule);
     m.def("tiled", sdw::unrolled::tiled);
     m.def("tiles_a_warp", sdw::unrolled::tiles_a_warp);
-    sdw::bind_cuda(m);
     m.def("set_seed", [](uint64_t seed) { sdw::emulator::state.seed = seed; });
     m.def("set_multiprocessors", [](int count) { sdw::emulator::state.multiprocessors = count; });
 

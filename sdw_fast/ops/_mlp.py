@@ -2,6 +2,7 @@
 
 params = [W1, b1, W2, b2, …] as `torch.nn.Linear` has them, W_l (out, in), b_l (out,):
 h_l = relu(h_{l-1} W_lᵀ + b_l), a = tanh(h_{L-1} W_Lᵀ + b_L).
+R networks of one shape have a leading dimension R on each.
 """
 
 from __future__ import annotations
@@ -10,6 +11,32 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def mlp_activations(params: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
+    """Returns [h_0 = inputs, h_1, …, h_{L-1}, a], each (rows, width)."""
+    activations = [inputs]
+    last = len(params) // 2 - 1
+    for layer in range(last + 1):
+        z = torch.addmm(params[2 * layer + 1], activations[-1], params[2 * layer].t())  # (rows, width)
+        activations.append(torch.tanh(z) if layer == last else torch.relu(z))
+    return activations
+
+
+def flatten(params: Sequence[Tensor], problems: int) -> Tensor:
+    """Returns the parameters as the kernels take them, (R, P): a row a network, W1, b1, W2, b2, … behind each other."""
+    return torch.cat([param.reshape(problems, -1) for param in params], dim=1)
+
+
+def unflatten(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Cuts (R, P) into tensors of the shapes of `params`."""
+    parts = flat.split([param.numel() // len(flat) for param in params], dim=1)
+    return [part.reshape(param.shape) for part, param in zip(parts, params, strict=True)]
+
+
+def layer_widths(params: Sequence[Tensor]) -> list[int]:
+    """Returns [inputs, hidden widths, outputs]."""
+    return [params[0].shape[-1], *(bias.shape[-1] for bias in params[1::2])]
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
@@ -22,6 +49,25 @@ def check_floating(op: str, **tensors: Tensor) -> None:
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     if len(set(dtypes.values())) > 1:
         raise TypeError(f"{op}: all tensors must have one dtype, got {dtypes}")
+
+
+def check_problems(op: str, params: Sequence[Tensor], **tensors: Tensor) -> int:
+    """Returns the number of problems R, that of the first of `tensors`, a batch of matrices (R, rows, columns).
+
+    Raises:
+        TypeError, ValueError: one of the others, or of the parameters, is no tensor with that leading dimension.
+    """
+    (name, first), *others = tensors.items()
+    problems = first.shape[0]
+    for other, tensor in [*others, *((f"params[{i}]", param) for i, param in enumerate(params))]:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {other} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.ndim == 0 or tensor.shape[0] != problems or problems == 0:
+            raise ValueError(
+                f"{op}: with {name} {tuple(first.shape)} of {problems} problems, {other} must have that leading "
+                f"dimension, at least 1; got shape {tuple(tensor.shape)}"
+            )
+    return problems
 
 
 def check_mlp(op: str, params: Sequence[Tensor], inputs: Tensor, outputs: Tensor) -> None:
@@ -49,29 +95,3 @@ def check_rows(op: str, **matrices: Tensor) -> None:
         raise ValueError(f"{op}: expected non-empty matrices (rows, columns), got {shapes}")
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise ValueError(f"{op}: expected the same number of rows, got {shapes}")
-
-
-def mlp_activations(params: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
-    """Returns [h_0 = inputs, h_1, …, h_{L-1}, a], each (rows, width)."""
-    activations = [inputs]
-    last = len(params) // 2 - 1
-    for layer in range(last + 1):
-        z = torch.addmm(params[2 * layer + 1], activations[-1], params[2 * layer].t())
-        activations.append(torch.tanh(z) if layer == last else torch.relu(z))
-    return activations
-
-
-def mlp_deltas(params: Sequence[Tensor], activations: Sequence[Tensor], output_delta: Tensor) -> list[Tensor]:
-    """Backpropagates δ_L = `output_delta` (rows, A) to [δ_1, …, δ_L], the gradients for the pre-activations."""
-    deltas = [output_delta]
-    for layer in range(len(params) // 2 - 1, 0, -1):
-        deltas.insert(0, deltas[0] @ params[2 * layer] * (activations[layer] > 0))
-    return deltas
-
-
-def mlp_gradients(activations: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the gradients for the parameters in their layout: δ_lᵀ h_{l-1} and the column sums of δ_l."""
-    gradients = []
-    for delta, h in zip(deltas, activations, strict=False):
-        gradients += [delta.t() @ h, delta.sum(0)]
-    return gradients

@@ -1,0 +1,32 @@
+// What the kernels run on, as Python sees it: instruction set, threads, CUDA.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "sdw/isa.h"
+#ifdef SDW_WITH_CUDA
+#include "sdw/cuda_device.h"
+#endif
+
+namespace py = pybind11;
+
+namespace sdw {
+
+void bind_runtime(py::module_& m) {
+    m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
+    m.def("supported_isas", [] {
+        std::vector<std::string> names;
+        for (const Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
+        return names;
+    });
+    m.def("num_threads", &num_threads);
+    m.def("set_num_threads", &set_num_threads, py::arg("threads"));
+#ifdef SDW_WITH_CUDA
+    m.attr("has_cuda") = true;
+    m.def("cuda_device_description", &cuda_device_description);
+    m.def("cuda_runtime_version", &cuda_runtime_version);
+#else
+    m.attr("has_cuda") = false;
+#endif
+}
+
+}  // namespace sdw

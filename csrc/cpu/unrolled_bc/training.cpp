@@ -1,0 +1,166 @@
+// Behavior cloning unrolled: the forward pass, which leaves the tape.
+#include <cstdio>
+#include <string>
+
+#include "sdw/flat.h"
+#include "unroll.h"
+
+namespace sdw::SDW_ISA {
+namespace unrolled {
+
+void Unroll::copy_weights(const Weights& from, const Weights& to, int member, Team& team) const {
+    for (int l = 0; l < mlp_.layers; ++l) {
+        const int64_t floats = panels(mlp_.widths[l + 1]) * from.matrices[l].stride;
+        const Range range = team.share(floats / kPanel, member, kPanel);
+        std::copy(from.matrices[l].data + range.begin, from.matrices[l].data + range.end,
+                  to.matrices[l].data + range.begin);
+        if (member == 0) std::copy_n(from.biases[l], panels(mlp_.widths[l + 1]) * kPanel, to.biases[l]);
+    }
+    team.wait();
+}
+
+void Unroll::transpose_weights(const Weights& theta, const Strips& strips, Team& team) const {
+    for (const Strip& strip : strips) {
+        for (int64_t panel = strip.columns.begin / kPanel; panel < panels(strip.columns.end); ++panel) {
+            for (int64_t row = strip.rows.begin; row < strip.rows.end; row += kColTile)
+                transpose_tile(theta.matrices[strip.layer], at_.transposed[strip.layer], row, panel);
+        }
+    }
+    team.wait();
+}
+
+// From the pre-activations in h[L]: a = tanh(z), delta[L] = c (a - y)(1 - a²).
+void Unroll::output_delta(const Pass& pass, Range range) const {
+    float* output = pass.h[mlp_.layers].data;
+    float* delta = pass.delta[mlp_.layers].data;
+    mlp_.for_each_output(range, [&](int64_t offset, int64_t) {
+        const Vec a = tanh(load(output + offset));
+        store(output + offset, a);
+        store(delta + offset, scale_ * (a - load(at_.actions.data + offset)) * (1.0f - a * a));
+    });
+}
+
+// theta_{t+1} = theta_t - (mu u_t + alpha g), and u.
+Vec Unroll::descended(Vec gradient, const float* theta, float* velocity) const {
+    if (momentum_ == 0.0f) return load(theta) - lr_ * gradient;
+    const Vec moved = momentum_ * load(velocity) + lr_ * gradient;
+    store(velocity, moved);
+    return load(theta) - moved;
+}
+
+// One SGD step: the pass at step.theta, and `next` = theta_{t+1} with its transpose. `next` may be step.theta.
+void Unroll::descend(const Step& step, const Weights& next, const Strips& strips, GateLists& lists, int member,
+                     Team& team) const {
+    const Range range = team.share(mlp_.tiles, member, kRowTile);
+    mlp_.forward(lists, step.theta, step.pass, range);
+    output_delta(step.pass, range);
+    mlp_.backward(lists, at_.transposed, step.pass, range);
+    team.wait();
+    for (const Strip& strip : strips) {
+        const int l = strip.layer;
+        const Matrix &from = step.theta.matrices[l], &to = next.matrices[l], &delta = step.pass.delta[l + 1];
+        float* velocity = at_.velocity.matrices[l].data;
+        const Term terms[] = {{step.pass.h[l], delta, mlp_.rows}};
+        mlp_.multiply_columns(
+            lists, step.pass, strip, terms, to.stride,
+            [&](Vec x, int64_t offset, int64_t) {
+                store(to.data + offset, descended(x, from.data + offset, velocity + offset));
+            },
+            [&](int64_t row, int64_t panel) { transpose_tile(to, at_.transposed[l], row, panel); });
+        if (strip.rows.begin == 0) {
+            mlp_.for_each_bias(delta, strip, [&](Vec x, int64_t column) {
+                store(next.biases[l] + column,
+                      descended(x, step.theta.biases[l] + column, at_.velocity.biases[l] + column));
+            });
+        }
+    }
+    team.wait();
+}
+
+void Unroll::run_segment(int64_t segment, const Strips& strips, GateLists& lists, int member, Team& team) const {
+    for (int64_t i = 0; i < plan_.steps(segment); ++i)
+        descend(at_.steps[i], at_.steps[i + 1].theta, strips, lists, member, team);
+}
+
+void Unroll::train(const UnrolledBCParams& params) {
+    std::fill_n(buffer_.data(), at_.steps[0].pass.h[1].data - buffer_.data(), 0.0f);  // padding, and the velocity
+    const int64_t inputs = mlp_.widths.front(), outputs = mlp_.widths.back(), flat = flat_size(mlp_.widths);
+    pack(params.observations + problem_ * mlp_.rows * inputs, inputs, {0, mlp_.rows}, at_.observations);
+    pack(params.actions + problem_ * mlp_.rows * outputs, outputs, {0, mlp_.rows}, at_.actions);
+    pack_weights(mlp_, params.params + problem_ * flat, at_.steps[0].theta, at_.transposed);
+
+    const int threads = mlp_.useful_threads(params.threads);
+    std::vector<GateLists> gate_lists = mlp_.gate_lists(threads);
+    Team::run(threads, [&](int member, Team& team) {
+        const FlushDenormals flush;
+        GateLists& lists = gate_lists[member];
+        const Strips strips = mlp_.strips(team.size())[member];
+        const Step& first = at_.steps[0];
+        // Steps that leave no tape overwrite their own parameters.
+        for (int64_t step = 0; step < params.steps - plan_.window; ++step)
+            descend(first, first.theta, strips, lists, member, team);
+        for (int64_t segment = 0; segment < plan_.segments; ++segment) {
+            if (segment > 0) copy_weights(at_.steps[plan_.length].theta, first.theta, member, team);
+            if (plan_.segments > 1) {
+                copy_weights(first.theta, at_.starts[segment].theta, member, team);
+                copy_weights(at_.velocity, at_.starts[segment].velocity, member, team);
+            }
+            run_segment(segment, strips, lists, member, team);
+        }
+    });
+    held_ = plan_.segments - 1;
+    unpack_weights(mlp_, at_.steps[plan_.steps(held_)].theta, at_.transposed, params.trained + problem_ * flat);
+}
+
+}  // namespace unrolled
+
+namespace {
+
+using namespace unrolled;
+
+std::string gibibytes(size_t bytes) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.2f GiB", static_cast<double>(bytes) / (1 << 30));
+    return text;
+}
+
+// The bytes of one problem's tape; throws if the machine does not have them for all that are kept.
+size_t checked_bytes(const UnrolledBCParams& params) {
+    const Mlp mlp(params.widths, params.rows);
+    const Plan plan(params, params.recompute);
+    const int64_t tapes = params.keep_tape ? params.problems : 1;
+    const size_t bytes = Layout(mlp, plan, nullptr).bytes, available = available_memory();
+    if (tapes * bytes <= available) return bytes;
+    std::string message = "unrolled_bc: the tape of " + std::to_string(plan.window) + " steps with " +
+                          std::to_string(params.rows) + " rows" +
+                          (tapes > 1 ? " for " + std::to_string(tapes) + " problems" : "") + " needs " +
+                          gibibytes(tapes * bytes) + " and " + gibibytes(available) + " are available; ";
+    if (plan.keep && !params.recompute)
+        message +=
+            "tape=\"recompute\" needs " + gibibytes(tapes * Layout(mlp, Plan(params, true), nullptr).bytes) + ", and ";
+    throw OutOfMemory(message + "a smaller window or fewer rows need less");
+}
+
+class Tape final : public UnrolledBCTape {
+  public:
+    void backward(const UnrolledBCGradients& gradients) override {
+        for (const auto& problem : problems) problem->backward(gradients);
+    }
+    std::vector<std::unique_ptr<Unroll>> problems;
+};
+
+}  // namespace
+
+std::unique_ptr<UnrolledBCTape> unrolled_bc_cpu(const UnrolledBCParams& params) {
+    const size_t bytes = checked_bytes(params);
+    auto tape = std::make_unique<Tape>();
+    for (int64_t r = 0; r < params.problems; ++r) {
+        auto problem = std::make_unique<Unroll>(params, r, bytes);
+        problem->train(params);
+        if (params.keep_tape) tape->problems.push_back(std::move(problem));
+    }
+    if (!params.keep_tape) return nullptr;
+    return tape;
+}
+
+}  // namespace sdw::SDW_ISA

@@ -31,6 +31,7 @@ from sdw_fast.neighbors import (
     states_of,
     varying_columns,
 )
+from sdw_fast.progress import progress_bar
 
 
 def knn_log_density(
@@ -318,11 +319,9 @@ def _fit_flow(
     progress: bool,
 ) -> None:
     """Fits in place by maximum likelihood and leaves the parameters of the best epoch."""
-    from tqdm.auto import tqdm
-
     optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
     best, best_epoch, best_state = -math.inf, -1, None
-    with tqdm(range(max_epochs), desc="flow", unit="epoch", disable=not progress) as bar:
+    with progress_bar(range(max_epochs), desc="flow", unit="epoch", show=progress) as bar:
         for epoch in bar:
             for rows in torch.randperm(len(training), generator=generator).split(batch_size):
                 loss = -flow().log_prob(training[rows.to(training.device)]).mean()

@@ -78,7 +78,7 @@ class Distiller:
             raise ValueError(f"device={device!r} needs a GPU and a CUDA build of torch, and torch finds none here")
         self.batched = not isinstance(start, SyntheticDataset)
         self._start = [start] if isinstance(start, SyntheticDataset) else list(start)
-        self._check_start()
+        _check_start(self._start, problem)
         self.n_runs = len(self._start)
         self.seeds = [config.seed + run for run in range(self.n_runs)]
         self._batches = OuterBatches(problem, self.device)
@@ -90,21 +90,10 @@ class Distiller:
         self._row_generators = self._generators
         if self._batches.device != self.device:
             self._row_generators = [torch.Generator(self._batches.device).manual_seed(seed) for seed in self.seeds]
-        self._optimizer = self._make_optimizer()
+        self._optimizer = _optimizer(config, self._leaves, fused=self.runs_ahead)
         self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
         self._left_out = 0  # steps in a row, up to the last fetched
         self.iteration = 0
-
-    def _check_start(self) -> None:
-        if not self._start:
-            raise ValueError("a distillation starts from at least one synthetic set, got none")
-        expected = (len(self._start[0]), self.problem.observations.shape[1], self.problem.targets.shape[1])
-        for one in self._start:
-            got = (len(one), one.observations.shape[1], one.actions.shape[1])
-            if got != expected:
-                raise ValueError(f"the starting sets must all have (pairs, states, actions) {expected}, got {got}")
-            if (one.units.states, one.units.actions) != (self.problem.units.states, self.problem.units.actions):
-                raise ValueError("the starting set is in other units than the problem: choose it from the same dataset")
 
     def _leaf(self, arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.tensor(np.stack(arrays), dtype=torch.float32, device=self.device, requires_grad=True)
@@ -117,17 +106,6 @@ class Distiller:
     @property
     def _leaves(self) -> list[Tensor]:
         return [self.observations, self.actions]
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        leaves, config = self._leaves, self.config
-        fused = self.runs_ahead or None  # the fused kernels can be told on the device to leave a step out
-        if config.optimizer == "sgd":
-            optimizer = torch.optim.SGD(leaves, lr=config.lr, momentum=config.momentum, fused=fused)
-            if config.momentum:  # fused SGD allocates it in its first step, and leaves it undefined if that is left out
-                for leaf in leaves:
-                    optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
-            return optimizer
-        return torch.optim.Adam(leaves, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
 
     def step(self) -> Metrics:
         """Takes one outer step. Beyond config.steps a cosine schedule leaves nothing to move by.
@@ -287,24 +265,7 @@ class Distiller:
                 schedule="constant" that of the steps), another kind of device (whose random numbers are others) or
                 another number of runs.
         """
-        own = self._identity()
-        if not set(state) >= _STATE or state["version"] != __version__:
-            raise ValueError(
-                f"the checkpoint was written by sdw_fast {state.get('version', 'of an unknown version')}, and this is "
-                f"{__version__}: finish that run with the version it was started with, or start it anew"
-            )
-        parts = [name for name, digest in own["problem"].items() if state["problem"].get(name) != digest]
-        if parts:
-            raise ValueError(
-                f"the checkpoint belongs to another problem: its {', '.join(parts)} differ. Was the dataset or the "
-                "teacher changed, or its action bounds? Start a new run in another folder"
-            )
-        free = (*_FREE_SETTINGS, *(["steps"] if self.config.schedule == "constant" else []))
-        now, then = ({**x["config"], "device": x["device"], "n_runs": x["n_runs"]} for x in (own, state))
-        differing = [name for name in now | then if name not in free and now.get(name) != then.get(name)]
-        if differing:
-            hint = '; schedule="constant" leaves the number of steps open' if differing == ["steps"] else ""
-            raise ValueError(f"the checkpoint was made with other settings of {differing}{hint}")
+        _refuse_other(state, self._identity())
         with torch.no_grad():
             self.observations.copy_(state["observations"])
             self.actions.copy_(state["actions"])
@@ -342,6 +303,50 @@ class OuterBatches:
         if self.device != self._target:
             batch = [part.pin_memory().to(self._target, non_blocking=True) for part in batch]
         return [(batch[0] - self._offset) / self._scale, *batch[1:]]
+
+
+def _refuse_other(state: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raises ValueError, which names it, where a state is not of this distillation."""
+    if not set(state) >= _STATE or state["version"] != own["version"]:
+        raise ValueError(
+            f"the checkpoint was written by sdw_fast {state.get('version', 'of an unknown version')}, and this is "
+            f"{own['version']}: finish that run with the version it was started with, or start it anew"
+        )
+    parts = [name for name, digest in own["problem"].items() if state["problem"].get(name) != digest]
+    if parts:
+        raise ValueError(
+            f"the checkpoint belongs to another problem: its {', '.join(parts)} differ. Was the dataset or the "
+            "teacher changed, or its action bounds? Start a new run in another folder"
+        )
+    free = (*_FREE_SETTINGS, *(["steps"] if own["config"]["schedule"] == "constant" else []))
+    now, then = ({**x["config"], "device": x["device"], "n_runs": x["n_runs"]} for x in (own, state))
+    differing = [name for name in now | then if name not in free and now.get(name) != then.get(name)]
+    if differing:
+        hint = '; schedule="constant" leaves the number of steps open' if differing == ["steps"] else ""
+        raise ValueError(f"the checkpoint was made with other settings of {differing}{hint}")
+
+
+def _check_start(start: Sequence[SyntheticDataset], problem: OuterProblem) -> None:
+    if not start:
+        raise ValueError("a distillation starts from at least one synthetic set, got none")
+    expected = (len(start[0]), problem.observations.shape[1], problem.targets.shape[1])
+    for one in start:
+        got = (len(one), one.observations.shape[1], one.actions.shape[1])
+        if got != expected:
+            raise ValueError(f"the starting sets must all have (pairs, states, actions) {expected}, got {got}")
+        if (one.units.states, one.units.actions) != (problem.units.states, problem.units.actions):
+            raise ValueError("the starting set is in other units than the problem: choose it from the same dataset")
+
+
+def _optimizer(config: DistillConfig, leaves: list[Tensor], *, fused: bool) -> torch.optim.Optimizer:
+    """The outer optimizer; the fused kernels can be told on the device to leave a step out."""
+    if config.optimizer == "adam":
+        return torch.optim.Adam(leaves, lr=config.lr, betas=(config.momentum, 0.999), fused=fused or None)
+    optimizer = torch.optim.SGD(leaves, lr=config.lr, momentum=config.momentum, fused=fused or None)
+    if config.momentum:  # fused SGD allocates it in its first step, and leaves it undefined if that is left out
+        for leaf in leaves:
+            optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
+    return optimizer
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

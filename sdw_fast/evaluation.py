@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sdw_fast.policy import behavior_clone
+from sdw_fast.progress import progress_bar
 from sdw_fast.units import Affine, d4rl_returns
 
 if TYPE_CHECKING:
@@ -108,8 +109,6 @@ def evaluate(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
-    from tqdm.auto import tqdm
-
     from sdw_fast.rollout import BATCH, act, acting, make_vector_env
 
     slots = min(episodes, BATCH)
@@ -117,7 +116,7 @@ def evaluate(
     totals = np.zeros(episodes)
     lengths = np.zeros(episodes, dtype=np.int64)
     current = np.arange(slots)  # the episode that each environment is in; past the last, it idles
-    with closing(envs), acting(policy), tqdm(total=episodes, desc="evaluate", disable=not progress) as bar:
+    with closing(envs), acting(policy), progress_bar(total=episodes, desc="evaluate", show=progress) as bar:
         observations, _ = envs.reset()
         while (running := current < episodes).any():
             actions = act(policy, observations, envs.single_action_space)

@@ -15,6 +15,7 @@ from torch import Tensor
 from sdw_fast import ops
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import computed_once
+from sdw_fast.progress import progress_bar
 
 States = np.ndarray | Tensor
 
@@ -157,9 +158,7 @@ def floored_radius(distances: Tensor) -> Tensor:
 
 def _knn(queries: Tensor, references: Tensor | None, k: int, backend: str, progress: bool) -> tuple[Tensor, Tensor]:
     """`ops.knn` with a progress bar."""
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(queries), desc="neighbors", unit="state", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=len(queries), desc="neighbors", unit="state", unit_scale=True, show=progress) as bar:
         return ops.knn(queries, references, k=k, backend=backend, progress=lambda done, _: bar.update(done - bar.n))
 
 

@@ -23,6 +23,7 @@ from sdw_fast.distiller import Distiller, Metrics
 from sdw_fast.evaluation import evaluate_synthetic
 from sdw_fast.files import replacing, write_text
 from sdw_fast.objectives import outer_problem
+from sdw_fast.progress import progress_bar
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
 from sdw_fast.teacher import Teacher
 from sdw_fast.version import __version__
@@ -128,14 +129,12 @@ def run(
             another run (see `Distiller.load_state_dict`).
         KeyboardInterrupt: Ctrl-C; the step under way is finished and saved first. A second Ctrl-C stops at once.
     """
-    from tqdm.auto import tqdm
-
     config = distiller.config
     if config.eval_every and distiller.problem.units.env_id is None:
         raise ValueError("the dataset names no environment to evaluate in; set eval_every=0 or give it an env_id")
     folder = RunFolder(out, distiller, source) if out is not None else None
     best = Best(folder.best_returns if folder else [-math.inf] * distiller.n_runs, folder)
-    bar = tqdm(total=config.steps, initial=distiller.iteration, disable=not progress, unit="step", smoothing=0.05)
+    bar = progress_bar(total=config.steps, initial=distiller.iteration, unit="step", smoothing=0.05, show=progress)
     pending: list[Tensor] = []  # figures not looked at yet
     last_return, seconds = math.nan, 0.0
 

@@ -23,17 +23,15 @@ from functools import partial
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from sdw_fast.progress import progress_bar
 from sdw_fast.units import d4rl_scores
 from sdw_fast.version import __version__
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 QUALITIES = ("medium", "medium-replay", "medium-expert", "expert")
 _LOG_STD_BOUNDS = (-20.0, 2.0)
@@ -129,7 +127,6 @@ def collect(name: str, *, steps: int = 100_000, seed: int = 0, progress: bool = 
         ImportError: if MuJoCo is not installed.
     """
     from minari.storage.datasets_root_dir import get_dataset_path
-    from tqdm.auto import tqdm
 
     env, quality = _parse(name)
     snapshots = SUITE[env]
@@ -150,7 +147,7 @@ def collect(name: str, *, steps: int = 100_000, seed: int = 0, progress: bool = 
         )
     shares = [steps // len(policies) + (i < steps % len(policies)) for i in range(len(policies))]
     episodes: list[dict[str, Any]] = []
-    with tqdm(total=steps, desc=f"collect {env}/{quality}", unit="step", disable=not progress) as bar:
+    with progress_bar(total=steps, desc=f"collect {env}/{quality}", unit="step", show=progress) as bar:
         for phase, (trained_steps, share) in enumerate(zip(policies, shares, strict=True)):
             episodes += _rollout(snapshots.env_id, load_policy(env, trained_steps), share, (seed, phase), bar)
     _write(target, dataset_id, snapshots.env_id, recipe, episodes)
@@ -167,7 +164,7 @@ def _parse(name: str) -> tuple[str, str]:
     return env, quality
 
 
-def _rollout(env_id: str, policy: GaussianPolicy, steps: int, seed: tuple[int, int], bar: tqdm) -> list[dict[str, Any]]:
+def _rollout(env_id: str, policy: GaussianPolicy, steps: int, seed: tuple[int, int], bar: Any) -> list[dict[str, Any]]:
     """Samples exactly `steps` transitions from the policy, in streams that step together; episodes stream by stream."""
     from sdw_fast.rollout import BATCH, act, acting, make_vector_env
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from sdw_fast.config import TeacherConfig
 from sdw_fast.data import TransitionDataset
 from sdw_fast.networks import MLP, MinCritic
+from sdw_fast.progress import progress_bar
 from sdw_fast.teacher import Teacher
 from sdw_fast.version import __version__
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
     from torchrl.objectives import LossModule, SoftUpdate
-    from tqdm import tqdm
 
 BATCH_SIZE = 256
 _SHOWN_EVERY = 200  # steps between two looks at the losses
@@ -58,7 +58,6 @@ def train_teacher(
         from torchrl.objectives import SoftUpdate, ValueEstimators
     except ImportError as error:
         raise ImportError('train_teacher needs torchrl: pip install "sdw_fast[teacher]"') from error
-    from tqdm.auto import tqdm
 
     reward_scale = _reward_scale(data) if config.algorithm == "iql" else 1.0
     sizes = data.observations.shape[1], data.actions.shape[1]
@@ -71,7 +70,7 @@ def train_teacher(
             _td3bc_update(loss, targets) if config.algorithm == "td3bc" else _iql_update(loss, targets, config.steps)
         )
         steps = range(1, config.steps + 1)
-        with tqdm(steps, desc=f"training the teacher ({config.algorithm})", disable=not progress) as bar:
+        with progress_bar(steps, desc=f"training the teacher ({config.algorithm})", show=progress) as bar:
             for step in bar:
                 batch = _batch(data, torch.randint(len(data), (BATCH_SIZE,)).numpy(), reward_scale)
                 losses = update(batch, step)
@@ -226,7 +225,7 @@ def _descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
 
 
-def _show(bar: tqdm, step: int, losses: dict[str, Tensor], critic: MinCritic, batch: TensorDict) -> None:
+def _show(bar: Any, step: int, losses: dict[str, Tensor], critic: MinCritic, batch: TensorDict) -> None:
     """Writes losses and the batch's mean Q into the progress bar; stops a run that has diverged."""
     with torch.no_grad():
         shown = {name: float(value) for name, value in losses.items()}

@@ -364,3 +364,20 @@ def test_training_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "torchrl.objectives", None)
     with pytest.raises(ImportError, match=r'pip install "sdw_fast\[teacher\]"'):
         train_teacher(one_step_data(50), steps=1)
+
+
+@TORCHRL
+def test_a_dead_teacher_is_not_returned() -> None:
+    """States that differ by 1e-10 only: no network tells them apart."""
+    rng = np.random.default_rng(0)
+    data = load_dataset(
+        {
+            "observations": 1e-10 * rng.normal(size=(200, 3)),
+            "actions": rng.uniform(-1, 1, size=(200, 1)),
+            "rewards": np.ones(200),
+            "terminations": np.zeros(200, dtype=bool),
+            "next_observations": 1e-10 * rng.normal(size=(200, 3)),
+        }
+    )
+    with pytest.raises(ValueError, match="dead teacher: its actions are the same"):
+        train_teacher(data, steps=1, progress=False)

@@ -5,6 +5,7 @@ An array that already is contiguous float32 is taken over without a copy.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,12 @@ def build_dataset(columns: Columns) -> TransitionDataset:
         observations = observations[kept]  # one after the other, so that the peak is the data and one column of it
         actions = actions[kept]
         rewards, terminations = rewards[kept], terminations[kept]
-    bounds = columns.action_bounds
+    bounds = columns.action_bounds or _environment_bounds(columns.env_id, actions.shape[1])
     if bounds is None and max(-actions.min(), actions.max()) <= 1:
         bounds = -1.0, 1.0
+    scaling = None if bounds is None else Affine.between(*_per_action(bounds, actions.shape[1]))
+    if scaling is not None:
+        _tell_of_actions_beyond(actions, scaling)
     own = columns.reference_scores
     return TransitionDataset(
         observations=observations,
@@ -92,7 +96,7 @@ def build_dataset(columns: Columns) -> TransitionDataset:
         jump_observations=_finite("next_observations", jumps[1], numbers=jumps[0]),
         units=Units(
             states=Affine.fit(observations),
-            actions=None if bounds is None else Affine.between(*_per_action(bounds, actions.shape[1])),
+            actions=scaling,
             returns=d4rl_returns(columns.env_id) if own is None else Affine.scores(*own),
             env_id=columns.env_id,
         ),
@@ -131,6 +135,36 @@ def _without_successors(
     sources = np.where(own[rows], rows, rows + 1)
     places = np.cumsum(kept) - 1
     return (places[rows], observations[sources]), before
+
+
+def _tell_of_actions_beyond(actions: np.ndarray, scaling: Affine) -> None:
+    """Warns of actions that no policy can take, beyond what rounding explains."""
+    extremes = np.stack([actions.min(axis=0), actions.max(axis=0)])
+    if (np.abs(scaling.normalize(extremes)) > 1 + 1e-4).any():
+        low, high = scaling.offset - scaling.scale, scaling.offset + scaling.scale
+        warnings.warn(
+            f"the actions reach from {extremes[0]} to {extremes[1]}, beyond the bounds {low} to {high}: no policy "
+            "can follow them there. Are the bounds right (action_low, action_high)?",
+            stacklevel=2,
+        )
+
+
+def _environment_bounds(env_id: str | None, width: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The action bounds of a named environment, where it can be made here and its actions are as wide."""
+    if env_id is None:
+        return None
+    try:
+        from sdw_fast.rollout import action_bounds
+
+        bounds = action_bounds(env_id)
+    except Exception as error:  # gymnasium, MuJoCo or an environment of the user's: each raises its own
+        warnings.warn(
+            f"the environment {env_id!r} cannot be made here ({error}): its action bounds are taken to be -1 and 1 if "
+            "every action lies there; to say them, give action_low and action_high",
+            stacklevel=2,
+        )
+        return None
+    return bounds if bounds is not None and len(bounds[0]) == width else None
 
 
 def _per_action(bounds: tuple[Any, Any], width: int) -> list[np.ndarray]:

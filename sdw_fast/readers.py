@@ -41,8 +41,8 @@ def load_dataset(
             following row's observation. A last row that ends no episode is marked truncated.
         env_id: Gymnasium id of the environment, where the source does not say it (D4RL files) or another is wanted; an
             .npz or a dict may also hold it under "env_id", and action bounds under "action_low" and "action_high".
-            Where the source does not say the bounds they are −1 and 1 if every action lies there, else unknown, and
-            such a dataset cannot be distilled.
+            Where the source does not say the bounds they are the environment's, if it is named and can be made here;
+            else −1 and 1 if every action lies there, else unknown, and such a dataset cannot be distilled.
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.

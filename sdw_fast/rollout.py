@@ -20,6 +20,7 @@ Policy = Callable[[torch.Tensor], Any]
 # Rows in every batch that a policy sees. The last bits of a matrix product may depend on its shape, and contacts
 # amplify them; with one shape for all, an episode's return depends on its seed alone.
 BATCH = 16
+MAX_EPISODE_STEPS = 10_000  # of an environment that sets no time limit of its own
 
 
 def make_env(env_id: str) -> gym.Env:
@@ -52,14 +53,15 @@ def make_vector_env(env_id: str, seeds: Iterable[Iterable[int]]) -> SyncVectorEn
     """Makes a vectorized environment whose i-th member runs one episode for each seed in seeds[i], then idles.
 
     A step that ends an episode returns the first observation of the next (`final_obs` in the infos holds the last one),
-    so every step is a transition. Stepping in one process beats one process for each environment: a MuJoCo step takes
+    so every step is a transition. Episodes of an environment without a time limit are cut after 10,000 steps, with a
+    warning. Stepping in one process beats one process for each environment: a MuJoCo step takes
     0.1 ms, less than passing its result between processes.
 
     Raises:
         ValueError: if observations or actions are not one-dimensional Box spaces.
     """
     envs = SyncVectorEnv(
-        [lambda s=s: _SeededEpisodes(make_env(env_id), s) for s in seeds],  # type: ignore[misc]
+        [lambda s=s: _SeededEpisodes(_limited(make_env(env_id)), s) for s in seeds],  # type: ignore[misc]
         autoreset_mode=AutoresetMode.SAME_STEP,
     )
     for kind, space in (("observation", envs.single_observation_space), ("action", envs.single_action_space)):
@@ -67,6 +69,18 @@ def make_vector_env(env_id: str, seeds: Iterable[Iterable[int]]) -> SyncVectorEn
             envs.close()
             raise ValueError(f"{env_id} has {kind} space {space}; only one-dimensional Box spaces are supported")
     return envs
+
+
+def _limited(env: gym.Env) -> gym.Env:
+    """An environment whose episodes end, by their own time limit or else by ours."""
+    if env.spec is None or env.spec.max_episode_steps is not None:
+        return env
+    warnings.warn(
+        f"{env.spec.id} sets no time limit: episodes are cut after {MAX_EPISODE_STEPS:,} steps. Register it with "
+        "max_episode_steps to choose another",
+        stacklevel=2,
+    )
+    return gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
 
 
 class _SeededEpisodes(gym.Wrapper):
@@ -123,6 +137,20 @@ def act(policy: Policy, observations: np.ndarray, space: Any) -> np.ndarray:
     if not np.isfinite(actions[:rows]).all():
         raise ValueError("the policy returned actions that are NaN or infinite")
     return np.clip(actions[:rows], space.low, space.high).astype(space.dtype, copy=False)
+
+
+def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(low, high) of an environment's actions, or None where they are not a bounded vector.
+
+    Raises:
+        ImportError: the environment needs MuJoCo and it is not installed.
+        gymnasium.error.Error: there is no such environment here.
+    """
+    env = make_env(env_id)
+    space = env.action_space
+    env.close()
+    bounded = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
+    return (space.low, space.high) if bounded else None  # type: ignore[attr-defined]
 
 
 def _make(env_id: str) -> gym.Env:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+import sdw_fast as sdw
+from sdw_fast import rollout
 from sdw_fast.rollout import BATCH, act, acting, make_env, make_vector_env
 
 SPACE = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 5]))
@@ -117,3 +119,24 @@ def test_acting_puts_mode_and_threads_back_even_after_an_error() -> None:
             assert [part.training for part in policy.modules()] == [True, False, True]
     finally:
         torch.set_num_threads(threads)
+
+
+def test_an_environment_without_a_time_limit_is_cut_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (3,))
+        action_space = gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(3, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(3, np.float32), 1.0, False, False, {}
+
+    gym.register("Endless-v0", entry_point=Endless)
+    monkeypatch.setattr(rollout, "MAX_EPISODE_STEPS", 30)
+    try:
+        with pytest.warns(UserWarning, match="Endless-v0 sets no time limit: episodes are cut after 30 steps"):
+            result = sdw.evaluate(lambda x: torch.zeros(len(x), 1), "Endless-v0", episodes=2)
+    finally:
+        gym.registry.pop("Endless-v0")
+    assert result.lengths.tolist() == [30, 30]

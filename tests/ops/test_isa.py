@@ -25,7 +25,10 @@ def test_compiled_ops_on_every_instruction_set(isa):
 def test_an_unknown_instruction_set_is_refused():
     environment = {**os.environ, "SDW_ISA": "sse9"}
     done = subprocess.run(
-        [sys.executable, "-c", "import sdw_fast; sdw_fast.show_config()"], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", "import sdw_fast; sdw_fast.show_config()"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode != 0
     assert "SDW_ISA=sse9 is not available; this machine has: portable" in done.stderr

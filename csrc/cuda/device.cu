@@ -49,7 +49,8 @@ std::string cuda_obstacle(int device) {
             cudaGetLastError();
             std::string compiled;
             for (const int number : cuda_architectures()) compiled += ", sm_" + std::to_string(number);
-            return name_of(properties) + ", cannot run the CUDA kernels, which need sm_80 or newer and were compiled for " +
+            return name_of(properties) +
+                   ", cannot run the CUDA kernels, which need sm_80 or newer and were compiled for " +
                    compiled.substr(2);
         }
     }

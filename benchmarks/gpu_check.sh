@@ -22,10 +22,10 @@ set -uo pipefail
 ulimit -c 0
 PYTHON=$(command -v "${PYTHON:-python3}") || { echo "no Python: set PYTHON to one that has torch" >&2; exit 2; }
 PATH=$(dirname "$PYTHON"):$PATH:/usr/local/cuda/bin
-device=cuda patience=1 stages=()
+device=cuda patience=${SDW_PATIENCE:-100} stages=() # percent of every limit
 for argument in "$@"; do
     case $argument in
-        --dry-run) device=cpu patience=10 ;;
+        --dry-run) device=cpu patience=${SDW_PATIENCE:-1000} ;;
         build | tests | sanitize | ops | knn | distill) stages+=("$argument") ;;
         *) echo "unknown stage '$argument': choose of build tests sanitize ops knn distill" >&2; exit 2 ;;
     esac
@@ -45,7 +45,7 @@ export MINARI_DATASETS_PATH=$work/datasets TQDM_MININTERVAL=10
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # JAX would take three quarters of the memory
 
 run() { # name, seconds at most, command: an abort lets Python say where it was
-    local name=$1 limit=$(($2 * patience)) began=$SECONDS status
+    local name=$1 limit=$((($2 * patience + 99) / 100)) began=$SECONDS status
     shift 2
     printf '\n== %s\n' "$name"
     timeout --signal=ABRT --kill-after=5 "$limit" "$@"
@@ -101,7 +101,7 @@ build() { # by CMake alone: needs neither setuptools nor what pyproject.toml ask
 }
 
 tests() { # a file's: none that is emulated, and none that outlasts 30 seconds
-    SDW_EMULATOR=0 SDW_TEST_SECONDS=$((30 * patience)) "$PYTHON" -m pytest -v -m gpu --capture=sys --durations=5 \
+    SDW_EMULATOR=0 SDW_TEST_SECONDS=$((30 * patience / 100)) "$PYTHON" -m pytest -v -m gpu --capture=sys --durations=5 \
         -p no:cacheprovider "$1"
 }
 

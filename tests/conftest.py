@@ -6,7 +6,6 @@ import faulthandler
 import os
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,8 @@ SECONDS = float(os.environ.get("SDW_TEST_SECONDS", "0"))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests that run on a GPU: `-m gpu`."""
     for item in items:
-        if "cuda" in getattr(item, "callspec", SimpleNamespace(params={})).params.values():
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if any(isinstance(value, str) and value == "cuda" for value in params.values()):
             item.add_marker(pytest.mark.gpu)
 
 

@@ -1,4 +1,4 @@
-"""What CMake is told: warnings are errors on request only, and no GPU is compiled for that the kernels do not support."""
+"""What CMake is told: warnings are errors on request only, and architectures without support end the build."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ def test_warnings_are_errors_on_request_only(tmp_path: Path, wanted: bool) -> No
 
 @pytest.mark.skipif(shutil.which("nvcc", path=PATH) is None, reason="needs nvcc")
 def test_an_architecture_that_is_too_old_ends_the_build(tmp_path: Path) -> None:
-    run = configure(tmp_path / "old", "-DSDW_CUDA=1", CUDAARCHS="75-real;90")
+    run = configure(tmp_path, "-DSDW_CUDA=1", CUDAARCHS="75-real;90")
     assert run.returncode != 0
     assert "need sm_80 (Ampere) or newer, and sm_75 was asked for" in " ".join(run.stderr.split())
-    assert "for 80-real;90-real;90-virtual" in configure(tmp_path / "default", "-DSDW_CUDA=1").stdout
-    assert "for 120-real" in configure(tmp_path / "new", "-DSDW_CUDA=1", CUDAARCHS="120-real").stdout

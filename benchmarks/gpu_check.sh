@@ -108,7 +108,9 @@ tests() { # a file's: none that is emulated, and none that outlasts 30 seconds
 touch_ops() { # tool of compute-sanitizer, ops
     local tool=$1 command=("$PYTHON" -m benchmarks.gpu touch "${@:2}" --device "$device")
     if [ "$device" = cuda ]; then
-        command=(compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "${command[@]}")
+        # Of our kernels only: their mangled names hold their namespace.
+        command=(compute-sanitizer --tool "$tool" --kernel-name kns=sdw --error-exitcode 9 --print-limit 20
+            "${command[@]}")
     fi
     # Without PyTorch's own allocator, so that every tensor has an end that can be overrun.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${command[@]}"

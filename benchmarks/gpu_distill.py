@@ -133,7 +133,7 @@ def without_environment(out: Path, device: str) -> None:
     print(f"the first three steps differ from the CPU's by {difference}", flush=True)
     results, _ = distill(data, name, device, 2_000 if real else 5, **settings)
     report(out, {**results, "difference_to_the_cpu": difference})
-    if not max(difference.values()) < 1e-2:  # NaN too
+    if not max(difference.values()) < 1e-3:  # NaN too; float32 in another order moves them by 1e-6
         raise SystemExit(f"the first steps differ from the CPU's by {difference}")
 
 

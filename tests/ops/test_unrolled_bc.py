@@ -118,7 +118,8 @@ def test_twin_agrees_with_float64_autograd(widths, rows, steps, window, tape, mo
     ("kernel", "widths", "rows", "steps", "window", "tolerance"),
     [
         *((kernel, *case, 2e-5) for kernel in ("cpu", "cuda") for case in CPU_CASES),
-        *((kernel, *case, 1e-5) for kernel in ("emulated", "cuda") for case in EMULATED_CASES),
+        *(("emulated", *case, 1e-5) for case in EMULATED_CASES),
+        *(("cuda", *case, 2e-5) for case in EMULATED_CASES),
     ],
     indirect=["kernel"],
 )
@@ -155,7 +156,8 @@ def test_training_that_diverges_says_so(kernel):
     [
         ("cpu", (17, 64, 64, 6), 48, 60, "ieee", nullcontext, 1e-5),
         *((kernel, (17, 48, 48, 6), 40, 4, "ieee", nullcontext, 1e-5) for kernel in ("emulated", "cuda")),
-        *((kernel, (17, 48, 48, 6), 40, 4, "tf32", Tf32Products, 1e-4) for kernel in ("emulated", "cuda")),
+        ("emulated", (17, 48, 48, 6), 40, 4, "tf32", Tf32Products, 1e-4),
+        ("cuda", (17, 48, 48, 6), 40, 4, "tf32", Tf32Products, 2e-3),  # a tensor core's sums are cut off, not rounded
         # has no unit near a kink
         *((kernel, (17, 48, 48, 6), 40, 1, "tf32", nullcontext, 2e-3) for kernel in ("emulated", "cuda")),
         *(("cuda", widths, 256, 10, "ieee", nullcontext, 1e-5) for widths in [(17, *[256] * 3, 6), (11, 100, 31, 3)]),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks/gpu_check.sh"
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks/gpu_check.sh"
 # Stands for Python: one table hangs, one fails, one leaves a result; there is no GPU.
 PYTHON = r"""#!/usr/bin/env bash
 case "$*" in
@@ -72,3 +74,17 @@ def test_without_a_gpu_nothing_is_run(check) -> None:
     assert status == 3
     assert "NO GPU: try --dry-run" in output
     assert "build" not in output
+
+
+def test_a_test_that_waits_for_ever_ends_with_where_it_was(tmp_path: Path) -> None:
+    hang = (
+        "import ctypes\n\n\ndef test_hang():\n    ctypes.PyDLL(None).sleep(60)  # holds the interpreter, as a GPU may\n"
+    )
+    (tmp_path / "test_hang.py").write_text(hang)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--capture=sys"]
+    environment = {**os.environ, "SDW_TEST_SECONDS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    result = subprocess.run(
+        [*command, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert "in test_hang" in result.stderr

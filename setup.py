@@ -42,6 +42,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DSDW_CUDA={os.environ.get('SDW_CUDA', 'auto')}",
             f"-DSDW_SANITIZE={sanitize}",
+            f"-DSDW_WERROR={os.environ.get('SDW_WERROR', '0')}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('SDW_BUILD_TYPE', 'Release')}",
         ]
         jobs = str(os.cpu_count() or 1)

@@ -4,13 +4,12 @@ python -m benchmarks.bench_knn                                          # synthe
 python -m benchmarks.bench_knn states.npy uniform:64 --rows 1e5 1e6     # real states: an .npy file (M, D), normalized
 python -m benchmarks.bench_knn states.npy --rows 1e6 --verify 20000     # every index against float64 brute force
 python -m benchmarks.bench_knn copies:states.npy --rows 1e7 --peers     # ours alone, on more rows than the file has
-python -m benchmarks.bench_knn --device cuda --verify 20000             # on a GPU: 10^5 to 10^7 rows, its own peers
 
 A source is uniform:D, gaussian:D, surface:D (near a curved surface of dimension 2/3 D), an .npy file, whatever
 `load_dataset` takes (its normalized observations), or copies:SOURCE: that source as often as the rows need, each number
 moved by a normal 0.05 standard deviations. Peers that answer query by query are timed on 2% of the queries, at
-least 500, and scaled; building their index is not scaled. Approximate peers carry their measured recall. On a GPU the
-points lie there before the clock starts, ours is the median of three runs, and --verify compares with our CPU join.
+least 500, and scaled; building their index is not scaled. Approximate peers carry their measured recall.
+bench_knn_gpu.py has the same on a GPU.
 """
 
 from __future__ import annotations
@@ -27,13 +26,10 @@ import numpy as np
 import torch
 
 import sdw_fast
-from benchmarks.peers_knn import APPROXIMATE, GPU_PEERS, PEERS, K, recall, timed, without_self
+from benchmarks.peers_knn import APPROXIMATE, PEERS, K, recall, timed
 from benchmarks.table import RESULTS, machine
-from benchmarks.timing import Row, Table, format_seconds, peak_memory, record
+from benchmarks.timing import Row, Table, peak_memory, record
 from sdw_fast.ops import knn
-from sdw_fast.ops._knn_cuda import CudaKnnIndex
-from sdw_fast.ops._knn_frame import Frame
-from sdw_fast.ops._knn_search import Rows
 
 
 def source(name: str, rows: int) -> np.ndarray:
@@ -114,76 +110,6 @@ def compare(name: str, rows: int, peers: list[str], fraction: float = 0.02) -> T
     return table
 
 
-def compare_on_gpu(name: str, points: torch.Tensor, fraction: float) -> Table:
-    """The self-join of points that lie on a GPU: ours, and peers on a part of the queries."""
-    rows, device = len(points), points.device
-    count = max(500, min(round(fraction * rows), round(4e10 / rows)))  # brute force of 4e10 distances at most
-    sample = torch.from_numpy(np.random.default_rng(1).permutation(rows)[:count]).to(device)
-    share = len(sample) / rows
-    ours = Row("sdw_fast")
-    table = Table(f"knn self-join on {device.type}, {name}, M = {rows:.0e}, D = {points.shape[1]}, k = {K}", [ours])
-    knn(points[:2000], k=K)
-    if on_gpu := device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    for _ in range(3):
-        seconds, (_, indices) = timed(lambda: knn(points, k=K))
-        ours.samples.append(seconds)
-    if on_gpu:
-        ours.peak_bytes = torch.cuda.max_memory_allocated() - before
-    ours.median, ours.ratio = statistics.median(ours.samples), 1.0
-    exact = indices[sample].cpu().numpy()
-    for peer, run in GPU_PEERS.items():
-        row = Row(peer)
-        table.rows.append(row)
-        try:
-            build, query, found = run(points, sample)
-        except ImportError as error:
-            row.skipped = str(error)
-            continue
-        row.samples = [build + query / share]
-        row.median = row.samples[0]
-        row.ratio = row.median / ours.median
-        if query and share < 1:
-            row.name += f" ({len(sample)} queries scaled)"
-        row.name += f", recall {recall(found, exact):.4f}"
-    return table
-
-
-def parts_of_the_time(points: torch.Tensor) -> str:
-    """Where the time of our CUDA kernel goes, and what pruning leaves to do."""
-    rows, device = len(points), points.device
-    axes, frame = timed(lambda: Frame(Rows(points), float(points.abs().max())))
-    rotation, coordinates = timed(lambda: frame.coordinates(points))
-    tree, index = timed(lambda: CudaKnnIndex(points, coordinates))
-    join = index.self_join(K)
-    row, found = (torch.empty(shape, dtype=torch.int64, device=device) for shape in [(rows,), (rows, K)])
-    squared = torch.empty((rows, K), dtype=torch.float64, device=device)
-    search, _ = timed(lambda: join.search(0, join.groups, row, squared, found))
-    tested, scanned, again = join.counts.sum(0, dtype=torch.int64).tolist()
-    seconds = zip(("axes", "coordinates", "tree", "search"), (axes, rotation, tree, search), strict=True)
-    return (
-        f"  {', '.join(f'{part} {format_seconds(time)}' for part, time in seconds)}; leaf boxes tested a group of 32: "
-        f"{tested / join.groups:.0f}, points scanned a query: {64 * scanned / rows:.0f}, searched again: {again}"
-    )
-
-
-def agreement(points: torch.Tensor, count: int) -> str:
-    """Compares `count` sampled rows with those of our CPU join; a tie may go either way."""
-    rows, on_host = len(points), points.cpu().numpy()
-    sample = np.sort(np.random.default_rng(2).permutation(rows)[:count])
-    found = knn(points, k=K)[1].cpu().numpy()[sample]
-    expected = without_self(knn(on_host[sample], on_host, k=K + 1)[1], sample)
-
-    def squared(indices: np.ndarray) -> np.ndarray:
-        return np.square(on_host[sample][:, None].astype(np.float64) - on_host[indices]).sum(-1)
-
-    different = found != expected
-    tie = np.isclose(squared(found), squared(expected), rtol=1e-13, atol=0)
-    wrong, ties = int((different & ~tie).any(1).sum()), int((different & tie).any(1).sum())
-    return f"  of {len(sample)} rows {wrong} differ from the CPU's ({ties} in ties only)"
-
-
 def growth(tables: list[Table]) -> str:
     """The exponent of each contender: the slope of log seconds on log rows."""
     lines = ["growth exponents over M = " + ", ".join(table.title.split("M = ")[1].split(",")[0] for table in tables)]
@@ -198,26 +124,29 @@ def growth(tables: list[Table]) -> str:
 
 def verify(name: str, rows: int, count: int) -> str:
     """Compares `count` sampled rows of the self-join with brute force in float64; a tie may go either way."""
-    points = source(name, rows)
-    _, indices = knn(points, k=K)
-    sample = np.sort(np.random.default_rng(2).permutation(rows)[:count])
+    points = torch.from_numpy(source(name, rows))
+    return f"{name}, M = {rows:.0e}: {agreement(points, knn(points, k=K)[1], count)}"
+
+
+def agreement(points: torch.Tensor, indices: torch.Tensor, count: int) -> str:
+    """Compares `count` sampled rows of a self-join with brute force in float64 on the same device."""
+    rows, device = len(points), points.device
+    sample = torch.from_numpy(np.sort(np.random.default_rng(2).permutation(rows)[:count])).to(device)
     wrong = ties = 0
-    x = torch.from_numpy(points).double()
+    x = points.double()
     norm = x.square().sum(1)
-    for start in range(0, count, 256):
-        some = torch.from_numpy(sample[start : start + 256])
+    for some in sample.split(min(256, max(1, (1 << 28) // rows))):  # 2 GiB of distances at most
         candidates = torch.addmm(norm, x[some], x.T, alpha=-2).topk(K + 6, 1, largest=False).indices.sort(1).values
         exact = (x[some][:, None] - x[candidates]).square().sum(-1)
         exact[candidates == some[:, None]] = torch.inf
         exact, order = exact.sort(dim=1, stable=True)
-        expected = candidates.gather(1, order)[:, :K].numpy()
-        found = indices[some.numpy()]
-        squared = (x[some][:, None] - x[torch.from_numpy(found)]).square().sum(-1)
-        different = found != expected
-        tie = np.isclose(squared.numpy(), exact[:, :K].numpy(), rtol=1e-13, atol=0)
+        found = indices[some]
+        squared = (x[some][:, None] - x[found]).square().sum(-1)
+        different = found != candidates.gather(1, order)[:, :K]
+        tie = torch.isclose(squared, exact[:, :K], rtol=1e-13, atol=0)
         wrong += int((different & ~tie).any(1).sum())
         ties += int((different & tie).any(1).sum())
-    return f"{name}, M = {rows:.0e}: of {count} rows {wrong} differ from float64 brute force ({ties} in ties only)"
+    return f"of {len(sample)} rows {wrong} differ from float64 brute force ({ties} in ties only)"
 
 
 def prepare(data: str, rows: int) -> Callable[[], object]:
@@ -242,53 +171,21 @@ def tables(mode: str) -> Iterator[tuple[str, Callable[[], Table]]]:
         )
 
 
-def run_on_gpu(
-    device: str, sources: list[str], sizes: list[float], verified: int, fraction: float, out: Path
-) -> list[Table]:
-    """Prints every table as it comes, with where the time goes, and at the end one line each."""
-    done, lines = [], []
-    for name in sources:
-        for rows in sorted(map(int, sizes)):
-            points = torch.from_numpy(source(name, rows)).to(device)
-            table = compare_on_gpu(name, points, fraction)
-            print(f"\n{table}\n{parts_of_the_time(points)}", flush=True)
-            said = agreement(points, verified) if verified else ""
-            print(said, flush=True)
-            record(table, f"knn/{device},{Path(name).stem.replace(':', '')}-{rows}", out)
-            done.append(table)
-            ratios = " ".join(f"{row.ratio:>9.3g}×" if row.ratio else f"{'skipped':>10}" for row in table.rows[1:])
-            seconds = format_seconds(table.rows[0].median or 0)
-            lines.append(f"{Path(name).stem:<20} {rows:>9.0e} {seconds:>10} {ratios}{said}")
-    heading = " ".join(f"{name.removeprefix('sdw_fast on ')[:10]:>10}" for name in GPU_PEERS)
-    print("\n" + "\n".join([f"{'points':<20} {'rows':>9} {'sdw_fast':>10} {heading}", *lines]), flush=True)
-    return done
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", default=["surface:11", "surface:17"])
-    parser.add_argument("--rows", nargs="+", type=float, help="default: 1e4 1e5; on a GPU 1e5 1e6 1e7")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", nargs="+", type=float, default=[1e4, 1e5])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="NAME")
     parser.add_argument("--fraction", type=float, default=0.02, help="of the queries that a slow peer is timed on")
     parser.add_argument("--memory", action="store_true", help="peak memory of our call, in a fresh process")
     parser.add_argument(
-        "--verify", type=int, default=0, metavar="N",
-        help="compare N rows with float64 brute force, time nothing; on a GPU: with our CPU join, besides the times",
-    )  # fmt: skip
+        "--verify", type=int, default=0, metavar="N", help="compare N rows with float64 brute force, time nothing"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables of results")
     options = parser.parse_args()
     torch.set_num_threads(sdw_fast.get_num_threads())
     os.environ.setdefault("OMP_NUM_THREADS", str(sdw_fast.get_num_threads()))
     print("\n".join(f"{key}: {value}" for key, value in machine().items()), flush=True)
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            raise SystemExit("no GPU: torch.cuda.is_available() is False")
-        print(f"gpu: {torch.cuda.get_device_name()}", flush=True)
-        sizes = options.rows or [1e5, 1e6, 1e7]
-        run_on_gpu("cuda", options.sources, sizes, options.verify, options.fraction, options.out)
-        return
-    options.rows = options.rows or [1e4, 1e5]
     for name in options.sources:
         if options.verify:
             for rows in options.rows:

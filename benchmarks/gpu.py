@@ -1,24 +1,23 @@
 """The stages of benchmarks/gpu_check.sh that are Python: `python -m benchmarks.gpu STAGE --out FOLDER`.
 
-touch      every op once on small shapes, forward and backward: what compute-sanitizer watches
-ops        every op beside its peers, timed by CUDA events; one table each
-distill    hopper-medium for real, with the shipped teacher: steps a second, and the return of its clones
-summary    one table of all that was measured
+touch           every op once on small shapes, forward and backward: what compute-sanitizer watches; or the named ops
+table NAME …    ours, then each peer beside ours, timed by CUDA events; printed and recorded row by row
+summary         one table of all that was measured
 
-With --device cpu the same code runs on tiny shapes, to show that it runs: its figures mean nothing.
+A table is a process: what hangs or runs out of memory costs itself. bench_knn_gpu.py has the neighbors, gpu_distill.py
+a whole distillation. With --device cpu the same code runs on tiny shapes, to show that it runs: its figures mean
+nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import time
+import gc
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ import sdw_fast as sdw
 from benchmarks import bench_behavior_matching, bench_unrolled_bc, bench_weighted_bc_loss
 from benchmarks.model import Problem, cuda_graph
 from benchmarks.profile_distill import random_dataset
-from benchmarks.table import append, latest, machine, origin, read
-from benchmarks.timing import Contender, Sampler, Table, contender, format_seconds, measure, record, recorded
+from benchmarks.table import latest, machine, read
+from benchmarks.timing import Contender, Row, Table, cells, contender, format_seconds, measure, record, recorded
 from sdw_fast.networks import orthogonal_parameters
-from sdw_fast.run import new_distiller, run
+from sdw_fast.run import new_distiller
 
 Builders = dict[str, Callable[[Problem], Callable[[], Any]]]
 
@@ -52,13 +51,38 @@ def event_sample(run: Callable[[], object], repeats: int) -> float:
     return begin.elapsed_time(end) / 1e3 / repeats
 
 
-def compare(title: str, builders: Builders, problem: Problem, budget: float) -> Table:
-    """Times all builders' calls in turns; the first is ours. What raises is skipped, and remembered if it is ours."""
-    sample: Sampler | None = event_sample if problem.device != "cpu" else None
-    rows = [tried(name, build, problem) for name, build in builders.items()]
-    if problem.device == "cpu":
-        return measure(title, rows, budget=0, rounds=(2, 2), shortest=0, sample=sample)
-    return measure(title, rows, budget=budget, shortest=0.02, warmup=3, sample=sample)
+def compare(title: str, builders: Builders, problem: Problem, budget: float, save: Callable[[Table], None]) -> Table:
+    """Times ours, all in turns, and then one peer after the other in turns with the first of ours.
+
+    Everything is printed and saved as soon as it is known, so that a peer that hangs takes nothing with it. What raises
+    is skipped, and remembered if it is ours.
+
+    Args:
+        budget: Seconds for ours, and again for all peers together.
+    """
+    real = problem.device != "cpu"
+    options: dict[str, Any] = {"sample": event_sample if real else None, "rounds": (3, 30) if real else (2, 2)}
+    options["shortest"] = 0.02 if real else 0
+    peers = [name for name in builders if not name.startswith("sdw_fast")]
+    ours = [tried(name, builders[name], problem) for name in builders if name not in peers]
+    table = measure(title, ours, budget=budget if real else 0, warmup=3, **options)
+    print(f"\n{table}", flush=True)
+    save(table)
+    for name in peers:
+        peer = tried(name, builders[name], problem)
+        row = Row(name, skipped=peer.skipped)
+        if peer.run is not None:
+            row = measure("", [*ours[:1], peer], budget=budget / len(peers) if real else 0, **options).rows[-1]
+        if not any(one.run for one in ours[:1]):
+            row.ratio = None
+        del peer
+        gc.collect()
+        if real:
+            torch.cuda.empty_cache()
+        table.rows.append(row)
+        print("  ".join(cells(row, memory=False)), flush=True)
+        save(table)
+    return table
 
 
 def tried(name: str, build: Callable[[Problem], Callable[[], Any]], problem: Problem) -> Contender:
@@ -87,10 +111,10 @@ def unrolled_bc_builders() -> Builders:
         "sdw_fast, float32 throughout": partial(suite.ours, precision="ieee"),
         f"sdw_fast, {TOGETHER} problems at once": partial(suite.ours_together, count=TOGETHER),
         "sdw_fast, unrolled_bc alone": suite.ours_alone,
-        "closed form in PyTorch (twin)": suite.twin,
-        "closed form in PyTorch, CUDA graph": suite.twin_graph,
         "autograd double backward (papers)": suite.autograd,
         "JAX jit(grad(scan))": suite.jax_scan,
+        "closed form in PyTorch (twin)": suite.twin,
+        "closed form in PyTorch, CUDA graph": suite.twin_graph,
         "floor: the bare products, CUDA graph": graphed(suite.gemm_floor),
     }
 
@@ -135,46 +159,62 @@ def initialization_builders() -> Builders:
     }
 
 
-def outer_step_builders(steps: int) -> Builders:
-    """The whole outer step in the papers' configuration, as a run takes it."""
+@cache
+def dataset(rows: int) -> sdw.TransitionDataset:
+    return random_dataset(rows)
 
-    def step(problem: Problem, n_runs: int | None) -> Callable[[], Any]:
-        config = sdw.DistillConfig.preset(
-            "paper", objective="dbc", size=problem.size, hidden=problem.hidden, inner_steps=problem.steps, steps=steps
-        )
-        data = random_dataset(1_000_000 if problem.device != "cpu" else 1_000)
+
+def outer_step_builders() -> Builders:
+    """The whole outer step, as a run takes it, in the papers' configuration and in the default one."""
+
+    def step(problem: Problem, preset: str, n_runs: int | None, **settings: Any) -> Callable[[], Any]:
+        tiny = {} if problem.device != "cpu" else {"size": 8, "hidden": (8, 8), "inner_steps": 3}
+        config = sdw.DistillConfig.preset(preset, objective="dbc", steps=50_000, **{**settings, **tiny})
+        data = dataset(1_000_000 if problem.device != "cpu" else 1_000)
         return new_distiller(data, None, config, device=problem.device, n_runs=n_runs).advance
 
     return {
-        "sdw_fast": partial(step, n_runs=None),
-        f"sdw_fast, {TOGETHER} runs at once": partial(step, n_runs=TOGETHER),
+        "sdw_fast, the papers' settings": partial(step, preset="paper", n_runs=None),
+        f"sdw_fast, the papers' settings, {TOGETHER} runs": partial(step, preset="paper", n_runs=TOGETHER),
+        "sdw_fast, default settings": partial(step, preset="default", n_runs=None),
+        f"sdw_fast, default settings, {TOGETHER} runs": partial(step, preset="default", n_runs=TOGETHER),
     }
 
 
-def op_tables(device: str) -> Iterator[tuple[str, Table]]:
-    """Yields (name, table) of every comparison; a name is "<op>/<device>", and what else tells it apart."""
-    real = device != "cpu"
-    reference = replace(bench_unrolled_bc.REFERENCE, device=device) if real else TINY
-    million = replace(reference, batch=1_000_000) if real else TINY
-    elements = replace(reference, batch=16_000_000) if real else TINY
-    yield f"ceilings/{device}", ceilings(device)
-    yield (
-        f"unrolled_bc/{device}",
-        compare(f"one outer step: {bench_unrolled_bc.describe(reference)}", unrolled_bc_builders(), reference, 20),
-    )
-    for problem in (reference, million):
-        yield (
-            f"behavior_matching/{device},M={problem.batch}",
-            compare(bench_behavior_matching.describe(problem), behavior_matching_builders(), problem, 5),
-        )
-    for problem in (reference, elements):
-        title = f"weighted_bc_loss, loss and gradient: M = {problem.batch:,}, A = {problem.action}"
-        yield f"weighted_bc_loss/{device},M={problem.batch}", compare(title, weighted_bc_loss_builders(), problem, 5)
-    yield f"initialization/{device}", compare("θ_0: orthogonal weights", initialization_builders(), reference, 5)
-    yield f"outer_step/{device}", compare("outer step of the papers, whole", outer_step_builders(50_000), reference, 5)
+def reference(device: str, **shape: Any) -> Problem:
+    return replace(bench_unrolled_bc.REFERENCE, device=device, **shape) if device != "cpu" else TINY
 
 
-def ceilings(device: str) -> Table:
+Save = Callable[[str, Table], None]  # (case, table)
+
+
+def outer_step(device: str, save: Save) -> None:
+    compare("an outer step, whole", outer_step_builders(), reference(device), 8, partial(save, device))
+
+
+def unrolled_bc(device: str, save: Save) -> None:
+    problem = reference(device)
+    title = f"one outer step: {bench_unrolled_bc.describe(problem)}"
+    compare(title, unrolled_bc_builders(), problem, 10, partial(save, device))
+
+
+def behavior_matching(device: str, save: Save, rows: int = 2_560) -> None:
+    problem = reference(device, batch=rows)
+    title = bench_behavior_matching.describe(problem)
+    compare(title, behavior_matching_builders(), problem, 5, partial(save, f"{device},M={rows}"))
+
+
+def weighted_bc_loss(device: str, save: Save, rows: int = 2_560) -> None:
+    problem = reference(device, batch=rows)
+    title = f"weighted_bc_loss, loss and gradient: M = {rows:,}, A = {problem.action}"
+    compare(title, weighted_bc_loss_builders(), problem, 4, partial(save, f"{device},M={rows}"))
+
+
+def initialization(device: str, save: Save) -> None:
+    compare("θ_0: orthogonal weights", initialization_builders(), reference(device), 4, partial(save, device))
+
+
+def ceilings(device: str, save: Save) -> None:
     """What the device can do: a copy of a GiB, and products of 8,192³ in tf32 and in float32."""
     count, side = (2**28, 8_192) if device != "cpu" else (2**10, 64)
     source = torch.randn(count, device=device)
@@ -186,49 +226,96 @@ def ceilings(device: str) -> Table:
         torch.set_float32_matmul_precision(precision)
         torch.mm(a, b, out=out)
 
-    before = torch.get_float32_matmul_precision()
     calls: dict[str, tuple[Callable[[], Any], float, str]] = {
         "copy": (lambda: buffer.copy_(source), 8 * count / 1e12, "TB/s"),
         "product in tf32": (partial(product, "high"), 2 * side**3 / 1e12, "TFLOP/s"),
         "product in float32": (partial(product, "highest"), 2 * side**3 / 1e12, "TFLOP/s"),
     }
+
+    def named(table: Table) -> None:
+        for row in table.rows:
+            if row.name in calls and row.median:
+                _, work, unit = calls[row.name]
+                row.name += f": {work / row.median:.3g} {unit}"
+            row.ratio = None
+        save(device, table)
+
+    before = torch.get_float32_matmul_precision()
     builders: Builders = {name: lambda _, call=call: call for name, (call, _, _) in calls.items()}
-    table = compare("ceilings", builders, replace(TINY, device=device), 3)
+    print(compare("ceilings", builders, replace(TINY, device=device), 3, named))
     torch.set_float32_matmul_precision(before)
-    for row in table.rows:
-        _, work, unit = calls[row.name]
-        row.name += f": {work / row.median:.3g} {unit}" if row.median else ""
-        row.ratio = None
-    return table
 
 
-def ops(out: Path, device: str) -> None:
-    """Measures every table. PyTorch's own products may use tf32, as ours and JAX's do by default."""
+TABLES: dict[str, tuple[str, Callable[[str, Save], None]]] = {  # name: op and measurement
+    "outer_step": ("outer_step", outer_step),
+    "unrolled_bc": ("unrolled_bc", unrolled_bc),
+    "behavior_matching": ("behavior_matching", behavior_matching),
+    "behavior_matching_million": ("behavior_matching", partial(behavior_matching, rows=1_000_000)),
+    "weighted_bc_loss": ("weighted_bc_loss", weighted_bc_loss),
+    "weighted_bc_loss_16_million": ("weighted_bc_loss", partial(weighted_bc_loss, rows=16_000_000)),
+    "initialization": ("initialization", initialization),
+    "ceilings": ("ceilings", ceilings),
+}
+
+
+def table(names: list[str], out: Path, device: str) -> None:
+    """Measures the named tables. PyTorch's own products may use tf32, as ours and JAX's do by default."""
     torch.set_float32_matmul_precision("high")
     print("\n".join(f"{key}: {value}" for key, value in machine().items()), flush=True)
-    for name, table in op_tables(device):
-        print(f"\n{table}", flush=True)
-        record(table, name, out)
+    for name in names or TABLES:
+        op, measurement = TABLES[name]
+        measurement(device, lambda case, measured, op=op: record(measured, f"{op}/{case}", out))
     if failures:
         raise SystemExit("failed: " + "; ".join(failures))
 
 
-def touch(out: Path, device: str) -> None:
-    """Calls every op in all its forms; checks only that results are finite (the tests compare them)."""
-    problem = replace(TINY, device=device, size=40, hidden=(24, 40), batch=70)
+def touch(names: list[str], out: Path, device: str) -> None:
+    """Calls the named ops, or all, in all their forms; checks only that results are finite (the tests compare them)."""
+    for name in names or TOUCHED:
+        TOUCHED[name](device)
+        print(f"{name} was called", flush=True)
+
+
+def touch_unrolled_bc(device: str) -> None:
+    small = replace(TINY, device=device, size=40, hidden=(24, 40), batch=70)
+    # Wide enough for clusters of four blocks a tile of rows on sm_90, and of two.
+    wide, narrower = (replace(small, size=32, hidden=hidden, steps=3) for hidden in ((256, 256), (128,)))
     for precision in ("tf32", "ieee"):
-        for build in (bench_unrolled_bc.ours, partial(bench_unrolled_bc.ours_together, count=3)):
-            check_finite(build(problem, precision=precision)())
-        check_finite(bench_behavior_matching.ours(problem, precision=precision)())
-    observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
-    for options in ({"window": 2}, {"tape": "recompute"}):
-        trained = sdw.ops.unrolled_bc(observations, actions, problem.params, steps=5, lr=0.1, **options)
+        for problem in (small, wide, narrower):
+            check_finite(bench_unrolled_bc.ours_alone(problem, precision=precision)())
+        together = bench_unrolled_bc.ours_together(small, count=3, precision=precision)
+        check_finite(together())
+    observations, actions = (x.clone().requires_grad_() for x in small.synthetic)
+    for options in ({"window": 2}, {"tape": "recompute"}, {"momentum": 0.9}):
+        trained = sdw.ops.unrolled_bc(observations, actions, small.params, steps=5, lr=0.1, **options)
         check_finite(torch.autograd.grad(sum(p.sum() for p in trained), [observations, actions]))
-    check_finite(bench_behavior_matching.ours(replace(problem, hidden=(900, 500)))())
-    check_finite(bench_weighted_bc_loss.ours(replace(problem, batch=5_000))())
-    points = problem.normal(3_000, 11)
-    check_finite(sdw.ops.knn(points, k=10)[0], sdw.ops.knn(points[:100], points, k=10)[0])
-    print("every op was called")
+
+
+def touch_behavior_matching(device: str) -> None:
+    # One tile and a part; activations beyond shared memory; more tiles of 32 rows than blocks.
+    for hidden, rows in (((24, 40), 70), ((900, 500), 33), ((8,), 128 * 32 + 1)):
+        problem = replace(TINY, device=device, hidden=hidden, batch=rows)
+        for precision in ("tf32", "ieee"):
+            check_finite(bench_behavior_matching.ours(problem, precision=precision)())
+
+
+def touch_weighted_bc_loss(device: str) -> None:
+    for rows in (7, 5_000):
+        check_finite(bench_weighted_bc_loss.ours(replace(TINY, device=device, batch=rows))())
+
+
+def touch_knn(device: str) -> None:
+    points = replace(TINY, device=device).normal(2_000, 11)
+    points[:100] = points[0]  # lists that run full
+    check_finite(sdw.ops.knn(points, k=10)[0], sdw.ops.knn(points[:100], points, k=40)[0])
+
+
+TOUCHED: dict[str, Callable[[str], None]] = {
+    "unrolled_bc": touch_unrolled_bc,
+    "behavior_matching": touch_behavior_matching,
+    "weighted_bc_loss": touch_weighted_bc_loss,
+    "knn": touch_knn,
+}
 
 
 def check_finite(*results: Any) -> None:
@@ -236,33 +323,6 @@ def check_finite(*results: Any) -> None:
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if not tensor.isfinite().all():
                 raise RuntimeError("an op returned numbers that are not finite")
-
-
-def distill(out: Path, device: str) -> None:
-    """Collects hopper-medium, distills it with SDW, and runs clones of the result and of random real pairs."""
-    real = device != "cpu"
-    os.environ.setdefault("MINARI_DATASETS_PATH", str(out / "minari"))
-    transitions, steps, clones, episodes = (50_000, 1_500, 10, 20) if real else (2_000, 3, 1, 1)
-    settings: dict[str, Any] = {"size": 256} if real else {"size": 8, "hidden": (8,), "inner_steps": 3}
-    sdw.collect("hopper/medium", steps=transitions, seed=0, overwrite=True)
-    data = sdw.load_dataset("hopper/medium")
-    teacher = sdw.Teacher.pretrained("hopper/medium")
-    config = sdw.DistillConfig(objective="sdw", steps=steps, **settings)
-    distiller = new_distiller(data, teacher, config, device=device)
-    results: dict[str, Any] = {"transitions": transitions, "steps": steps, "device": device, **settings}
-
-    def score(pairs: sdw.SyntheticDataset) -> list[float]:
-        result = sdw.evaluate_synthetic(pairs, clones=clones, episodes=episodes, seed=10_000)
-        return [float(x) for x in (result.normalized_mean, result.normalized_std)]
-
-    results["random_pairs"] = score(distiller.synthetic)  # what a distillation starts from
-    distiller.step()
-    began = time.perf_counter()
-    best = run(distiller)[0]
-    results["steps_per_second"] = (steps - 1) / (time.perf_counter() - began)
-    results["distilled"] = score(best)
-    print(json.dumps(results, indent=2))
-    append(out / "distill.jsonl", {**results, **origin()})
 
 
 def summary(out: Path, device: str, since: float = 0) -> None:
@@ -282,30 +342,33 @@ def summary(out: Path, device: str, since: float = 0) -> None:
             median = format_seconds(row.median) if row.median else median
             ratio = f"{row.ratio:.3g}×" if row.ratio else ""
             print(f"  {row.name[:60]:<60} {median:>10} {ratio:>8}")
-    for results in latest(filter(young, read(out / "distill.jsonl")), "device").values():
-        print(f"\nhopper-medium, {results['steps']} outer steps at {results['steps_per_second']:.1f} a second")
-        for name in ("random_pairs", "distilled"):
-            mean, std = results[name]
-            print(f"  {name.replace('_', ' '):<20} D4RL-normalized return {mean:.1f} ± {std:.1f} over episodes")
-
-
-STAGES = {"touch": touch, "ops": ops, "distill": distill, "summary": summary}
+    for results in latest(filter(young, read(out / "distill.jsonl")), "dataset").values():
+        print(f"\n{results['dataset']}: {results['steps']} outer steps, {results['steps_per_second']:.1f} a second")
+        for name in ("first_loss", "last_loss", "difference_to_the_cpu", "random_pairs", "distilled"):
+            if name in results:
+                print(f"  {name.replace('_', ' '):<22} {results[name]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=["touch", "table", "summary"])
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the tables of results"
+        "names", nargs="*", help=f"of tables: {', '.join(TABLES)}; of ops to touch: {', '.join(TOUCHED)}"
     )
+    parser.add_argument("--out", type=Path, default=Path("build/gpu_check"), help="folder of the tables of results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--since", type=float, default=0, help="of the summary: leave out what is older than this time")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU: torch.cuda.is_available() is False")
     options.out.mkdir(parents=True, exist_ok=True)
-    arguments = {"since": options.since} if options.stage == "summary" else {}
-    STAGES[options.stage](options.out, options.device, **arguments)
+    if options.stage == "summary":
+        summary(options.out, options.device, options.since)
+    else:
+        known = TABLES if options.stage == "table" else TOUCHED
+        if unknown := [name for name in options.names if name not in known]:
+            parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
+        {"touch": touch, "table": table}[options.stage](options.names, options.out, options.device)
 
 
 if __name__ == "__main__":

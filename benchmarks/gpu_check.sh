@@ -1,53 +1,79 @@
 #!/usr/bin/env bash
-# Everything that a machine with an NVIDIA GPU can tell, in one call of under eight minutes and without a network:
-#   OUT=folder SDW_WHEELS=folder benchmarks/gpu_check.sh
-# builds the extension in place for this GPU, runs the CUDA tests, runs compute-sanitizer over small shapes, times every op
-# beside its peers, distills hopper-medium, and prints one table last. The log and the tables of results go to OUT.
+# What a machine with an NVIDIA GPU can tell, without a network:
+#   OUT=folder benchmarks/gpu_check.sh build tests sanitize      three calls of under five minutes each
+#   OUT=folder benchmarks/gpu_check.sh ops
+#   OUT=folder benchmarks/gpu_check.sh knn distill
+#   benchmarks/gpu_check.sh --dry-run                            everything, on the CPU and tiny shapes: it runs, no more
 #
-# Needs nvcc, CMake, a C++ compiler, and a Python (PYTHON, default python3) with torch (CUDA), pybind11, pip, pytest,
-# hypothesis, and what sdw_fast imports. Packages that this Python lacks are taken as wheels from SDW_WHEELS:
-#   pip download "gymnasium[mujoco]" "minari[hdf5]" h5py safetensors tqdm matplotlib typer --dest wheels
-# run with that Python's version and platform; without MuJoCo the last stage fails and the others run. JAX is timed where
-# it is installed.
+# build     the extension, in place, for this GPU; every call begins with it, and keeps what is built already
+# tests     the tests that run on a GPU, a process a file, side by side
+# sanitize  compute-sanitizer over small shapes: memcheck, synccheck, racecheck
+# ops       timings: an outer step first, then every op, ours before its peers
+# knn       neighbors of 10^5, 10^6 and 10^7 rows, ours before its peers
+# distill   a whole distillation, and its first steps beside the CPU's; returns where MuJoCo is installed
 #
-# A stage that fails, or that runs out of its time, is reported and the next begins; the exit status is then 1. Without a
-# GPU the same stages run on the CPU with tiny shapes, which shows that they run and nothing else; the exit status is 3.
+# Needs nvcc, CMake, a C++ compiler, and a Python (PYTHON, default python3) with torch (CUDA), pybind11, pytest,
+# hypothesis, safetensors and tqdm. JAX, cuVS and KeOps are timed where they are installed. Packages that this Python
+# lacks are taken as wheels from the folder SDW_WHEELS; csrc/cuda/README.md has the list that returns need.
+#
+# A stage that fails or runs out of its time is reported and the next begins with all of its own; the exit status is then
+# 1. $OUT gets log.txt and results.tar.gz, the tables.
 set -uo pipefail
+ulimit -c 0
 PYTHON=$(command -v "${PYTHON:-python3}") || { echo "no Python: set PYTHON to one that has torch" >&2; exit 2; }
-root=$(cd "$(dirname "$0")/.." && pwd)
-OUT=${OUT:-$root/benchmarks/results/gpu}
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
-SDW_WHEELS=${SDW_WHEELS:+$(cd "$SDW_WHEELS" && pwd)}
-SECONDS_IN_ALL=460 # of all stages but the summary
 PATH=$(dirname "$PYTHON"):$PATH:/usr/local/cuda/bin
-cd "$root" || exit 2
-packages=$PWD/build/gpu_check-packages # wheels unpacked
-export PYTHONPATH=$PWD:$packages
-export MINARI_DATASETS_PATH=$PWD/build/gpu_check-datasets
+device=cuda patience=${SDW_PATIENCE:-100} stages=() # percent of every limit
+for argument in "$@"; do
+    case $argument in
+        --dry-run) device=cpu patience=${SDW_PATIENCE:-1000} ;;
+        build | tests | sanitize | ops | knn | distill) stages+=("$argument") ;;
+        *) echo "unknown stage '$argument': choose of build tests sanitize ops knn distill" >&2; exit 2 ;;
+    esac
+done
+[ ${#stages[@]} -gt 0 ] || stages=(build tests sanitize ops knn distill)
+cd "$(dirname "$0")/.." || exit 2
+work=$PWD/build/gpu_check
+results=$work/results
+OUT=${OUT:-$work}
+rm -rf "$results" "$work/together" "$work/failed"
+mkdir -p "$OUT" "$results" "$work/together" && OUT=$(cd "$OUT" && pwd) || exit 2
+SDW_WHEELS=${SDW_WHEELS:+$(cd "$SDW_WHEELS" && pwd)}
+packages=$work/packages # wheels unpacked
+export PYTHON SDW_WHEELS device work packages
+export PYTHONPATH=$PWD:$packages PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+export MINARI_DATASETS_PATH=$work/datasets TQDM_MININTERVAL=10
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # JAX would take three quarters of the memory
-export TQDM_MININTERVAL=10
-failed=()
 
-stage() { # name, seconds at most, command
-    local name=$1 limit=$2 left=$((SECONDS_IN_ALL - SECONDS)) began=$SECONDS status
+run() { # name, seconds at most, command: an abort lets Python say where it was
+    local name=$1 limit=$((($2 * patience + 99) / 100)) began=$SECONDS status
     shift 2
     printf '\n== %s\n' "$name"
-    if [ "$left" -lt 5 ]; then
-        echo "-- $name: FAILED, no time is left"
-        failed+=("$name")
-        return
-    fi
-    timeout --kill-after=10 "$((limit < left ? limit : left))" "$@"
+    timeout --signal=ABRT --kill-after=5 "$limit" "$@"
     status=$?
-    if [ "$status" -eq 0 ]; then
-        echo "-- $name: done in $((SECONDS - began)) s"
-    elif [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
-        echo "-- $name: FAILED, ran out of time after $((SECONDS - began)) s"
-        failed+=("$name")
-    else
-        echo "-- $name: FAILED with status $status after $((SECONDS - began)) s"
-        failed+=("$name")
-    fi
+    case $status in
+        0) echo "-- $name: done in $((SECONDS - began)) s" ;;
+        124 | 137) echo "-- $name: FAILED, ran out of its $limit s" ;;
+        *) echo "-- $name: FAILED with status $status after $((SECONDS - began)) s" ;;
+    esac
+    [ "$status" -eq 0 ] || echo "$name" >>"$work/failed"
+}
+
+together() { # seconds at most, then name and command, name and command …: side by side, printed one after the other
+    local limit=$1 number=0 other
+    shift
+    while [ $# -gt 0 ]; do
+        run "$1" "$limit" bash -c "$2" >"$work/together/$number" 2>&1 &
+        number=$((number + 1))
+        shift 2
+    done
+    wait
+    for ((other = 0; other < number; other++)); do cat "$work/together/$other"; done
+}
+
+python() { # seconds at most, name, module, arguments
+    local limit=$1 name=$2
+    shift 2
+    run "$name" "$limit" "$PYTHON" -m "$@" --out "$results" --device "$device"
 }
 
 wheels() { # those of SDW_WHEELS whose package this Python lacks
@@ -65,60 +91,101 @@ build() { # by CMake alone: needs neither setuptools nor what pyproject.toml ask
     if [ "$device" = cuda ]; then
         options=(-DSDW_CUDA=1 -DCMAKE_CUDA_ARCHITECTURES="$(
             "$PYTHON" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())'
-        )")
+        )" -DCMAKE_CUDA_FLAGS=--split-compile=0) # the kernels of a file side by side
     fi
-    cmake -S . -B "build/gpu_check-$device" -DCMAKE_BUILD_TYPE=Release "${options[@]}" -DPython_EXECUTABLE="$PYTHON" \
+    command -v ninja >/dev/null && options+=(-G Ninja)
+    cmake -S . -B "$work/$device" -DCMAKE_BUILD_TYPE=Release "${options[@]}" -DPython_EXECUTABLE="$PYTHON" \
         -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/sdw_fast" &&
-        cmake --build "build/gpu_check-$device" --parallel "$(nproc)"
+        cmake --build "$work/$device" --parallel "$(nproc)" &&
+        "$PYTHON" -c 'import sdw_fast; sdw_fast.show_config()'
 }
 
-sanitize() { # tool of compute-sanitizer
-    if ! command -v compute-sanitizer; then
-        echo "compute-sanitizer is not installed: skipped"
-        return
+tests() { # a file's: none that is emulated, and none that outlasts 30 seconds
+    SDW_EMULATOR=0 SDW_TEST_SECONDS=$((30 * patience / 100)) "$PYTHON" -m pytest -v -m gpu --capture=sys --durations=5 \
+        -p no:cacheprovider "$1"
+}
+
+touch_ops() { # tool of compute-sanitizer, ops
+    local tool=$1 command=("$PYTHON" -m benchmarks.gpu touch "${@:2}" --device "$device")
+    if [ "$device" = cuda ]; then
+        # Of our kernels only: their mangled names hold their namespace.
+        command=(compute-sanitizer --tool "$tool" --kernel-name kns=sdw --error-exitcode 9 --print-limit 20
+            "${command[@]}")
     fi
     # Without PyTorch's own allocator, so that every tensor has an end that can be overrun.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 \
-        "$PYTHON" -m benchmarks.gpu touch --out "$OUT" --device "$device"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${command[@]}"
+}
+
+stage_build() {
+    [ -z "$SDW_WHEELS" ] || run "wheels" 30 bash -c wheels
+    run "build" 120 bash -c build
+}
+
+stage_tests() {
+    local file commands=()
+    for file in tests/ops/test_*.py tests/test_density.py tests/test_distiller_gpu.py; do
+        # No test of these needs a GPU, and pytest fails where it finds none.
+        case $file in *_isa.py | *_backend.py | *_refusals.py) continue ;; esac
+        commands+=("tests: $file" "tests $file")
+    done
+    together 90 "${commands[@]}"
+}
+
+stage_sanitize() { # racecheck watches shared memory, and unrolled_bc has none
+    together 90 "memcheck" "touch_ops memcheck" "synccheck" "touch_ops synccheck" \
+        "racecheck" "touch_ops racecheck behavior_matching weighted_bc_loss knn"
+}
+
+stage_ops() {
+    local table
+    python 20 "every op once" benchmarks.gpu touch
+    for table in outer_step:30 unrolled_bc:50 behavior_matching:25 behavior_matching_million:25 initialization:20 \
+        weighted_bc_loss:25 weighted_bc_loss_16_million:25 ceilings:20; do
+        python "${table#*:}" "table: ${table%:*}" benchmarks.gpu table "${table%:*}"
+    done
+}
+
+stage_knn() {
+    local rows sizes=(1e6 1e5 1e7)
+    [ "$device" = cuda ] || sizes=(2e3)
+    for rows in "${sizes[@]}"; do
+        python 30 "neighbors of $rows rows" benchmarks.bench_knn_gpu surface:17 --rows "$rows" --verify 1000 \
+            --peers "torch.cdist + topk" "cuVS brute force" "KeOps argKmin"
+    done
+}
+
+stage_distill() {
+    python 60 "distillation" benchmarks.gpu_distill
+    python 90 "distillation of hopper-medium, with returns" benchmarks.gpu_distill --returns
 }
 
 check() {
-    local began knn=(--device cuda --rows 1e5 1e6 --verify 20000)
+    local began stage
     began=$(date +%s)
-    device=cuda
-    if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-        echo "NO GPU: a dry run on the CPU with tiny shapes; no figure below means anything"
-        device=cpu knn=(--rows 2e3)
+    if [ "$device" = cpu ]; then
+        echo "DRY RUN on the CPU with tiny shapes; no figure below means anything"
     else
+        "$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())' || { echo "NO GPU: try --dry-run"; return 3; }
         nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
         nvcc --version | tail -2
     fi
-    export -f wheels build sanitize
-    export PYTHON OUT SDW_WHEELS device packages
-    [ -z "$SDW_WHEELS" ] || stage "wheels" 60 bash -c wheels
-    stage "build" 240 bash -c build
-    stage "tests" 150 "$PYTHON" -m pytest -q --maxfail=10 -p no:cacheprovider tests/cuda tests/ops \
-        -k "cuda and not emulated"
-    stage "every op once" 60 "$PYTHON" -m benchmarks.gpu touch --out "$OUT" --device "$device"
-    stage "ops" 150 "$PYTHON" -m benchmarks.gpu ops --out "$OUT" --device "$device"
-    stage "knn" 90 "$PYTHON" -m benchmarks.bench_knn surface:11 surface:17 "${knn[@]}" --out "$OUT"
-    stage "distill" 120 "$PYTHON" -m benchmarks.gpu distill --out "$OUT" --device "$device"
-    if [ "$device" = cuda ]; then
-        stage "knn, 10,000,000 rows" 90 "$PYTHON" -m benchmarks.bench_knn surface:17 --device cuda --rows 1e7 \
-            --verify 20000 --out "$OUT"
-        stage "memcheck" 90 bash -c 'sanitize memcheck'
-        stage "racecheck" 90 bash -c 'sanitize racecheck'
-    fi
+    stage_build
+    for stage in "${stages[@]}"; do
+        [ "$stage" = build ] || "stage_$stage"
+    done
     printf '\n== summary\n'
-    "$PYTHON" -m benchmarks.gpu summary --out "$OUT" --device "$device" --since "$began"
+    "$PYTHON" -m benchmarks.gpu summary --out "$results" --device "$device" --since "$began"
     printf '\n%s s in all; ' "$SECONDS"
-    if [ ${#failed[@]} -gt 0 ]; then
-        (IFS=,; echo "FAILED: ${failed[*]}")
+    if [ -s "$work/failed" ]; then
+        echo "FAILED: $(paste -sd, "$work/failed")"
         return 1
     fi
-    [ "$device" = cuda ] || { echo "NO GPU"; return 3; }
     echo "every stage passed"
 }
 
+export -f wheels build tests touch_ops
+export patience
 check 2>&1 | tee "$OUT/log.txt"
-exit "${PIPESTATUS[0]}"
+status=${PIPESTATUS[0]}
+tar -czf "$OUT/results.tar.gz" -C "$results" --exclude=minari .
+exit "$status"

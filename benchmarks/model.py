@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,13 @@ class Problem:
     device: str = "cpu"
 
     def normal(self, *shape: int, stream: int = 0) -> Tensor:
-        """Standard normal numbers, the same on every device; each `stream` of the seed is its own sequence."""
+        """Standard normal numbers; each `stream` of the seed is its own sequence.
+
+        The same on every device up to a few million; more are drawn where they are wanted.
+        """
+        if self.device != "cpu" and math.prod(shape) > 1 << 22:
+            generator = torch.Generator(self.device).manual_seed(self.seed * 10 + stream)
+            return torch.randn(*shape, generator=generator, dtype=self.dtype, device=self.device)
         generator = torch.Generator().manual_seed(self.seed * 10 + stream)
         return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
 

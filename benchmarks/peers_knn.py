@@ -154,6 +154,28 @@ def faiss_gpu_flat(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, flo
     return 0.0, query, without_self(found.cpu().numpy(), rows.cpu().numpy())
 
 
+def cuvs_brute_force(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, float, np.ndarray]:
+    from cuvs.neighbors import brute_force
+
+    build, index = timed(lambda: brute_force.build(points, metric="sqeuclidean"))
+    brute_force.search(index, points[:100], K + 1)
+    query, (_, found) = timed(lambda: brute_force.search(index, points[rows], K + 1))
+    found = torch.as_tensor(found, device=points.device)
+    return build, query, without_self(found.cpu().numpy(), rows.cpu().numpy())
+
+
+def keops(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, float, np.ndarray]:
+    from pykeops.torch import LazyTensor
+
+    def search(some: torch.Tensor) -> torch.Tensor:
+        x, y = LazyTensor(points[some][:, None]), LazyTensor(points[None])
+        return ((x - y) ** 2).sum(-1).argKmin(K + 1, dim=1)
+
+    search(rows[:100])  # compiles
+    query, found = timed(lambda: search(rows))
+    return 0.0, query, without_self(found.cpu().numpy(), rows.cpu().numpy())
+
+
 def ours_on_the_cpu(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, float, np.ndarray]:
     """The whole join, however few rows are asked for."""
     on_host = points.cpu()
@@ -164,6 +186,8 @@ def ours_on_the_cpu(points: torch.Tensor, rows: torch.Tensor) -> tuple[float, fl
 
 GPU_PEERS: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[float, float, np.ndarray]]] = {
     "torch.cdist + topk": cdist_topk,
+    "cuVS brute force": cuvs_brute_force,
+    "KeOps argKmin": keops,
     "FAISS GPU flat": faiss_gpu_flat,
     "sdw_fast on the CPU": ours_on_the_cpu,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sdw_fast.ops._backend import _C
+from sdw_fast.ops._backend import _C, obstacle
 from sdw_fast.version import __version__
 
 
@@ -55,12 +55,20 @@ def _config() -> dict[str, Any]:
         "threads": _C.num_threads(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
-        "cuda_device": _C.cuda_device_description() if _C.has_cuda else "not compiled (nvcc was not found)",
+        "cuda_architectures": [f"sm_{number}" for number in _C.cuda_architectures()] if _C.has_cuda else [],
+        "cuda_device": _cuda_device(),
         "faiss": _faiss_version(),
         "torchrl": _version("torchrl"),
         "zuko": _version("zuko"),
         "mujoco": _version("mujoco"),
     }
+
+
+def _cuda_device() -> str:
+    if not _C.has_cuda:
+        return "not compiled (nvcc was not found)"
+    reason = obstacle(torch.device("cuda")) if torch.cuda.is_available() else ""
+    return reason or _C.cuda_device_description()
 
 
 def _version(package: str) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,27 @@ import sdw_fast as sdw
 
 # The tensors here are tiny: PyTorch's second thread costs more than it does. The kernels keep their own setting.
 torch.set_num_threads(1)
+
+
+# Of a test with a kernel that may wait for ever, which no exception ends: the process ends, saying where it was.
+SECONDS = float(os.environ.get("SDW_TEST_SECONDS", "0"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that run on a GPU: `-m gpu`."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if any(isinstance(value, str) and value == "cuda" for value in params.values()):
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    if SECONDS:
+        faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
+    yield
+    if SECONDS:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
@@ -62,24 +85,25 @@ def bounded_data(small_data: sdw.TransitionDataset) -> sdw.TransitionDataset:
     )
 
 
-class Toy(gym.Env):
-    """Two steps of hopper's shape, which pay the seed and the actions."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (11,), np.float64)
-    action_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        self.seed, self.steps = seed or 0, 0
-        return np.full(11, 0.1), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.steps += 1
-        return np.full(11, 0.2), self.seed + float(action.sum()), False, self.steps == 2, {}
-
-
 @pytest.fixture(scope="session")
 def toy_env() -> Iterator[str]:
     """The id of an environment of hopper's shape whose episodes take no time."""
+    import gymnasium as gym  # not at the top: the kernels' tests run where there is none
+
+    class Toy(gym.Env):
+        """Two steps of hopper's shape, which pay the seed and the actions."""
+
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (11,), np.float64)
+        action_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+            self.seed, self.steps = seed or 0, 0
+            return np.full(11, 0.1), {}
+
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            self.steps += 1
+            return np.full(11, 0.2), self.seed + float(action.sum()), False, self.steps == 2, {}
+
     gym.register("Toy-v0", Toy, disable_env_checker=True)
     yield "Toy-v0"
     gym.registry.pop("Toy-v0")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdw_fast.ops import unrolled_bc
+
 
 def random_problem(widths, rows, seed, dtype=torch.float64, gain=1.4):
     """observations, actions and params of an MLP with these widths, [D, hidden…, A]."""
@@ -63,6 +65,18 @@ def hypergradient(unroll, observations, actions, params, lr, seed=1):
     covectors = [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in out]
     outer = sum((p * v).sum() for p, v in zip(out, covectors, strict=True))
     return [p.detach() for p in out], torch.autograd.grad(outer, [s, a, alpha, *(start or theta)])
+
+
+def unroll(backend, steps, **options):
+    return lambda s, a, theta, lr: (unrolled_bc(s, a, theta, steps=steps, lr=lr, backend=backend, **options), None)
+
+
+def placed(kernel, observations, actions, params):
+    return observations.to(kernel.device), actions.to(kernel.device), [p.to(kernel.device) for p in params]
+
+
+def equal(one, other):
+    return all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
 def relative_error(actual, expected) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ import pytest
 import torch
 
 import sdw_fast
-from benchmarks import bench_behavior_matching, bench_unrolled_bc, bench_weighted_bc_loss, gpu, run, table, timing
+from benchmarks import (
+    bench_behavior_matching,
+    bench_unrolled_bc,
+    bench_weighted_bc_loss,
+    gpu,
+    gpu_distill,
+    run,
+    table,
+    timing,
+)
 from benchmarks.model import Problem, arrays
 
 SUITES = {
@@ -70,10 +80,12 @@ def test_problems_together_are_problems_apart() -> None:
 
 def test_every_stage_of_the_gpu_check_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    gpu.touch(tmp_path, "cpu")
-    gpu.ops(tmp_path, "cpu")
+    gpu.touch([], tmp_path, "cpu")
+    gpu.table([], tmp_path, "cpu")
     gpu.summary(tmp_path, "cpu")
-    recorded, _ = timing.recorded(tmp_path)["unrolled_bc/cpu"]
+    found = timing.recorded(tmp_path)
+    assert {name.split("/")[0] for name in found} == {op for op, _ in gpu.TABLES.values()}
+    recorded, _ = found["unrolled_bc/cpu"]
     skipped = [row.name for row in recorded.rows if row.skipped]
     assert all("CUDA graph" in name or "JAX" in name for name in skipped)
     assert not gpu.failures
@@ -83,10 +95,44 @@ def test_a_failing_row_of_ours_fails_the_stage(tmp_path: Path, monkeypatch: pyte
     def broken(problem: Problem) -> Any:
         raise RuntimeError("broken kernel")
 
+    def measure(device: str, save: Any) -> None:
+        peer = {"peer": lambda problem: lambda: None}
+        gpu.compare("t", {"sdw_fast": broken, **peer}, TINY, 1, functools.partial(save, device))
+
     monkeypatch.setattr(gpu, "failures", [])
-    monkeypatch.setattr(gpu, "op_tables", lambda device: [("t", gpu.compare("t", {"sdw_fast": broken}, TINY, 1))])
+    monkeypatch.setitem(gpu.TABLES, "t", ("t", measure))
     with pytest.raises(SystemExit, match="broken kernel"):
-        gpu.ops(tmp_path, "cpu")
+        gpu.table(["t"], tmp_path, "cpu")
+    ours, peer = timing.recorded(tmp_path)["t/cpu"][0].rows
+    assert "broken kernel" in ours.skipped
+    assert peer.median is not None  # is timed all the same
+    assert peer.ratio is None
+
+
+def test_what_is_known_is_recorded_before_a_peer_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(problem: Problem) -> Any:
+        raise KeyboardInterrupt
+
+    builders = {"sdw_fast": lambda problem: lambda: None, "first": lambda problem: lambda: None, "second": hangs}
+    tables: list[list[str]] = []
+    with pytest.raises(KeyboardInterrupt):
+        gpu.compare("t", builders, TINY, 1, lambda measured: tables.append([row.name for row in measured.rows]))
+    assert tables == [["sdw_fast"], ["sdw_fast", "first"]]
+
+
+def test_a_distillation_without_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gymnasium", "mujoco", "minari"):
+        monkeypatch.setitem(sys.modules, name, None)
+    gpu_distill.without_environment(tmp_path, "cpu")
+    (results,) = table.read(tmp_path / "distill.jsonl")
+    assert results["difference_to_the_cpu"] == {"loss": 0, "gradient_norm": 0}
+    assert results["steps_per_second"] > 0
+
+
+def test_first_steps_that_differ_from_the_cpu_s_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_distill, "difference_to_the_cpu", lambda *_, **__: {"loss": float("nan")})
+    with pytest.raises(SystemExit, match="differ"):
+        gpu_distill.without_environment(tmp_path, "cpu")
 
 
 def test_gemm_floor_counts_the_products_of_the_recipe() -> None:

@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import sdw_fast as sdw
+from benchmarks import gpu_distill
 from sdw_fast import distiller as module
-from sdw_fast import networks
 from sdw_fast.run import new_distiller, read_metrics, run
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
 @pytest.fixture
-def draws_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def draws_of_the_cpu() -> Iterator[None]:
     """Whatever the device, distillers take the random numbers that a CPU's generators of their seeds give."""
-    generators: dict[torch.Generator, torch.Generator] = {}
-
-    def of_cpu(generator: torch.Generator) -> torch.Generator:
-        return generators.setdefault(generator, torch.Generator().manual_seed(generator.initial_seed()))
-
-    def orthogonal_parameters(
-        sizes: Sequence[int], *, gain: float, generators: Sequence[torch.Generator]
-    ) -> list[Tensor]:
-        drawn = networks.orthogonal_parameters(sizes, gain=gain, generators=[of_cpu(g) for g in generators])
-        return [parameter.to(generators[0].device) for parameter in drawn]
-
-    class Batches:
-        def __init__(self, problem: sdw.OuterProblem, device: torch.device) -> None:
-            self.device = device
-            self._batches = outer_batches(problem, torch.device("cpu"))
-
-        def draw(self, size: int, generator: torch.Generator) -> list[Tensor]:
-            return [part.to(self.device) for part in self._batches.draw(size, of_cpu(generator))]
-
-    outer_batches = module.OuterBatches
-    monkeypatch.setattr(module, "orthogonal_parameters", orthogonal_parameters)
-    monkeypatch.setattr(module, "OuterBatches", Batches)
+    with gpu_distill.draws_of_the_cpu():
+        yield
 
 
 def make(data: sdw.TransitionDataset, teacher: sdw.Teacher, device: str, n_runs: int | None = None, **settings: Any):
     return new_distiller(data, teacher, sdw.DistillConfig(**TINY, **settings), device=device, n_runs=n_runs)
 
 
-@gpu
 @pytest.mark.parametrize("n_runs", [None, 3])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_first_steps_agree_with_the_cpu(small_data, small_teacher, draws_of_the_cpu, optimizer, n_runs) -> None:
@@ -65,7 +43,6 @@ def test_first_steps_agree_with_the_cpu(small_data, small_teacher, draws_of_the_
         np.testing.assert_allclose(one.actions, other.actions, rtol=1e-3, atol=1e-3)
 
 
-@gpu
 @pytest.mark.parametrize("n_runs", [None, 2])
 def test_a_step_asks_nothing_back(small_data, small_teacher, n_runs) -> None:
     distiller = make(small_data, small_teacher, "cuda", n_runs)
@@ -78,7 +55,6 @@ def test_a_step_asks_nothing_back(small_data, small_teacher, n_runs) -> None:
     assert len(distiller.fetch(steps)) == 3
 
 
-@gpu
 @pytest.mark.parametrize("resident", [True, False])
 def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_path, monkeypatch, resident) -> None:
     if not resident:
@@ -99,7 +75,6 @@ def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_pat
         sdw.distill(small_data, small_teacher, **TINY, out=tmp_path / "whole", progress=False)
 
 
-@gpu
 def test_a_problem_in_host_memory_takes_the_steps_of_the_cpu_s_rows(small_data, small_teacher, monkeypatch) -> None:
     """The rows are drawn where they lie: whatever the parameters, a run sees the batches of a CPU generator."""
     monkeypatch.setattr(module, "RESIDENT_BYTES", 0)
@@ -113,7 +88,6 @@ def test_a_problem_in_host_memory_takes_the_steps_of_the_cpu_s_rows(small_data, 
         np.testing.assert_allclose(found.cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
-@gpu
 def test_a_run_that_diverges_ends(small_data, small_teacher) -> None:
     distiller = make(small_data, small_teacher, "cuda", inner_lr=1e20)
     before = distiller.observations.detach().clone()

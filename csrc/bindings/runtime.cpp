@@ -23,6 +23,8 @@ void bind_runtime(py::module_& m) {
 #ifdef SDW_WITH_CUDA
     m.attr("has_cuda") = true;
     m.def("cuda_device_description", &cuda_device_description);
+    m.def("cuda_architectures", &cuda_architectures);
+    m.def("cuda_obstacle", &cuda_obstacle, py::arg("device"));
     m.def("cuda_runtime_version", &cuda_runtime_version);
 #else
     m.attr("has_cuda") = false;

@@ -20,6 +20,10 @@
 
 #include <cuda_runtime.h>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "sdw_fast's CUDA kernels need sm_80 (Ampere) or newer: set CUDAARCHS accordingly, or SDW_CUDA=0"
+#endif
+
 #define SDW_HOST_DEVICE __host__ __device__
 
 namespace sdw {

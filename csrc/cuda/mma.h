@@ -6,10 +6,13 @@
 
 namespace sdw {
 
-// x rounded to tf32 (10 bits of mantissa), to nearest. The tensor core itself only cuts off.
+// x rounded to tf32 (10 bits of mantissa), to nearest; infinities and NaN stay. The tensor core itself only cuts off.
 __device__ inline float to_tf32(float x) {
 #ifdef SDW_EMULATE_CUDA
-    return __uint_as_float((__float_as_uint(x) + 0x1000u) & ~0x1fffu);
+    const unsigned from = __float_as_uint(x);
+    // To add half a unit to a NaN of all ones, as unwritten memory is filled, would make zero of it.
+    if ((from & 0x7f800000u) == 0x7f800000u) return (from & 0x007fffffu) == 0 ? x : __uint_as_float(0x7fffffffu);
+    return __uint_as_float((from + 0x1000u) & ~0x1fffu);
 #else
     unsigned bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -15,14 +17,15 @@ except ImportError as error:
         "`make setup` in the source checkout"
     ) from error
 
-__all__ = ["_C", "check_precision", "cuda_stream", "cuda_workspace", "resolve_backend"]
+__all__ = ["_C", "check_precision", "cuda_stream", "cuda_workspace", "obstacle", "resolve_backend"]
 
 
 def resolve_backend(op: str, backend: str, tensors: Iterable[torch.Tensor]) -> str:
     """Resolves the `backend` argument of `op` for these tensors.
 
     A compiled backend takes float32 tensors on its own device; "torch" takes everything. "auto" is the compiled
-    backend of the tensors' device wherever it applies, else "torch".
+    backend of the tensors' device wherever it applies, else "torch"; on a GPU that the kernels do not support, with a
+    warning the first time.
 
     Returns:
         "cpu", "cuda" or "torch".
@@ -37,17 +40,39 @@ def resolve_backend(op: str, backend: str, tensors: Iterable[torch.Tensor]) -> s
         raise ValueError(f"{op}: all tensors must be on one device, got {sorted(map(str, devices))}")
     device = devices.pop()
     single = all(tensor.dtype == torch.float32 for tensor in tensors)
-    available = [device.type] if single and hasattr(_C, f"{op}_{device.type}") else []
+    compiled = single and hasattr(_C, f"{op}_{device.type}")
+    reason = obstacle(device) if compiled else ""
+    available = [device.type] if compiled and not reason else []
     available.append("torch")
     if backend == "auto":
+        if reason:
+            warn_once(reason)
         return available[0]
     if backend not in available:
         dtypes = sorted({str(tensor.dtype) for tensor in tensors})
         raise ValueError(
             f"{op}: backend {backend!r} is not available for {', '.join(dtypes)} tensors on {device}; "
-            f"choose one of {['auto', *available]}"
+            f"choose one of {['auto', *available]}{f' ({reason})' if reason else ''}"
         )
     return backend
+
+
+def obstacle(device: torch.device) -> str:
+    """Why the compiled kernels cannot run on a device; "" where they can."""
+    if device.type != "cuda" or not hasattr(_C, "cuda_obstacle"):
+        return ""
+    return _obstacle_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _obstacle_of_gpu(index: int) -> str:
+    return _C.cuda_obstacle(index)
+
+
+@functools.cache
+def warn_once(reason: str) -> None:
+    """Warns that PyTorch computes in place of the kernels: a user expects a result, and to be told that it is slow."""
+    warnings.warn(f'{reason}; "auto" takes PyTorch in their place, which is slower', stacklevel=4)
 
 
 @contextmanager

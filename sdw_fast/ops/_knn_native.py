@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sdw_fast.ops._backend import _C
+from sdw_fast.ops._backend import _C, obstacle
 from sdw_fast.ops._knn_cuda import CudaKnnIndex
 from sdw_fast.ops._knn_frame import Frame
 from sdw_fast.ops._knn_search import Search
@@ -77,8 +77,9 @@ class CudaKernel:
 
 
 def cuda_devices() -> list[torch.device]:
-    """All visible ones."""
-    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    """All visible ones that the kernel supports."""
+    devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    return [device for device in devices if not obstacle(device)]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sdw_fast.ops import _knn_faiss, _knn_native
-from sdw_fast.ops._backend import _C
+from sdw_fast.ops._backend import _C, obstacle, warn_once
 from sdw_fast.ops._knn_search import NO_SELF, Search, check_alike, checked_out, checked_rows
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -108,7 +108,7 @@ def knn(
         magnitude = max(magnitude, largest)
         check_alike(queries, references)
     k = _checked_k(k, len(others), self_join=others is points)
-    name, factory = choose_backend(backend, points.device.type, points.dims, k)
+    name, factory = choose_backend(backend, str(points.device), points.dims, k)
 
     if out is None:
         distances = torch.empty((len(points), k), dtype=torch.float32, device=points.device)
@@ -148,17 +148,21 @@ def choose_backend(backend: str, device: str, dims: int, k: int) -> tuple[str, s
     if name == "faiss" and not faiss:
         raise ImportError('knn: backend "faiss" needs FAISS: pip install "sdw_fast[faiss]"')
     cuda = hasattr(_C, "knn_cuda") and dims <= _C.knn_cuda_max_dims and k <= _C.knn_cuda_max_k
+    unsupported = obstacle(torch.device(device)) if cuda else ""  # the GPU on which the data lie
     available: list[str] = {
         "cpu": ["native", "torch", *["cuda"] * (cuda and bool(_knn_native.cuda_devices()))],
-        "cuda": [*["native", "cuda"] * cuda, "torch"],
-    }.get(device, [])
+        "cuda": [*["native", "cuda"] * (cuda and not unsupported), "torch"],
+    }.get(torch.device(device).type, [])
     if faiss and available:
         available.append("faiss")
+    if backend == "auto" and unsupported:
+        warn_once(unsupported)
     if backend == "auto" and available:
         name = "faiss" if available[0] == "torch" and faiss and _knn_faiss.has_gpu() else available[0]
     if name not in available or (factory and name != "faiss"):
         choices = ["auto", *available] + ["faiss:<factory>[;<parameters>]"] * ("faiss" in available)
         reason = f" of {dims} dimensions with k = {k}" if hasattr(_C, "knn_cuda") and not cuda else ""
+        reason += f" ({unsupported})" if unsupported else ""
         raise ValueError(
             f"knn: backend {backend!r} is not available for data on {device}{reason}; choose one of {choices}"
         )

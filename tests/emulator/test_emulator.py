@@ -51,6 +51,11 @@ def test_tensor_core_tile(emulated):
     for value, rounded in [(1 + 2**-11, 1 + 2**-10), (1 + 2**-11 - 2**-20, 1.0)]:
         one = np.full((16, 8), value, dtype=np.float32)
         np.testing.assert_array_equal(emulated.tile(one, np.eye(8, dtype=np.float32), True)[0], np.float32(rounded))
+    unwritten = np.full((16, 8), 0xFFFFFFFF, np.uint32).view(np.float32)  # what memory holds that nobody wrote
+    for poison in (unwritten, -unwritten, np.full((16, 8), np.nan, np.float32)):
+        assert np.isnan(emulated.tile(poison, b, True)).all()
+    infinite = np.where(np.eye(16, 8) > 0, np.float32(np.inf), np.float32(1))
+    np.testing.assert_array_equal(emulated.tile(infinite, np.ones((8, 8), np.float32), True)[:8], np.inf)
     assert wrong_on_some_seed(emulated, lambda: emulated.tile(a, b, False), a @ b)
 
 

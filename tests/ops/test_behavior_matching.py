@@ -182,12 +182,18 @@ def test_compiled_gives_the_same_bits_for_every_thread_count(hidden):
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "widths", "rows"),
+    [("emulated", (7, 50, 34, 3), 100), ("cuda", (7, 50, 34, 3), 100), ("cuda", (17, 256, 256, 6), 5000)],
+    indirect=["kernel"],
+)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_emulated_order_of_threads_and_blocks_does_not_matter(cuda_on_cpu, precision):
-    params, *data = random_case((7, 50, 34, 3), 100, seed=5)
+def test_order_of_threads_and_blocks_does_not_matter(kernel, widths, rows, precision, request):
+    params, *data = random_case(widths, rows, seed=5, device=kernel.device)
     results = []
     for seed in range(1, 6):
-        cuda_on_cpu.set_seed(seed)
+        if kernel.device == "cpu":
+            request.getfixturevalue("cuda_on_cpu").set_seed(seed)
         loss = behavior_matching(params, *data, precision=precision, backend="cuda")
         results.append([loss.detach(), *torch.autograd.grad(loss, params)])
     assert all(torch.equal(x, y) for result in results for x, y in zip(result, results[0], strict=True))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle import brute_force, surface
 
-from benchmarks import bench_knn
+from benchmarks import bench_knn, bench_knn_gpu
 from sdw_fast import _C
 from sdw_fast.ops import _knn_cuda as packing
 from sdw_fast.ops import knn
@@ -147,12 +147,12 @@ def test_portions_are_independent(search: Search) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("search", ["emulated"], indirect=True)
-def test_any_order_of_threads_gives_the_same_bits(search: Search, cuda_on_cpu: ModuleType) -> None:
+def test_any_order_of_threads_gives_the_same_bits(search: Search, request: pytest.FixtureRequest) -> None:
     x = surface(500, 11, 9)
     results = []
     for seed in (1, 2, 3):
-        cuda_on_cpu.set_seed(seed)
+        if request.node.callspec.params["search"] == "emulated":
+            request.getfixturevalue("cuda_on_cpu").set_seed(seed)
         results.append(search(x, None, 6))
     for result in results[1:]:
         for one, other in zip(result, results[0], strict=True):
@@ -242,10 +242,10 @@ def test_the_binding_refuses_what_does_not_fit() -> None:
 
 @pytest.mark.usefixtures("cuda_on_cpu")
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    (table,) = bench_knn.run_on_gpu("cpu", ["surface:5"], [600], 100, 0.1, tmp_path)
-    assert [row.name.split(",")[0].split(" (")[0] for row in table.rows] == ["sdw_fast", *bench_knn.GPU_PEERS]
+    points = bench_knn_gpu.points_on("cpu", "surface:5", 600)
+    table = bench_knn_gpu.compare("surface:5", points, list(bench_knn_gpu.GPU_PEERS), 100, 0.1, tmp_path)
+    assert [row.name.split(",")[0].split(" (")[0] for row in table.rows] == ["sdw_fast", *bench_knn_gpu.GPU_PEERS]
     assert all("recall 1.0000" in row.name for row in table.rows[1:] if not row.skipped)
-    points = torch.from_numpy(bench_knn.source("surface:5", 600))
-    assert "100 rows 0 differ" in bench_knn.agreement(points, 100)
-    assert "searched again: 0" in bench_knn.parts_of_the_time(points)
+    assert "100 rows 0 differ" in bench_knn.agreement(points, knn(points, k=bench_knn_gpu.K)[1], 100)
+    assert "searched again: 0" in bench_knn_gpu.parts_of_the_time(points)
     assert (tmp_path / "knn.jsonl").exists()

@@ -5,9 +5,19 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from oracle import Tf32Products, assert_agree, autograd_unroll, hypergradient, leaves, random_problem, relative_error
+from oracle import (
+    Tf32Products,
+    assert_agree,
+    autograd_unroll,
+    equal,
+    hypergradient,
+    leaves,
+    placed,
+    random_problem,
+    relative_error,
+    unroll,
+)
 
-from sdw_fast import get_num_threads, set_num_threads
 from sdw_fast.ops import unrolled_bc
 
 # widths, rows, steps, window: 1 to 5 layers, odd widths, 1 to 30 steps.
@@ -52,20 +62,8 @@ EMULATED_CASES = [
 ]
 
 
-def unroll(backend, steps, **options):
-    return lambda s, a, theta, lr: (unrolled_bc(s, a, theta, steps=steps, lr=lr, backend=backend, **options), None)
-
-
 def doubled(observations, actions, params):
     return observations.double(), actions.double(), [p.double() for p in params]
-
-
-def placed(kernel, observations, actions, params):
-    return observations.to(kernel.device), actions.to(kernel.device), [p.to(kernel.device) for p in params]
-
-
-def equal(one, other):
-    return all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -121,6 +119,7 @@ def test_twin_agrees_with_float64_autograd(widths, rows, steps, window, tape, mo
     [
         *((kernel, *case, 2e-5) for kernel in ("cpu", "cuda") for case in CPU_CASES),
         *(("emulated", *case, 1e-5) for case in EMULATED_CASES),
+        *(("cuda", *case, 2e-5) for case in EMULATED_CASES),
     ],
     indirect=["kernel"],
 )
@@ -156,9 +155,11 @@ def test_training_that_diverges_says_so(kernel):
     ("kernel", "widths", "rows", "steps", "precision", "rounding", "tolerance"),
     [
         ("cpu", (17, 64, 64, 6), 48, 60, "ieee", nullcontext, 1e-5),
-        ("emulated", (17, 48, 48, 6), 40, 4, "ieee", nullcontext, 1e-5),
+        *((kernel, (17, 48, 48, 6), 40, 4, "ieee", nullcontext, 1e-5) for kernel in ("emulated", "cuda")),
         ("emulated", (17, 48, 48, 6), 40, 4, "tf32", Tf32Products, 1e-4),
-        ("emulated", (17, 48, 48, 6), 40, 1, "tf32", nullcontext, 2e-3),  # has no unit near a kink
+        ("cuda", (17, 48, 48, 6), 40, 4, "tf32", Tf32Products, 2e-3),  # a tensor core's sums are cut off, not rounded
+        # has no unit near a kink
+        *((kernel, (17, 48, 48, 6), 40, 1, "tf32", nullcontext, 2e-3) for kernel in ("emulated", "cuda")),
         *(("cuda", widths, 256, 10, "ieee", nullcontext, 1e-5) for widths in [(17, *[256] * 3, 6), (11, 100, 31, 3)]),
         *(("cuda", widths, 256, 10, "tf32", Tf32Products, 2e-3) for widths in [(17, *[256] * 3, 6), (11, 100, 31, 3)]),
     ],
@@ -203,83 +204,16 @@ def test_compiled_error_after_100_steps_is_that_of_float32():
     assert sorted(ours)[5] <= 1.5 * sorted(twins)[5]
 
 
+@pytest.mark.parametrize("kernel", ["emulated", "cuda"], indirect=True)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_emulated_tf32_rounds_and_ieee_does_not(cuda_on_cpu, precision):
-    observations, actions, params = random_problem((17, 40, 6), 33, seed=0, dtype=torch.float32)
+def test_tf32_rounds_and_ieee_does_not(kernel, precision):
+    observations, actions, params = placed(kernel, *random_problem((17, 40, 6), 33, seed=0, dtype=torch.float32))
     exact = unrolled_bc(*doubled(observations, actions, params), steps=1, lr=0.1, backend="torch")
     changes = [(after - before.double()) for after, before in zip(exact, params, strict=True)]
     least, most = {"ieee": (0, 1e-5), "tf32": (1e-4, 2e-3)}[precision]
     result = unrolled_bc(observations, actions, params, steps=1, lr=0.1, precision=precision, backend="cuda")
     actual = [after.double() - before.double() for after, before in zip(result, params, strict=True)]
     assert least <= relative_error(actual, changes) < most
-
-
-def bits(backend, widths, rows, steps, **options):
-    problem = random_problem(widths, rows, seed=2, dtype=torch.float32)
-    theta, gradients = hypergradient(unroll(backend, steps, **options), *problem, 0.1)
-    return [*theta, *gradients]
-
-
-@pytest.mark.parametrize("hidden", [(70, 64), (160, 200)])
-def test_compiled_gives_the_same_bits_for_every_thread_count_and_tape(hidden):
-    before = get_num_threads()
-    try:
-        results = []
-        for threads, tape in [(1, "full"), (1, "full"), (2, "full"), (3, "recompute"), (7, "recompute")]:
-            set_num_threads(threads)
-            results.append(bits("cpu", (17, *hidden, 6), 140, 25, tape=tape))
-    finally:
-        set_num_threads(before)
-    assert all(equal(results[0], result) for result in results)
-
-
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_emulated_gives_the_same_bits_for_every_order_of_threads_number_of_blocks_and_tape(cuda_on_cpu, precision):
-    # Nine blocks are enough for the fine tiles of weight gradients.
-    results = []
-    for seed, blocks, tape in [(1, 4, "full"), (2, 4, "full"), (3, 1, "full"), (4, 9, "recompute"), (5, 3, "full")]:
-        cuda_on_cpu.set_seed(seed)
-        cuda_on_cpu.set_multiprocessors(blocks)
-        results.append(bits("cuda", (17, 70, 40, 6), 130, 3, precision=precision, tape=tape))
-    assert all(equal(results[0], result) for result in results)
-
-
-@pytest.mark.parametrize(
-    ("problems", "blocks"),
-    [(1, (2, 4, 8)), (2, (3, 8, 16))],  # two tiles of rows a problem, in clusters of 1, 2 and 4
-)
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_emulated_clusters_that_split_columns_give_the_same_bits(cuda_on_cpu, precision, problems, blocks):
-    each = [random_problem((17, 256, 6), 32, seed=seed, dtype=torch.float32) for seed in range(problems)]
-    s, a, *params = (torch.stack(tensors) for tensors in zip(*((s, a, *p) for s, a, p in each), strict=True))
-    results = []
-    for multiprocessors in blocks:
-        cuda_on_cpu.set_multiprocessors(multiprocessors)
-        theta, gradients = hypergradient(unroll("cuda", 2, precision=precision), s, a, params, 0.1)
-        results.append([*theta, *gradients])
-    assert all(equal(results[0], result) for result in results)
-
-
-def test_problems_side_by_side_are_those_apart(kernel, request):
-    if kernel == ("cuda", "cpu"):
-        request.getfixturevalue("cuda_on_cpu").set_multiprocessors(5)  # two groups of two blocks for three problems
-    problems = [placed(kernel, *random_problem((5, 20, 2), 20, seed=r, dtype=torch.float32)) for r in range(3)]
-    rates = [0.1, 0.05, 0.2]
-    run = unroll(kernel.backend, 3, momentum=0.5)
-    apart = [hypergradient(run, *problem, lr) for problem, lr in zip(problems, rates, strict=True)]
-    s, a, *theta = (
-        torch.stack(tensors).requires_grad_() for tensors in zip(*((s, a, *p) for s, a, p in problems), strict=True)
-    )
-    lr = torch.tensor(rates, device=kernel.device, requires_grad=True)
-    out, _ = run(s, a, theta, lr)
-    generators = [torch.Generator().manual_seed(1) for _ in problems]
-    covectors = [
-        torch.stack([torch.randn(p.shape[1:], generator=g, dtype=torch.float64) for g in generators]).to(p) for p in out
-    ]
-    gradients = torch.autograd.grad(out, [s, a, lr, *theta], covectors)
-    for i, (expected, expected_gradients) in enumerate(apart):
-        assert equal([x[i] for x in out], expected)
-        assert equal([x[i] for x in gradients], expected_gradients)
 
 
 def test_one_rate_for_all_problems_gets_the_sum_of_their_gradients(kernel):

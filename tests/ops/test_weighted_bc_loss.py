@@ -118,11 +118,15 @@ def test_a_second_derivative_is_right_or_refused(kernel):
             gradient.sum().backward()
 
 
-def test_emulated_order_of_threads_and_blocks_does_not_matter(cuda_on_cpu):
-    case = random_case(2731, 7)
+@pytest.mark.parametrize(
+    ("kernel", "rows"), [("emulated", 2731), ("cuda", 2731), ("cuda", 300_001)], indirect=["kernel"]
+)
+def test_order_of_threads_and_blocks_does_not_matter(kernel, rows, request):
+    case = random_case(rows, 7, kernel.device)
     results = []
     for seed in range(1, 5):
-        cuda_on_cpu.set_seed(seed)
+        if kernel.device == "cpu":
+            request.getfixturevalue("cuda_on_cpu").set_seed(seed)
         results.append(loss_and_gradient(*case, "cuda"))
     assert all(torch.equal(x, y) for result in results for x, y in zip(result, results[0], strict=True))
 

@@ -39,20 +39,20 @@ behavior_matching_cuda: _BehaviorMatching
 
 def behavior_matching_cuda_workspace(rows: int, widths: Sequence[int], want_gradients: bool) -> int: ...
 
-class UnrolledBCOptions:
-    def __init__(
-        self,
-        *,
-        problems: int,
-        rows: int,
-        widths: Sequence[int],
-        steps: int,
-        window: int,
-        momentum: float,
-        keep_tape: bool,
-        recompute: bool,
-        ieee: bool,
-    ) -> None: ...
+class UnrolledBCParams: ...
+
+def UnrolledBCOptions(
+    *,
+    problems: int,
+    rows: int,
+    widths: Sequence[int],
+    steps: int,
+    window: int,
+    momentum: float,
+    keep_tape: bool,
+    recompute: bool,
+    ieee: bool,
+) -> UnrolledBCParams: ...
 
 class UnrolledBCTape:
     def backward(
@@ -68,7 +68,7 @@ class UnrolledBCTape:
 class _UnrolledBC(Protocol):
     def __call__(
         self,
-        options: UnrolledBCOptions,
+        options: UnrolledBCParams,
         observations: Tensor,
         actions: Tensor,
         params: Tensor,
@@ -81,7 +81,7 @@ class _UnrolledBC(Protocol):
 unrolled_bc_cpu: _UnrolledBC
 unrolled_bc_cuda: _UnrolledBC
 
-def unrolled_bc_cuda_workspace(options: UnrolledBCOptions) -> int: ...
+def unrolled_bc_cuda_workspace(options: UnrolledBCParams) -> int: ...
 
 class _WeightedBCLoss(Protocol):
     def __call__(
@@ -101,10 +101,11 @@ weighted_bc_loss_cuda: _WeightedBCLoss
 def weighted_bc_loss_cuda_workspace(rows: int, columns: int) -> int: ...
 def scale_cuda(values: Tensor, factors: Tensor, stream: int) -> None: ...
 
-class KnnIndex:
-    def __init__(self, points: Tensor, coordinates: Tensor, scale: float) -> None: ...
+class KnnTree:
     def self_join(self, k: int) -> KnnJoin: ...
     def join(self, points: Tensor, coordinates: Tensor, k: int, self_offset: int) -> KnnJoin: ...
+
+def KnnIndex(points: Tensor, coordinates: Tensor, scale: float) -> KnnTree: ...
 
 class KnnJoin:
     @property

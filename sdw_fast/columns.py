@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdw_fast.arrays import unmasked
 from sdw_fast.data import TransitionDataset
 from sdw_fast.units import Affine, Units, d4rl_returns
 
@@ -208,7 +209,7 @@ def _numeric(name: str, values: Any) -> np.ndarray:
         raise ValueError(
             f"{name} is a dict: Dict spaces are not supported, concatenate their parts to one vector first"
         )
-    array = np.asarray(values)
+    array = unmasked(name, values)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} must be an array of numbers, got dtype {array.dtype}")
     return array

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdw_fast.arrays import real_numbers
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import computed_once
 from sdw_fast.neighbors import (
@@ -54,7 +55,7 @@ def knn_log_density(
     states are the densest, by a finite amount.
 
     Args:
-        observations: (M, D) array or tensor, normalized.
+        observations: (M, D) array or tensor of any real numbers up to float64, normalized.
         k: neighbors; more is smoother. 1 ≤ k < M.
         dimension: m. "ambient": the number of columns that vary. "intrinsic": estimated from the same neighbors by
             `estimate_dimension` (k ≥ 2). Or a positive number. It scales the spread of the log-densities and leaves
@@ -70,8 +71,9 @@ def knn_log_density(
         (M,) float64 natural logarithms, of the kind and device of `observations`.
 
     Raises:
-        ValueError: wrong shape, NaN or infinite values, k out of range, or every state has k duplicates.
-        TypeError: the observations are not real numbers.
+        ValueError: wrong shape, masked, NaN or infinite values, integers from 2^53 on, k out of range, or every state
+            has k duplicates.
+        TypeError: the observations are not real numbers, or a tensor that is not dense.
     """
     states = states_of(observations, "observations")
     distances, searched = neighbor_distances(states, k, references, seed=seed, backend=backend, progress=progress)
@@ -221,7 +223,7 @@ def density_weights(
     Raises:
         ValueError: both or none of tau and ess, one out of range, an ess that no τ reaches, NaN or infinite values.
     """
-    values = _array(logd)
+    values = _array("logd", logd)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"logd must have shape (M,) with M >= 1, got {values.shape}")
     if not np.isfinite(values).all():
@@ -261,7 +263,7 @@ def effective_sample_size(weights: States) -> float:
     Raises:
         ValueError: no weights, all zero, negative, NaN or infinite ones.
     """
-    w = _array(weights)
+    w = _array("weights", weights)
     if w.ndim != 1 or w.size == 0:
         raise ValueError(f"weights must have shape (M,) with M >= 1, got {w.shape}")
     if not (np.isfinite(w).all() and (w >= 0).all() and w.any()):
@@ -366,5 +368,6 @@ def log_unit_ball(m: float) -> float:
     return m / 2 * math.log(math.pi) - math.lgamma(m / 2 + 1)
 
 
-def _array(values: States) -> np.ndarray:
-    return (values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)).astype(np.float64)
+def _array(name: str, values: States) -> np.ndarray:
+    numbers = real_numbers(name, values)
+    return np.array(numbers.double().cpu().numpy() if isinstance(numbers, Tensor) else numbers, np.float64)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdw_fast import ops
+from sdw_fast.arrays import real_numbers, tensor_of
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import computed_once
 from sdw_fast.progress import progress_bar
@@ -21,24 +22,16 @@ States = np.ndarray | Tensor
 
 
 def states_of(observations: States, name: str) -> Tensor:
-    """(M, D) floating point on the device it came on (integers become float32); an array is not copied.
+    """(M, D) floating point on the device it came on, every number as it was given; an array is not copied.
 
     Raises:
-        TypeError: not real numbers.
+        TypeError, ValueError: as `real_numbers`.
         ValueError: wrong shape, NaN or infinite values.
     """
-    if not isinstance(observations, Tensor):
-        array = np.asarray(observations)
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
-        observations = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    states = observations.detach()
+    numbers = real_numbers(name, observations)
+    states = numbers if isinstance(numbers, Tensor) else tensor_of(numbers)
     if states.ndim != 2 or 0 in states.shape:
         raise ValueError(f"{name} must have shape (M, D) with M, D >= 1, got {tuple(states.shape)}")
-    if states.is_complex():
-        raise TypeError(f"{name} must hold real numbers, got {states.dtype}")
-    if not states.is_floating_point():
-        return states.float()
     finite = states.isfinite().all(dim=1)
     if not bool(finite.all()):
         rows = (~finite).nonzero()[:, 0]

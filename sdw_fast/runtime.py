@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -88,3 +89,8 @@ def _faiss_version() -> str | None:
 
 # PyTorch's thread count is the user's choice already made; the kernels follow it until told otherwise.
 _C.set_num_threads(torch.get_num_threads())
+
+# PyTorch's own threads do not live on in a forked child, and work that is shared out to them would wait for ever there.
+# The kernels start theirs for each call.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))

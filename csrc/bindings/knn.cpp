@@ -24,6 +24,13 @@ KnnPoints make_points(const RealView& points, const TensorView<float>& coordinat
 
 #ifndef SDW_EMULATE_CUDA
 
+// What `work` returns; the GIL is held again before anything that borrows from Python is freed.
+template <typename Work>
+auto without_gil(const Work& work) {
+    const py::gil_scoped_release release;
+    return work();
+}
+
 // Points and their pruning coordinates, borrowed for as long as this lives.
 class Borrowed {
   public:
@@ -54,18 +61,20 @@ struct PyKnnJoin {
 };
 
 void bind_cpu(py::module_& m) {
-    py::class_<PyKnnIndex>(m, "KnnIndex")
-        .def(py::init([](const py::object& points, const py::object& coordinates, double scale) {
-                 auto self = std::make_unique<PyKnnIndex>();
-                 self->references = std::make_unique<Borrowed>(points, coordinates);
-                 KnnParams p;
-                 p.references = self->references->get();
-                 p.scale = scale;
-                 const py::gil_scoped_release release;
-                 self->index = build_knn_index(p);
-                 return self;
-             }),
-             py::arg("points"), py::arg("coordinates"), py::arg("scale"))
+    // Made by a function, and returned by value: pybind11 frees what a constructor made twice, or ends the process, if
+    // memory runs out while it registers the object.
+    m.def(
+        "KnnIndex",
+        [](const py::object& points, const py::object& coordinates, double scale) {
+            auto references = std::make_unique<Borrowed>(points, coordinates);
+            KnnParams p;
+            p.references = references->get();
+            p.scale = scale;
+            auto index = without_gil([&] { return build_knn_index(p); });
+            return PyKnnIndex{std::move(references), std::move(index)};
+        },
+        py::arg("points"), py::arg("coordinates"), py::arg("scale"));
+    py::class_<PyKnnIndex>(m, "KnnTree")
         .def(
             "self_join",
             [](const PyKnnIndex& self, int64_t k) {
@@ -74,8 +83,7 @@ void bind_cpu(py::module_& m) {
                 p.k = k;
                 p.self_offset = 0;
                 require(k >= 1 && k < p.references.rows, "k must be in [1, rows - 1]");
-                const py::gil_scoped_release release;
-                return PyKnnJoin{nullptr, self.index->join(p), k};
+                return PyKnnJoin{nullptr, without_gil([&] { return self.index->join(p); }), k};
             },
             py::arg("k"), py::keep_alive<0, 1>())
         .def(
@@ -91,8 +99,8 @@ void bind_cpu(py::module_& m) {
                 require(p.queries.dims == p.references.dims && p.queries.is_double == p.references.is_double,
                         "queries and references must agree in dimensions and dtype");
                 require(k >= 1 && k <= p.references.rows, "k must be in [1, rows of the references]");
-                const py::gil_scoped_release release;
-                return PyKnnJoin{std::move(queries), self.index->join(p), k};
+                auto join = without_gil([&] { return self.index->join(p); });
+                return PyKnnJoin{std::move(queries), std::move(join), k};
             },
             py::arg("points"), py::arg("coordinates"), py::arg("k"), py::arg("self_offset"), py::keep_alive<0, 1>());
     py::class_<PyKnnJoin>(m, "KnnJoin")

@@ -74,7 +74,7 @@ void define(py::module_& m, const char* name, int device, Op op, size_t (*worksp
         [device, op, workspace_size](const UnrolledBCParams& options, const py::object& observations,
                                      const py::object& actions, const py::object& params, const py::object& lr,
                                      const py::object& trained, const py::object& workspace,
-                                     uintptr_t stream) -> std::unique_ptr<PyTape> {
+                                     uintptr_t stream) -> std::optional<PyTape> {
             UnrolledBCParams p = options;
             const int64_t flat = flat_size(p.widths);
             const Floats s(observations, "observations", {p.problems, p.rows, p.widths.front()}, device),
@@ -91,13 +91,13 @@ void define(py::module_& m, const char* name, int device, Op op, size_t (*worksp
             p.threads = num_threads();
             p.workspace = space ? space->data() : nullptr;
             p.stream = reinterpret_cast<void*>(stream);
-            auto result = std::make_unique<PyTape>(PyTape{nullptr, p, device, lr, workspace});
+            std::unique_ptr<UnrolledBCTape> tape;
             {
                 const py::gil_scoped_release release;
-                result->tape = op(p);
+                tape = op(p);
             }
-            if (result->tape == nullptr) return nullptr;
-            return result;
+            if (tape == nullptr) return std::nullopt;
+            return PyTape{std::move(tape), std::move(p), device, lr, workspace};
         },
         py::arg("options"), py::arg("observations"), py::arg("actions"), py::arg("params"), py::arg("lr"),
         py::arg("trained"), py::arg("workspace") = py::none(), py::arg("stream") = 0);
@@ -106,11 +106,12 @@ void define(py::module_& m, const char* name, int device, Op op, size_t (*worksp
 }  // namespace
 
 void bind_unrolled_bc(py::module_& m) {
-    // Local: tests load the emulated ops beside the package's own.
-    py::class_<UnrolledBCParams>(m, "UnrolledBCOptions", py::module_local())
-        .def(py::init(&options_of), py::kw_only(), py::arg("problems"), py::arg("rows"), py::arg("widths"),
-             py::arg("steps"), py::arg("window"), py::arg("momentum"), py::arg("keep_tape"), py::arg("recompute"),
-             py::arg("ieee"));
+    // Local: tests load the emulated ops beside the package's own. Made by functions and returned by value, as pybind11
+    // frees what a constructor made twice, or ends the process, if memory runs out while it registers the object.
+    py::class_<UnrolledBCParams>(m, "UnrolledBCParams", py::module_local());
+    m.def("UnrolledBCOptions", &options_of, py::kw_only(), py::arg("problems"), py::arg("rows"), py::arg("widths"),
+          py::arg("steps"), py::arg("window"), py::arg("momentum"), py::arg("keep_tape"), py::arg("recompute"),
+          py::arg("ieee"));
     py::class_<PyTape>(m, "UnrolledBCTape", py::module_local())
         .def("backward", &PyTape::backward, py::arg("grad_trained"), py::arg("grad_observations"),
              py::arg("grad_actions"), py::arg("grad_params"), py::arg("grad_lr"), py::arg("stream") = 0);

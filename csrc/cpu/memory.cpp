@@ -1,11 +1,12 @@
 #include "sdw/memory.h"
 
+#include <pthread.h>
+
+#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <fstream>
 #include <limits>
 #include <mutex>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -14,7 +15,7 @@
 namespace sdw {
 namespace {
 
-constexpr size_t kHugePage = size_t{1} << 21;
+constexpr std::align_val_t kHugePage{size_t{1} << 21};
 constexpr size_t kKeepBytes = size_t{1} << 30;
 constexpr size_t kKeepBlocks = 4;
 
@@ -23,14 +24,22 @@ struct Block {
     size_t bytes;
 };
 
-std::mutex kept_mutex;
-// Oldest first. Never destroyed: a tape may be freed as late as the interpreter's end.
-std::vector<Block>& kept = *new std::vector<Block>;
+// The blocks kept, oldest first, with room for the one that comes too many. Plain memory: to free a buffer allocates
+// nothing, and a tape may be freed as late as the interpreter's end.
+Block kept[kKeepBlocks + 1];
+size_t kept_count = 0, kept_bytes = 0;
 
-size_t total_kept() {
-    size_t bytes = 0;
-    for (const Block& block : kept) bytes += block.bytes;
-    return bytes;
+std::mutex kept_mutex;
+// A fork waits until no thread is inside, as the child has only the thread that forked: none would ever come out.
+[[maybe_unused]] const int fork_waits =
+    pthread_atfork([] { kept_mutex.lock(); }, [] { kept_mutex.unlock(); }, [] { kept_mutex.unlock(); });
+
+Block take(size_t position) {
+    const Block block = kept[position];
+    std::copy(kept + position + 1, kept + kept_count, kept + position);
+    --kept_count;
+    kept_bytes -= block.bytes;
+    return block;
 }
 
 }  // namespace
@@ -42,25 +51,27 @@ size_t available_memory() {
     while (meminfo >> key >> kibibytes) {
         if (key == "MemAvailable:") {
             const std::lock_guard<std::mutex> lock(kept_mutex);
-            return kibibytes * 1024 + total_kept();
+            return kibibytes * 1024 + kept_bytes;
         }
         std::getline(meminfo, unit);
     }
     return std::numeric_limits<size_t>::max();
 }
 
-Buffer::Buffer(size_t bytes) : data_(nullptr), bytes_((bytes / kHugePage + 1) * kHugePage) {
+Buffer::Buffer(size_t bytes) {
+    constexpr auto unit = static_cast<size_t>(kHugePage);
+    bytes_ = (bytes / unit + 1) * unit;
     {
         const std::lock_guard<std::mutex> lock(kept_mutex);
-        for (auto block = kept.begin(); block != kept.end(); ++block) {
-            if (block->bytes < bytes_ || block->bytes > 2 * bytes_) continue;
-            data_ = block->data;
-            bytes_ = block->bytes;
-            kept.erase(block);
+        for (size_t i = 0; i < kept_count; ++i) {
+            if (kept[i].bytes < bytes_ || kept[i].bytes > 2 * bytes_) continue;
+            const Block block = take(i);
+            data_ = block.data;
+            bytes_ = block.bytes;
             return;
         }
     }
-    data_ = std::aligned_alloc(kHugePage, bytes_);
+    data_ = ::operator new(bytes_, kHugePage, std::nothrow);
     if (data_ == nullptr) throw OutOfMemory("could not allocate " + std::to_string(bytes_) + " bytes");
 #if defined(__linux__)
     madvise(data_, bytes_, MADV_HUGEPAGE);  // advice: without huge pages it merely runs slower
@@ -69,11 +80,9 @@ Buffer::Buffer(size_t bytes) : data_(nullptr), bytes_((bytes / kHugePage + 1) * 
 
 Buffer::~Buffer() {
     const std::lock_guard<std::mutex> lock(kept_mutex);
-    kept.push_back({data_, bytes_});
-    while (kept.size() > kKeepBlocks || total_kept() > kKeepBytes) {
-        std::free(kept.front().data);
-        kept.erase(kept.begin());
-    }
+    kept[kept_count++] = {data_, bytes_};
+    kept_bytes += bytes_;
+    while (kept_count > kKeepBlocks || kept_bytes > kKeepBytes) ::operator delete(take(0).data, kHugePage);
 }
 
 }  // namespace sdw

@@ -7,7 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 #if defined(__SSE__)
@@ -47,15 +47,27 @@ class Team {
             phase_.store(phase + 1, std::memory_order_release);
         } else {
             int spins = 0;
-            while (phase_.load(std::memory_order_acquire) == phase) spin_pause(spins);
+            while (phase_.load(std::memory_order_acquire) == phase) {
+                if (failed_.load(std::memory_order_relaxed)) throw Abandoned{};
+                spin_pause(spins);
+            }
         }
     }
 
-    // Calls body(member, team) on `threads` threads, fewer if the system refuses them; the caller is member 0.
-    // body must not throw.
+    // Calls body(member, team) on `threads` threads, fewer if the system refuses them; the caller is member 0. Throws
+    // what a member throws first, when all have ended: the others leave at the barrier that it never comes to.
     template <typename Body>
     static void run(int threads, Body&& body) {
         Team team;
+        std::exception_ptr error;
+        const auto work = [&](int member) {
+            try {
+                body(member, team);
+            } catch (const Abandoned&) {
+            } catch (...) {
+                if (!team.failed_.exchange(true)) error = std::current_exception();
+            }
+        };
         std::atomic<int> size{0};
         std::vector<std::thread> others;
         others.reserve(threads);
@@ -64,19 +76,23 @@ class Team {
                 others.emplace_back([&, member] {
                     int spins = 0;
                     while (size.load(std::memory_order_acquire) == 0) spin_pause(spins);
-                    body(member, team);
+                    work(member);
                 });
             }
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {  // no thread, or no memory for one
         }
         team.size_ = static_cast<int>(others.size()) + 1;
         size.store(team.size_, std::memory_order_release);
-        body(0, team);
+        work(0);
         for (std::thread& other : others) other.join();
+        if (error) std::rethrow_exception(error);
     }
 
   private:
+    struct Abandoned {};  // thrown in a member that waits for one that has failed
+
     int size_ = 1;
+    std::atomic<bool> failed_{false};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<unsigned> phase_{0};
 };

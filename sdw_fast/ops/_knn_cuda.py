@@ -39,7 +39,7 @@ def tree_order(coordinates: torch.Tensor, block: int) -> torch.Tensor:
 
 
 class CudaKnnIndex:
-    """References on a device, ready to be searched; the interface of `_C.KnnIndex`.
+    """References on a device, ready to be searched; the interface of `_C.KnnTree`.
 
     Args:
         points: (N, D) float32 or float64, contiguous: distances are those of these, in float64.

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdw_fast.arrays import real_numbers, tensor_of
+
 READ_ROWS = 1 << 17  # rows read at a time where points are only passed over
 NO_SELF = -(1 << 62)  # a self_offset that meets no row
 
@@ -22,7 +24,7 @@ class Rows:
         self.dims = int(data.shape[1])
         self.device = data.device if isinstance(data, torch.Tensor) else torch.device("cpu")
         self.is_mapped = not isinstance(data, torch.Tensor)
-        self.is_double = data.dtype in (torch.float64, np.float64)
+        self.is_double = data.dtype.itemsize == 8
 
     def __len__(self) -> int:
         return self._data.shape[0]
@@ -41,7 +43,7 @@ class Rows:
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Rows by index, in float64, of shape (*index.shape, D)."""
-        found = self._data[index] if isinstance(self._data, torch.Tensor) else _tensor(self._data[index.numpy()])
+        found = self._data[index] if isinstance(self._data, torch.Tensor) else tensor_of(self._data[index.numpy()])
         return found.to(torch.float64)
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -103,14 +105,14 @@ def checked_rows(name: str, x: Any) -> tuple[Rows, float]:
     """The points of an argument and their largest magnitude; refuses what is not a matrix of finite floats."""
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise TypeError(f"knn: {name} must be a NumPy array or a torch tensor, got {type(x).__name__}")
-    floating = x.is_floating_point() if isinstance(x, torch.Tensor) else np.issubdtype(x.dtype, np.floating)
-    if not floating or x.dtype == np.longdouble:
+    if not (x.is_floating_point() if isinstance(x, torch.Tensor) else x.dtype.kind == "f"):
         raise TypeError(f"knn: {name} must be float16, float32 or float64, got {x.dtype}")
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"knn: {name} must have shape (rows, dimensions), neither of them 0, got {tuple(x.shape)}")
-    if isinstance(x, torch.Tensor) and x.device.type == "meta":
-        raise ValueError(f"knn: {name} is a meta tensor, without data")
-    rows = Rows(x.detach() if isinstance(x, torch.Tensor) else x if isinstance(x, np.memmap) else _tensor(x))
+    points = real_numbers(f"knn: {name}", x)
+    if points.ndim != 2 or 0 in points.shape:
+        raise ValueError(
+            f"knn: {name} must have shape (rows, dimensions), neither of them 0, got {tuple(points.shape)}"
+        )
+    rows = Rows(points)
     magnitude = 0.0
     for first, block in rows.blocks():
         largest = max(float(block.max()), -float(block.min()))
@@ -142,9 +144,8 @@ def checked_out(out: Any, queries: Any, k: int) -> tuple[torch.Tensor, torch.Ten
     """The arrays to write to as tensors; refuses what does not fit the queries."""
     shape, device = (queries.shape[0], k), getattr(queries, "device", "cpu")
     for name, array, dtype in zip(("distances", "indices"), out, ("float32", "int64"), strict=True):
-        if isinstance(array, torch.Tensor) != isinstance(queries, torch.Tensor) or not isinstance(
-            array, np.ndarray | torch.Tensor
-        ):
+        kind = torch.Tensor if isinstance(queries, torch.Tensor) else np.ndarray
+        if not isinstance(array, kind) or isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"knn: out {name} must be of the kind of queries, got {type(array).__name__}")
         if tuple(array.shape) != shape or str(array.dtype).removeprefix("torch.") != dtype:
             raise ValueError(
@@ -152,18 +153,25 @@ def checked_out(out: Any, queries: Any, k: int) -> tuple[torch.Tensor, torch.Ten
             )
         if isinstance(array, torch.Tensor) and array.device != device:
             raise ValueError(f"knn: out {name} is on {array.device}, queries on {device}")
-        if isinstance(array, np.ndarray) and not (array.flags.writeable and min(array.strides) >= 0):
-            raise ValueError(f"knn: out {name} must be writable, with no negative strides")
+        if not _can_be_written(array):
+            raise ValueError(
+                f"knn: out {name} must be writable, with no negative strides, a place for every number, and no gradient"
+            )
     distances, indices = (x if isinstance(x, torch.Tensor) else torch.from_numpy(x) for x in out)
     return distances, indices
 
 
-def _tensor(x: np.ndarray) -> torch.Tensor:
-    """A tensor over the memory of an array, or over a copy where PyTorch or DLPack could not take it as it is."""
-    native = np.require(x, x.dtype.newbyteorder("="), ["A", "W", "E"])
-    if any(stride < 0 or stride % native.itemsize for stride in native.strides):
-        native = native.copy()
-    return torch.from_numpy(native)
+def _can_be_written(array: np.ndarray | torch.Tensor) -> bool:
+    """Whether what is written to the array, as a tensor over its memory, can be read from it again."""
+    if isinstance(array, torch.Tensor):
+        if array.layout != torch.strided or array.requires_grad or array.is_neg():
+            return False
+        strides, size = array.stride(), 1
+    else:
+        if not (array.flags.writeable and array.flags.aligned):
+            return False
+        strides, size = array.strides, array.itemsize
+    return all(n == 1 or (stride > 0 and stride % size == 0) for n, stride in zip(array.shape, strides, strict=True))
 
 
 def _in_memory(x: np.ndarray) -> np.ndarray:

@@ -67,7 +67,8 @@ def knn(
     their digits: no backend subtracts squared norms of uncentered data to rank them.
 
     Args:
-        queries: (M, D) array or tensor, float16, float32 or float64, any strides; a NumPy memory map is read in blocks.
+        queries: (M, D) array or tensor, float16, bfloat16, float32 or float64, in any byte order and any strides, taken
+            without its graph; a NumPy memory map is read in blocks.
         references: (N, D) of the same kind, D and device. None: the self-join, where `queries` are the references and
             every row leaves itself out, by index: an equal row elsewhere is a neighbor at distance 0.
         k: Neighbors a query, from 1 to N (to M − 1 in the self-join).
@@ -96,9 +97,9 @@ def knn(
         distances (M, k) float32, ascending, not squared; indices (M, k) int64. Of the kind and device of `queries`.
 
     Raises:
-        TypeError: not arrays or tensors, different kinds, or a dtype that is not floating point.
-        ValueError: wrong shapes, no rows, NaN or Inf, k out of range, `out` of wrong shape or dtype, or a backend that
-            is unknown or does not take this data; the message says what is available.
+        TypeError: not arrays or dense tensors, different kinds, or a dtype that is not floating point.
+        ValueError: masked values, wrong shapes, no rows, NaN or Inf, k out of range, `out` of wrong shape or dtype, or
+            a backend that is unknown or does not take this data; the message says what is available.
         ImportError: backend "faiss" without FAISS.
     """
     points, magnitude = checked_rows("queries", queries)

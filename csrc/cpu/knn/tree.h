@@ -7,12 +7,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <future>
 #include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../team.h"
 #include "block.h"
 #include "sdw/isa.h"
 #include "sdw/memory.h"
@@ -101,10 +101,10 @@ struct Tree {
         }
         const Rows moved{to.coordinates, to.row};
         if (threads > 1 && end - begin > 16384) {
-            auto others =
-                std::async(std::launch::async, [=] { split(first, middle, moved, spare, to, threads - threads / 2); });
-            split(middle, last, moved, spare, to, threads / 2);
-            others.get();
+            Team::run(2, [&](int member, const Team& team) {
+                if (member == 0) split(middle, last, moved, spare, to, threads / 2);
+                if (member == 1 || team.size() == 1) split(first, middle, moved, spare, to, threads - threads / 2);
+            });
         } else {
             split(first, middle, moved, spare, to, 1);
             split(middle, last, moved, spare, to, 1);

@@ -119,12 +119,13 @@ void Unroll::backward(const UnrolledBCGradients& gradients) {
     const bool want_observations = gradients.observations != nullptr, want_params = gradients.params != nullptr;
     const int threads = mlp_.useful_threads(gradients.threads);
     std::vector<GateLists> gate_lists = mlp_.gate_lists(threads);
+    const int64_t on_tape = std::exchange(held_, plan_.segments == 1 ? 0 : -1);  // unknown until this has gone through
     Team::run(threads, [&](int member, Team& team) {
         const FlushDenormals flush;
         GateLists& lists = gate_lists[member];
         const Strips strips = mlp_.strips(team.size())[member];
         if (momentum_ != 0.0f) copy_weights(at_.direction, at_.adjoint, member, team);
-        int64_t held = held_;
+        int64_t held = on_tape;
         for (int64_t segment = plan_.segments - 1; segment >= 0; --segment) {
             if (segment != std::exchange(held, segment)) {
                 copy_weights(at_.starts[segment].theta, at_.steps[0].theta, member, team);

@@ -31,8 +31,8 @@ class Buffer {
     float* data() const { return static_cast<float*>(data_); }
 
   private:
-    void* data_;
-    size_t bytes_;
+    void* data_ = nullptr;
+    size_t bytes_ = 0;
 };
 
 }  // namespace sdw

@@ -1,0 +1,46 @@
+"""Memory and threads that the system refuses: MemoryError or fewer threads, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sdw_fast
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        pytest.skip("replaces libstdc++'s functions as the loader of glibc allows")
+    if os.environ.get("SDW_SANITIZE"):
+        pytest.skip("sanitizers replace operator new themselves")
+    path = tmp_path_factory.mktemp("refusals") / "refusals.so"
+    compiler = [os.environ.get("CXX", "c++"), "-O1", "-fPIC", "-shared", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*compiler, str(HERE / "refusals.cpp"), "-ldl", "-o", str(path)], check=True)
+    return path
+
+
+def run(library: Path, what: str) -> list[int]:
+    command = [sys.executable, str(HERE / "refusals.py"), str(library), what]
+    package = {**os.environ, "PYTHONPATH": str(Path(sdw_fast.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=package)
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.split()]
+
+
+@pytest.mark.parametrize("op", ["knn", "unrolled_bc", "behavior_matching", "weighted_bc_loss"])
+def test_every_request_refused(library: Path, op: str) -> None:
+    refused, answered = run(library, op)
+    assert refused >= 20  # the library was in the way
+    assert 0 < answered < refused / 2  # in fewer threads
+
+
+def test_forks_while_memory_is_freed(library: Path) -> None:
+    assert run(library, "forks") == [10]

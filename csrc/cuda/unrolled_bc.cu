@@ -212,7 +212,7 @@ struct Descent {  // theta_{t+1} = theta_t - u, u the velocity
         return theta - velocity;
     }
 };
-struct Turn {  // v_{t-1} = lambda_t + mu v_t, with x = H v_t
+struct AdjointStep {  // v_{t-1} = lambda_t + mu v_t, with x = H v_t
     float lr, momentum;
     __device__ float operator()(float x, float direction, float& adjoint) const {
         adjoint -= lr * x;
@@ -397,7 +397,7 @@ __device__ void adjoint_step(const Problem& p, int64_t i, bool first, bool want_
         prefetch(p.theta(i - 1), p.net.theta, me);
         prefetch(p.pass(i - 1), p.net.pass, me);
     }
-    const Updated<Turn> sets{v, v, p.momentum != 0 ? p.adjoint() : nullptr, {p.lr, first ? 0 : p.momentum}};
+    const Updated<AdjointStep> sets{v, v, p.momentum != 0 ? p.adjoint() : nullptr, {p.lr, first ? 0 : p.momentum}};
     update_weights<Product>(p, sets, me, [&](int l) {
         return Terms{{{p.delta(tangent, l).columns, p.input(pass, l).columns},
                       {p.delta(pass, l).columns, p.input(tangent, l).columns}},

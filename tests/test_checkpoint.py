@@ -17,6 +17,7 @@ import torch
 import sdw_fast as sdw
 from sdw_fast import run as run_module
 from sdw_fast.evaluation import Evaluation
+from sdw_fast.files import write_torch
 from sdw_fast.run import load_checkpoint, new_distiller, read_metrics
 from sdw_fast.units import Affine
 
@@ -224,12 +225,12 @@ def test_a_state_of_another_device_number_of_runs_or_version_is_refused(small_da
 def test_a_folder_of_another_run_is_refused(small_data, small_teacher, tmp_path) -> None:
     settings = {**TINY, "out": tmp_path, "progress": False}
     sdw.distill(small_data, small_teacher, **settings)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")}
     with pytest.raises(ValueError, match="another problem: its observations, targets, weights differ"):
         sdw.distill(small_data.subset(np.arange(300)), small_teacher, **settings)
     with pytest.raises(ValueError, match="inner_lr"):
         sdw.distill(small_data, small_teacher, **settings, inner_lr=0.05)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")} == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "old", "other"])
@@ -243,7 +244,7 @@ def test_a_checkpoint_that_is_damaged_or_old_is_an_error(small_data, small_teach
     else:
         state = load_checkpoint(path)["distiller"]
         old = {**state, "generator": state["generators"][0], "best_returns": [1.0]}
-        torch.save(old if damage == "old" else [1, 2], path)
-        message = "not a checkpoint of this version of sdw_fast .*finish that run with the version it was started with"
+        write_torch(path, old if damage == "old" else [1, 2])
+        message = "it is not one of this version of sdw_fast .*finish that run with the version it was started with"
     with pytest.raises(ValueError, match=message):
         sdw.distill(small_data, small_teacher, **settings)

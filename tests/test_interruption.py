@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import sdw_fast as sdw
 from sdw_fast import run as module
@@ -88,23 +87,24 @@ def test_a_checkpoint_cut_off_while_it_is_written_leaves_the_one_before(
 ) -> None:
     settings = {**TINY, "out": tmp_path, "progress": False}
     whole = sdw.distill(small_data, small_teacher, **TINY, progress=False)
-    save, left = torch.save, 2
+    write, left = Path.write_bytes, 2
 
-    def full_disk(content: Any, path: Any) -> None:
+    def full_disk(path: Path, content: Any) -> int:
         nonlocal left
-        left -= 1
+        left -= "checkpoint" in path.name
         if not left:
-            Path(path).write_bytes(b"PK half a checkpoint")
+            write(path, b"PK half a checkpoint")
             raise OSError("no space left on device")
-        save(content, path)
+        return write(path, content)
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space left"):
         sdw.distill(small_data, small_teacher, **settings)
-    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(Path, "write_bytes", write)
     assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 7
     assert same_set(sdw.distill(small_data, small_teacher, **settings), whole)
     assert {p.name for p in tmp_path.iterdir()} == {
+        ".lock",
         "checkpoint",
         "config.json",
         "metrics.jsonl",

@@ -205,7 +205,7 @@ def test_assets_are_exactly_the_suites_policies_in_half_precision() -> None:
     for name in wanted:
         with safe_open(ASSETS / name, framework="pt") as file:
             metadata = file.metadata()
-            assert all(file.get_tensor(key).dtype == torch.float16 for key in file.keys())  # noqa: SIM118
+            assert all(file.get_tensor(key).dtype == torch.float16 for key in set(file.keys()) - {"checksum"})
         env, steps = name.removesuffix(".safetensors").split("-")
         assert (metadata["env_id"], metadata["trained_steps"]) == (SUITE[env].env_id, steps)
 

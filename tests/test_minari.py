@@ -126,7 +126,7 @@ def test_empty_and_damaged_minari_datasets_are_reported(minari_root: Path) -> No
         load_dataset("toy/three-v0")
     with h5py.File(path, "a") as file:
         del file["episode_1/rewards"]
-    with pytest.raises(ValueError, match="cannot read episode 1"):
+    with pytest.raises(ValueError, match=r"episode 1 in .*main_data.hdf5 is not a readable"):
         load_dataset("toy/three-v0")
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"damaged or truncated\?"):

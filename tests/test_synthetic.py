@@ -12,6 +12,7 @@ import pytest
 from conftest import HIGH, LOW
 
 import sdw_fast as sdw
+from sdw_fast.files import write_npz
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
 from sdw_fast.units import Affine, Units
 
@@ -82,7 +83,7 @@ def test_damaged_and_foreign_files_are_refused(synthetic: SyntheticDataset, tmp_
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"set.npz is not a readable synthetic set"):
             SyntheticDataset.load(path)
-    np.savez(tmp_path / "other.npz", observations=np.zeros((2, 2)))
+    write_npz(tmp_path / "other.npz", observations=np.zeros((2, 2)))
     with pytest.raises(ValueError, match="keys missing"):
         SyntheticDataset.load(tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError, match="no synthetic set at"):
@@ -94,7 +95,7 @@ def test_a_set_of_another_format_names_it(synthetic: SyntheticDataset, tmp_path:
     with np.load(path) as file:
         content = dict(file)
     header = json.loads(str(content["header"])) | {"format": 1, "version": "0.0.9"}
-    np.savez(path, **{**content, "header": np.array(json.dumps(header))})
+    write_npz(path, **{**content, "header": np.array(json.dumps(header))})
     with pytest.raises(ValueError, match=r"its format is 1 \(sdw_fast 0.0.9\), not 2"):
         SyntheticDataset.load(path)
 

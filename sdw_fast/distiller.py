@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sdw_fast import ops
 from sdw_fast.config import DistillConfig
+from sdw_fast.files import damage_named
 from sdw_fast.identity import identity, refuse_other
 from sdw_fast.networks import orthogonal_parameters
 from sdw_fast.objectives import OuterProblem
@@ -257,17 +258,9 @@ class Distiller:
                 schedule="constant" that of the steps), another kind of device (whose random numbers are others) or
                 another number of runs; or it is damaged.
         """
-        shapes = {"observations": tuple(self.observations.shape), "actions": tuple(self.actions.shape)}
-        rounding = refuse_other(state, identity(self, self._fingerprint), shapes)
-        with torch.no_grad():
-            self.observations.copy_(state["observations"])
-            self.actions.copy_(state["actions"])
-            for average, saved in zip(self._averages, state["averages"], strict=True):
-                average.copy_(saved)
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the state's own tensors
-        _set_states(self._generators, state["generators"][0])
-        if self._row_generators is not self._generators:
-            _set_states(self._row_generators, state["generators"][1])
+        with damage_named("the checkpoint", "state of a distillation", ValueError):
+            rounding = refuse_other(state, self.state_dict())
+            self._take_over(state)
         self._left_out = 0
         self.iteration = state["iteration"]
         self.rounding = copy.deepcopy(state["rounding"])
@@ -279,6 +272,17 @@ class Distiller:
                 "and not the same bits",
                 stacklevel=2,
             )
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.observations.copy_(state["observations"])
+            self.actions.copy_(state["actions"])
+            for average, saved in zip(self._averages, state["averages"], strict=True):
+                average.copy_(saved)
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the state's own tensors
+        _set_states(self._generators, state["generators"][0])
+        if self._row_generators is not self._generators:
+            _set_states(self._row_generators, state["generators"][1])
 
 
 class OuterBatches:

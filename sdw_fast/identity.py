@@ -57,8 +57,8 @@ def identity(distiller: Distiller, fingerprint: dict[str, str]) -> dict[str, Any
     }
 
 
-def refuse_other(state: dict[str, Any], own: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Raises ValueError, which names it, where a state is not of this distillation.
+def refuse_other(state: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError, which names it, where a state is not of the distillation whose own state is given.
 
     Returns:
         What differs in the rounding only: "threads": [then, now], …
@@ -84,7 +84,7 @@ def refuse_other(state: dict[str, Any], own: dict[str, Any], shapes: dict[str, t
     if differing:
         hint = '; schedule="constant" leaves the number of steps open' if differing == ["steps"] else ""
         raise ValueError(f"the checkpoint was made with other settings of {differing}{hint}")
-    _check_numbers(state, shapes)
+    _check_numbers(state, own)
     return rounding
 
 
@@ -94,14 +94,17 @@ def _agree(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:
     return torch.allclose(before, now, rtol=_ROUNDING, atol=_ROUNDING * float(now.abs().mean()))
 
 
-def _check_numbers(state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_numbers(state: dict[str, Any], own: dict[str, Any]) -> None:
     """Raises ValueError where a state of this distillation holds what none of its steps can have left."""
     iteration = state["iteration"]
     if not isinstance(iteration, int) or iteration < 0:
         raise ValueError(f"the checkpoint is damaged: it says that {iteration!r} outer steps were taken")
-    for name, shape in shapes.items():
-        if state[name].shape != shape or not state[name].isfinite().all():
-            raise ValueError(
-                f"the checkpoint is damaged: its {name} must be finite and of shape {shape}, got shape "
-                f"{tuple(state[name].shape)}"
-            )
+    for name in ("observations", "actions", "averages", "generators"):
+        got, expected = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (state[name], own[name]))
+        kinds, wanted = ([(tuple(x.shape), x.dtype) for x in tensors] for tensors in (got, expected))
+        if kinds != wanted or not all(x.isfinite().all() for x in got):
+            raise ValueError(f"the checkpoint is damaged: its {name} must be finite and {wanted}, got {kinds}")
+    buffers = [x for kept in state["optimizer"]["state"].values() for x in kept.values()]
+    shapes = {own[name].shape for name in ("observations", "actions")}
+    if not all(x.shape in shapes for x in buffers if isinstance(x, torch.Tensor) and x.ndim):
+        raise ValueError("the checkpoint is damaged: its optimizer belongs to arrays of other shapes")

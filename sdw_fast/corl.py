@@ -34,12 +34,15 @@ def load_networks(path: str | os.PathLike[str]) -> tuple[MLP, list[MLP]]:
     return actor, critics
 
 
-def state_map(mean: Sequence[float], std: Sequence[float], width: int) -> Affine:
-    """CORL's normalization of (width,) states, (s − mean) / (std + 1e-3). Raises ValueError for other arrays."""
+def state_map(mean: Sequence[float], std: Sequence[float], width: int, name: str) -> Affine:
+    """CORL's normalization of (width,) states, (s − mean) / (std + 1e-3), for the checkpoint of that name.
+
+    Raises ValueError for other arrays.
+    """
     center, spread = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
     if center.shape != (width,) or spread.shape != (width,):
         raise ValueError(
-            f"the checkpoint holds an actor of {width} state dimensions; mean and std must be ({width},) arrays, got "
+            f"{name} holds an actor of {width} state dimensions; mean and std must be ({width},) arrays, got "
             f"{center.shape} and {spread.shape}"
         )
     if not (np.isfinite(center).all() and np.isfinite(spread).all() and (spread >= 0).all()):

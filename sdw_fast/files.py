@@ -26,6 +26,7 @@ from torch import Tensor
 from sdw_fast.disk import PathLike, replacing
 
 _DIGITS = 64  # of a checksum, the last bytes of a file of ours
+_FOLDER = 0x10  # an attribute of a part of a zip archive
 _LONGEST = 500  # characters of an error's sentence
 _FOR_USERS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
 _BLOCK = 1 << 20  # bytes hashed at a time
@@ -150,7 +151,10 @@ def _digest(file: IO[bytes], size: int) -> bytes:
 def check_zip(path: Path) -> None:
     """Raises where a part of a zip archive is not what its checksum (CRC) says, or all are more than memory holds."""
     with zipfile.ZipFile(path) as archive:
-        check_memory(sum(part.file_size for part in archive.infolist()))
+        parts = archive.infolist()
+        check_memory(sum(part.file_size for part in parts))
+        if any(part.external_attr & _FOLDER for part in parts):  # PyTorch's reader would leave its numbers undefined
+            raise ValueError("one of its parts is a folder")
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"its part {damaged} is damaged")
 
@@ -178,10 +182,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """
     arrays = {}
     with zipfile.ZipFile(path) as archive:
-        parts = [part for part in archive.infolist() if part.filename.endswith(".npy")]
-        check_memory(sum(part.file_size for part in parts))
-        for part in parts:
-            with archive.open(part) as file:
+        check_memory(sum(part.file_size for part in archive.infolist()))
+        for part in archive.infolist():
+            with archive.open(part) as file:  # compares the names in the archive's directory with those of its parts
+                if not part.filename.endswith(".npy"):
+                    continue
                 _check_array(file, part.file_size)
             with archive.open(part) as file:  # read to its end, so that zipfile compares the CRC
                 arrays[part.filename.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)

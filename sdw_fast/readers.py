@@ -70,7 +70,12 @@ def load_dataset(
             "or .npz file, or a dict of arrays"
         )
     columns.env_id = env_id or columns.env_id
-    return build_dataset(columns)
+    try:
+        return build_dataset(columns)
+    except ValueError as error:
+        if columns.path is None:
+            raise
+        raise ValueError(f"{columns.path}: {error}") from error
 
 
 def _from_arrays(arrays: Mapping[str, Any], where: str) -> Columns:
@@ -178,7 +183,8 @@ def _from_minari(dataset: minari.MinariDataset) -> Columns:
 
 def _columns_of(dataset: minari.MinariDataset) -> Columns:
     total, width = int(dataset.total_steps), dataset.observation_space.shape[0]
-    check_memory(4 * total * (width + dataset.action_space.shape[0] + 1))
+    with damage_named(dataset.id, "Minari dataset"):
+        check_memory(4 * total * (width + dataset.action_space.shape[0] + 1))
     observations = np.empty((total, width), np.float32)
     actions = np.empty((total, dataset.action_space.shape[0]), np.float32)
     rewards = np.empty(total, np.float32)
@@ -190,10 +196,12 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
     ):
         steps = len(rews)
         rows = slice(start, start + steps)
-        if len(states) != steps + 1 or start + steps > total:
+        shapes = [array.shape for array in (states, acts, rews, terminated, truncated)]
+        expected = [(steps + 1, width), (steps, actions.shape[1]), (steps,), (steps,), (steps,)]
+        if shapes != expected or start + steps > total:
             raise ValueError(
-                f"Minari dataset {dataset.id!r}, episode {index}: {len(states)} observations and {steps} rewards, "
-                f"expected one observation more than rewards and {total} steps in all; the dataset is damaged"
+                f"Minari dataset {dataset.id!r}, episode {index}: its arrays have shapes {shapes}, expected {expected} "
+                f"(one observation more than rewards) and {total} steps in all; the dataset is damaged"
             )
         observations[rows], actions[rows], rewards[rows] = states[:-1], acts, rews
         terminations[rows], truncations[rows] = terminated, truncated

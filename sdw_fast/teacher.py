@@ -264,7 +264,7 @@ class Teacher:
         from sdw_fast.corl import load_networks, state_map
 
         actor, critics = load_networks(path)
-        units = Units(states=state_map(mean, std, actor.sizes[0]))
+        units = Units(states=state_map(mean, std, actor.sizes[0], Path(path).name))
         provenance = {"source": "CORL checkpoint", "file": Path(path).name}
         return cls(actor, MinCritic(critics) if critics else None, units=units, provenance=provenance)
 

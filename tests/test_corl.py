@@ -153,3 +153,12 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     for mean, std in ((MEAN, STD * np.nan), (MEAN + np.inf, STD), (MEAN, STD - 1e-4)):
         with pytest.raises(ValueError, match="must be finite, and std not negative"):
             Teacher.from_corl(path, mean, std)
+
+
+@pytest.mark.parametrize("part", ["actor", "critic_1"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, part: str) -> None:
+    checkpoint = {"actor": below("net", mlp(D, 8, A)), "critic_1": below("net", mlp(D + A, 7, 1))}
+    checkpoint[part]["net.0.bias"][0] = torch.nan
+    torch.save(checkpoint, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"c.pt is not .*weights of .* are NaN or infinite"):
+        Teacher.from_corl(tmp_path / "c.pt", MEAN, STD)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sdw_fast.files import write_safetensors
+from sdw_fast.files import check_sum, read_safetensors, write_safetensors
 from sdw_fast.networks import MLP, MinCritic
 from sdw_fast.teacher import Teacher
 from sdw_fast.units import Affine, Units
@@ -154,3 +154,33 @@ def test_damaged_descriptions_are_refused(teacher: Teacher, tmp_path: Path) -> N
     refused("size mismatch", networks={**description["networks"], "actor": [5, 7, 11, 3]})
     refused("format is 'sdw_fast.teacher/1'", format="sdw_fast.teacher/1")
     refused("states", units={"actions": None})
+
+
+@pytest.mark.parametrize("name", ["actor.0.weight", "critic2.4.bias"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(teacher: Teacher, tmp_path: Path, name: str, number: float) -> None:
+    path = tmp_path / "teacher.safetensors"
+    teacher.save(path)
+    tensors, metadata = read_safetensors(path)
+    tensors[name].view(-1)[0] = number
+    write_safetensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=rf"weights of {name.split('.')[0]} are NaN or infinite"):
+        Teacher.load(path)
+
+
+def test_a_flipped_bit_is_refused(teacher: Teacher, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    teacher.save(path)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a readable teacher file .*its checksum does not fit"):
+        Teacher.load(path)
+
+
+def test_every_shipped_network_carries_its_checksum() -> None:
+    root = Path(__file__).parents[1]
+    shipped = [*(root / "sdw_fast/assets").glob("*.safetensors"), *(root / "benchmarks/teachers").glob("*.safetensors")]
+    assert len(shipped) > 20
+    for path in shipped:
+        check_sum(path)

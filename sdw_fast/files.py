@@ -26,6 +26,7 @@ from torch import Tensor
 from sdw_fast.disk import PathLike, replacing
 
 _DIGITS = 64  # of a checksum, the last bytes of a file of ours
+_END = 22  # bytes of the record that ends a zip archive, before its comment
 _FOLDER = 0x10  # an attribute of a part of a zip archive
 _LONGEST = 500  # characters of an error's sentence
 _FOR_USERS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
@@ -151,12 +152,23 @@ def _digest(file: IO[bytes], size: int) -> bytes:
 def check_zip(path: Path) -> None:
     """Raises where a part of a zip archive is not what its checksum (CRC) says, or all are more than memory holds."""
     with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-        check_memory(sum(part.file_size for part in parts))
-        if any(part.external_attr & _FOLDER for part in parts):  # PyTorch's reader would leave its numbers undefined
-            raise ValueError("one of its parts is a folder")
+        _parts(archive)
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"its part {damaged} is damaged")
+
+
+def _parts(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The parts of an archive, after what its directory says of them: no CRC covers that."""
+    parts = archive.infolist()
+    check_memory(sum(part.file_size for part in parts))
+    assert archive.fp is not None  # it is open
+    archive.fp.seek(-_END - len(archive.comment), os.SEEK_END)
+    count = int.from_bytes(archive.fp.read(_END)[10:12], "little")
+    if len(parts) & 0xFFFF != count and count != 0xFFFF:  # larger ones say it elsewhere
+        raise ValueError(f"its directory is damaged: it lists {len(parts)} of {count} parts")
+    if any(part.external_attr & _FOLDER for part in parts):  # PyTorch's reader would leave its numbers undefined
+        raise ValueError("one of its parts is a folder")
+    return parts
 
 
 def check_memory(size: int) -> None:
@@ -182,8 +194,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """
     arrays = {}
     with zipfile.ZipFile(path) as archive:
-        check_memory(sum(part.file_size for part in archive.infolist()))
-        for part in archive.infolist():
+        for part in _parts(archive):
             with archive.open(part) as file:  # compares the names in the archive's directory with those of its parts
                 if not part.filename.endswith(".npy"):
                     continue

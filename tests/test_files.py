@@ -181,6 +181,22 @@ def test_a_bit_of_a_foreign_archive_is_found_by_its_crc(tmp_path: Path) -> None:
             reader(path)
 
 
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [(46, b"z", "differ"), (32, b"\x40", "1 of 2 parts"), (38, b"\x10", "is a folder")],
+    ids=["another name", "the next entry as a comment", "marked as a folder"],
+)
+def test_damage_to_an_archive_s_directory_is_found(tmp_path: Path, offset: int, value: bytes, message: str) -> None:
+    """No CRC covers it. The bytes are those of its first entry, of two."""
+    np.savez(tmp_path / "x.npz", x=np.ones(50), y=np.ones(2))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    place = content.index(b"PK\x01\x02") + offset
+    content[place : place + 1] = value
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises((ValueError, zipfile.BadZipFile), match=message):
+        read_npz(tmp_path / "x.npz")
+
+
 def test_a_file_that_claims_more_than_memory_is_refused_before_it_is_asked_for(tmp_path: Path) -> None:
     """A bomb of zeros, and a header that tells of more numbers than there are."""
     header = io.BytesIO()

@@ -123,6 +123,8 @@ def _put_back(target: Path, temporary: Path) -> None:
 
 def reserve(folder: Path, size: int) -> None:
     """Raises OSError where `folder` has no room for `size` bytes; HDF5 brings the process down when a disk is full."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
     with temporary_beside(folder / "room") as temporary:
         try:
             with temporary.open("wb") as file:
@@ -149,6 +151,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise BlockingIOError(
                 f"{folder} is in use by {holder}: wait for it or stop it, or give this run another folder"
             ) from None
+        except OSError:  # a file system without locks
+            pass
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()

@@ -12,7 +12,7 @@ import torch
 from minari.dataset._storages.hdf5_storage import HDF5Storage
 from safetensors import safe_open
 
-from sdw_fast import suite
+from sdw_fast import disk, suite
 from sdw_fast.evaluation import evaluate
 from sdw_fast.readers import load_dataset
 from sdw_fast.rollout import make_env
@@ -161,6 +161,32 @@ def test_interruption_leaves_nothing_and_keeps_what_was_there(
         patch.setattr(HDF5Storage, "update_episodes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quick("hopper/medium", steps=200, overwrite=True)
+    assert len(load_dataset("hopper/medium")) == 300
+    assert {p.name for p in folder.iterdir()} == {"namespace_metadata.json", "medium-v0"}
+
+
+def test_overwriting_cut_between_two_renames_loses_nothing(minari_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick("hopper/medium")
+    folder, rename = minari_root / "sdw" / "hopper", Path.rename
+
+    def interrupted(path: Path, target: Path) -> None:
+        rename(path, target)
+        if path.name == "medium-v0":  # it has just been set aside
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quick("hopper/medium", steps=200, overwrite=True)
+    assert len(load_dataset("hopper/medium")) == 300
+    assert {p.name for p in folder.iterdir()} == {"namespace_metadata.json", "medium-v0"}
+    with monkeypatch.context() as patch:  # killed: nothing is put back until the next one comes
+        patch.setattr(Path, "rename", interrupted)
+        patch.setattr(disk, "_put_back", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            quick("hopper/medium", steps=200, overwrite=True)
+    assert not (folder / "medium-v0").exists()
+    quick("hopper/medium")  # found, as it was, with nothing to collect
     assert len(load_dataset("hopper/medium")) == 300
     assert {p.name for p in folder.iterdir()} == {"namespace_metadata.json", "medium-v0"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import itertools
 import os
 import re
@@ -23,8 +24,9 @@ _unfinished: set[Path] = set()  # temporary names that this process writes under
 def replacing(path: PathLike) -> Iterator[Path]:
     """A temporary name beside `path`, of the same suffix, that takes its place when the block ends well.
 
-    A reader sees the old file or the whole new one; an error or a kill leaves the old one, a power failure too. The
-    folder is made, and what a killed process left under such names is removed.
+    A reader sees the old file or the whole new one; an error or a kill leaves the old one, a power failure too. A file
+    that would stay the same is left alone. The folder is made, and what a killed process left under such names is
+    removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +36,8 @@ def replacing(path: PathLike) -> Iterator[Path]:
         try:
             with naming(path):
                 yield temporary
+                if path.is_file() and filecmp.cmp(temporary, path, shallow=False):
+                    return
                 _to_disk(temporary)
                 temporary.replace(path)
                 _to_disk(path.parent)

@@ -97,13 +97,16 @@ class RunFolder:
                     self.best_sets[number] = dataclasses.replace(last, **arrays, config=best["config"])
 
     def _write_sets(self, distiller: Distiller) -> None:
-        """Writes last.npz and best.npz as the checkpoint has them, and takes away those that it does not have."""
+        """Writes last.npz and best.npz as the checkpoint has them, and takes away those that it does not have.
+
+        A finished run without evaluations keeps its best.npz, which is its last set.
+        """
         for number, (path, last) in enumerate(zip(self._runs, distiller.sets, strict=True)):
             for name, one in (("last", last if distiller.iteration else None), ("best", self.best_sets.get(number))):
-                if one is None:
-                    (path / f"{name}.npz").unlink(missing_ok=True)
-                else:
+                if one is not None:
                     one.save(path / f"{name}.npz")
+                elif distiller.iteration < distiller.config.steps:
+                    (path / f"{name}.npz").unlink(missing_ok=True)
 
     def _write_config(self, distiller: Distiller, source: dict[str, Any] | None) -> None:
         start = distiller.sets[0]

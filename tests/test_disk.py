@@ -38,6 +38,17 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     assert path.read_text() == "half of the new"
 
 
+def test_a_file_that_stays_the_same_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    write_text(path, "the same")
+    before = path.stat()
+    write_text(path, "the same")
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    write_text(path, "another")
+    assert path.read_text() == "another"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_leftovers_of_killed_processes_are_cleared_and_those_of_living_ones_stay(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
     for name in (path, tmp_path / "other.npz"):

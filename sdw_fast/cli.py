@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import json
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,8 +19,11 @@ import sdw_fast as sdw
 from sdw_fast import run as runs
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 from sdw_fast.density import DensityWeights
+from sdw_fast.disk import replacing
 from sdw_fast.diversity import diversity
-from sdw_fast.files import replacing
+from sdw_fast.files import one_sentence, to_json
+
+_TRACEBACK = "SDW_FAST_TRACEBACK"  # set: errors are shown with where they arose
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Offline behavior distillation: condense an offline RL dataset into a few hundred state-action pairs.",
+    epilog="Exit status: 0 done; 1 an error, told in one sentence on standard error (with where it arose, if the "
+    f"variable {_TRACEBACK} is set); 2 a wrong command line; 130 interrupted by Ctrl-C.",
 )
 
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, or .npz")]
@@ -97,18 +103,28 @@ def _parse(kind: Any, text: str) -> Any:
 def _readable_errors() -> Iterator[None]:
     """Shows what a user can mend as one sentence, without a traceback."""
     try:
-        yield
-    except (ValueError, TypeError, OSError, MemoryError, FloatingPointError, ImportError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    except BrokenPipeError:  # `| head`: the command line's own business
+        raise
+    except Exception as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        typer.secho(f"error: {one_sentence(error)}", fg="red", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interrupt:
         typer.secho(str(interrupt) or "interrupted", fg="yellow", err=True)
         raise typer.Exit(130) from interrupt
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.secho(f"warning: {message}", fg="yellow", err=True)
+
+
 def _show(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(values, indent=2))
+        typer.echo(to_json(values, indent=2))
         return
     width = max(map(len, values), default=0)
     for name, value in values.items():
@@ -236,9 +252,11 @@ def distill(
                 "device": device or "cpu",
                 "n_runs": n_runs,
             }
-        loaded = sdw.Teacher.load(source["teacher"]) if source["teacher"] is not None else None
+        loaded = sdw.Teacher.load(source["teacher"]) if source.get("teacher") is not None else None
         data = sdw.load_dataset(source["dataset"])
-        distiller = runs.new_distiller(data, loaded, config, device=source["device"], n_runs=source["n_runs"])
+        distiller = runs.new_distiller(
+            data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
+        )
         runs.run(distiller, out, source=source)
         _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
 
@@ -268,9 +286,9 @@ def evaluate(
 @app.command(epilog="Example: `sdw-fast plot runs/hopper`")
 def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
     """Draw a run's learning curves into RUN/metrics.png."""
-    from sdw_fast import plots
-
     with _readable_errors():
+        from sdw_fast import plots
+
         plots.save(plots.plot_metrics({run.name: runs.read_metrics(run)}), run / "metrics.png")
         typer.echo(run / "metrics.png")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdw_fast.networks import MLP, below
+from sdw_fast.files import read_torch, reading
+from sdw_fast.networks import MLP, below, refuse_non_finite
 from sdw_fast.units import SCALE_FLOOR, Affine
 
 # CORL's one-number module, under the name that its training scripts pickle it with. The stand-in only receives the
@@ -23,41 +23,31 @@ _CORL_SCALAR = type("Scalar", (), {"__module__": "__main__"})
 def load_networks(path: str | os.PathLike[str]) -> tuple[MLP, list[MLP]]:
     """Actor and critics of a checkpoint, frozen; see `sdw_fast.teacher.Teacher.from_corl`."""
     path = Path(path)
-    checkpoint = _load_checkpoint(path)
-    try:
-        return _networks(checkpoint)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with reading(path, "CORL checkpoint", hint=" Only tensors and plain containers are ever unpickled"):
+        with torch.serialization.safe_globals([_CORL_SCALAR]):
+            checkpoint = read_torch(path)
+        if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("actor"), Mapping):
+            held = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
+            raise ValueError(f"it has no state dict 'actor' (it holds {held})")
+        actor, critics = _networks(checkpoint)
+        refuse_non_finite({"the actor": actor, **{f"critic {i}": c for i, c in enumerate(critics, start=1)}})
+    return actor, critics
 
 
-def state_map(mean: Sequence[float], std: Sequence[float], width: int) -> Affine:
-    """CORL's normalization of (width,) states, (s − mean) / (std + 1e-3). Raises ValueError for other arrays."""
+def state_map(mean: Sequence[float], std: Sequence[float], width: int, name: str) -> Affine:
+    """CORL's normalization of (width,) states, (s − mean) / (std + 1e-3), for the checkpoint of that name.
+
+    Raises ValueError for other arrays.
+    """
     center, spread = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
     if center.shape != (width,) or spread.shape != (width,):
         raise ValueError(
-            f"the checkpoint holds an actor of {width} state dimensions; mean and std must be ({width},) arrays, got "
+            f"{name} holds an actor of {width} state dimensions; mean and std must be ({width},) arrays, got "
             f"{center.shape} and {spread.shape}"
         )
     if not (np.isfinite(center).all() and np.isfinite(spread).all() and (spread >= 0).all()):
         raise ValueError("mean and std of the states must be finite, and std not negative")
     return Affine(center, spread + np.float32(SCALE_FLOOR))
-
-
-def _load_checkpoint(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        with torch.serialization.safe_globals([_CORL_SCALAR]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a CORL checkpoint: it is truncated, no PyTorch file, or pickles more than "
-            f"tensors and plain containers, which is never unpickled ({error})"
-        ) from error
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("actor"), Mapping):
-        held = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__
-        raise ValueError(f"{path} is no CORL checkpoint: it has no state dict 'actor' (it holds {held})")
-    return checkpoint
 
 
 def _networks(checkpoint: Mapping[str, Any]) -> tuple[MLP, list[MLP]]:

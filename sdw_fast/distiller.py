@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from sdw_fast import ops
 from sdw_fast.config import DistillConfig
+from sdw_fast.files import damage_named
+from sdw_fast.identity import identity, refuse_other
 from sdw_fast.networks import orthogonal_parameters
 from sdw_fast.objectives import OuterProblem
 from sdw_fast.synthetic import SyntheticDataset
@@ -30,11 +33,6 @@ Metrics = dict[str, Any]  # a float each; of several sets an array (R,) each
 RESIDENT_BYTES = 8 << 30
 # A step whose hypergradient is not finite is left out; as many in a row end the run.
 MAX_LEFT_OUT = 10
-# Settings that a checkpoint may differ in: they do not change the steps.
-_FREE_SETTINGS = ("eval_every", "eval_clones", "eval_episodes", "checkpoint_every", "tape")
-
-_STATE = {"version", "problem", "config", "device", "n_runs", "iteration", "observations", "actions", "averages"}
-_STATE |= {"optimizer", "generators"}
 
 
 class Distiller:
@@ -57,10 +55,12 @@ class Distiller:
     Attributes:
         observations, actions: The sets in normalized units, (R, N, D) and (R, N, A).
         iteration: Outer steps taken.
+        rounding: Where a run went on with other rounding, e.g. {"from_step": 100, "threads": [1, 2]}.
         seeds: Of each run.
 
     Raises:
-        ValueError: a set does not fit the problem or the others, or the device is a GPU and there is none.
+        ValueError: a set does not fit the problem or the others, or the device is a GPU and there is none, or is
+            neither that nor the CPU.
     """
 
     def __init__(
@@ -73,9 +73,7 @@ class Distiller:
     ) -> None:
         self.problem = problem
         self.config = config = config or DistillConfig()
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={device!r} needs a GPU and a CUDA build of torch, and torch finds none here")
+        self.device = _device(device)
         self.batched = not isinstance(start, SyntheticDataset)
         self._start = [start] if isinstance(start, SyntheticDataset) else list(start)
         _check_start(self._start, problem)
@@ -94,6 +92,7 @@ class Distiller:
         self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
         self._left_out = 0  # steps in a row, up to the last fetched
         self.iteration = 0
+        self.rounding: list[dict[str, Any]] = []
 
     def _leaf(self, arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.tensor(np.stack(arrays), dtype=torch.float32, device=self.device, requires_grad=True)
@@ -233,7 +232,8 @@ class Distiller:
         if self._row_generators is not self._generators:
             generators.append(self._row_generators)
         return {
-            **self._identity(),
+            **identity(self, self._fingerprint),
+            "rounding": copy.deepcopy(self.rounding),
             "iteration": self.iteration,
             "observations": self.observations.detach().clone(),
             "actions": self.actions.detach().clone(),
@@ -246,26 +246,34 @@ class Distiller:
     def _fingerprint(self) -> dict[str, str]:
         return self.problem.fingerprint()
 
-    def _identity(self) -> dict[str, Any]:
-        """What the bits depend on and a checkpoint must share."""
-        return {
-            "version": __version__,
-            "problem": self._fingerprint,
-            "config": self.config.to_dict(),
-            "device": self.device.type,
-            "n_runs": self.n_runs,
-        }
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken.
+
+        Another number of threads, instruction set or PyTorch changes the rounding: it is said in a warning, kept in
+        `rounding`, and the run goes on to another result in its last bits.
 
         Raises:
             ValueError: the state is of another version, another problem (its observations, targets, weights or units
                 differ), another configuration (the number of evaluations and of checkpoints may differ, and with
                 schedule="constant" that of the steps), another kind of device (whose random numbers are others) or
-                another number of runs.
+                another number of runs; or it is damaged.
         """
-        _refuse_other(state, self._identity())
+        with damage_named("the checkpoint", "state of a distillation", ValueError):
+            rounding = refuse_other(state, self.state_dict())
+            self._take_over(state)
+        self._left_out = 0
+        self.iteration = state["iteration"]
+        self.rounding = copy.deepcopy(state["rounding"])
+        if rounding:
+            self.rounding.append({"from_step": self.iteration, **rounding})
+            changes = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in rounding.items())
+            warnings.warn(
+                f"the run goes on from step {self.iteration} with other rounding ({changes}): its result is as good, "
+                "and not the same bits",
+                stacklevel=2,
+            )
+
+    def _take_over(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             self.observations.copy_(state["observations"])
             self.actions.copy_(state["actions"])
@@ -275,8 +283,6 @@ class Distiller:
         _set_states(self._generators, state["generators"][0])
         if self._row_generators is not self._generators:
             _set_states(self._row_generators, state["generators"][1])
-        self._left_out = 0
-        self.iteration = state["iteration"]
 
 
 class OuterBatches:
@@ -305,25 +311,16 @@ class OuterBatches:
         return [(batch[0] - self._offset) / self._scale, *batch[1:]]
 
 
-def _refuse_other(state: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raises ValueError, which names it, where a state is not of this distillation."""
-    if not set(state) >= _STATE or state["version"] != own["version"]:
-        raise ValueError(
-            f"the checkpoint was written by sdw_fast {state.get('version', 'of an unknown version')}, and this is "
-            f"{own['version']}: finish that run with the version it was started with, or start it anew"
-        )
-    parts = [name for name, digest in own["problem"].items() if state["problem"].get(name) != digest]
-    if parts:
-        raise ValueError(
-            f"the checkpoint belongs to another problem: its {', '.join(parts)} differ. Was the dataset or the "
-            "teacher changed, or its action bounds? Start a new run in another folder"
-        )
-    free = (*_FREE_SETTINGS, *(["steps"] if own["config"]["schedule"] == "constant" else []))
-    now, then = ({**x["config"], "device": x["device"], "n_runs": x["n_runs"]} for x in (own, state))
-    differing = [name for name in now | then if name not in free and now.get(name) != then.get(name)]
-    if differing:
-        hint = '; schedule="constant" leaves the number of steps open' if differing == ["steps"] else ""
-        raise ValueError(f"the checkpoint was made with other settings of {differing}{hint}")
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r} needs a GPU and a CUDA build of torch, and torch finds none here")
+    return found
 
 
 def _check_start(start: Sequence[SyntheticDataset], problem: OuterProblem) -> None:

@@ -1,50 +1,250 @@
-"""Files: whole or not at all when written, checked when read, and what was computed once kept beside its dataset."""
+"""Files: whole or not at all when written, checked when read, and what was computed once kept beside its dataset.
+
+Every file of ours ends in 64 hexadecimal digits, the BLAKE2b checksum of all bytes before them: the comment of a zip
+archive (`.npz`, checkpoints), the last tensor of a `.safetensors` file. Other programs read the files as ever.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import json
+import math
 import os
-from collections.abc import Callable, Iterator
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from sdw_fast.disk import PathLike, replacing
+
+_DIGITS = 64  # of a checksum, the last bytes of a file of ours
+_END = 22  # bytes of the record that ends a zip archive, before its comment
+_FOLDER = 0x10  # an attribute of a part of a zip archive
+_LONGEST = 500  # characters of an error's sentence
+_FOR_USERS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
+_BLOCK = 1 << 20  # bytes hashed at a time
+_CHECKSUM = "checksum"  # the tensor that ends a .safetensors file: of the smallest type, so that it lies last
 
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path`, of the same suffix, that takes its place when the block ends well.
-
-    A reader sees the old file or the whole new one; an error or a kill leaves the old one. The folder is made.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# --- writing: whole or not at all -------------------------------------------------------------------------------------
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def to_json(values: Any, *, indent: int | None = None) -> str:
+    """JSON of plain values; what JSON has no number for (NaN, infinities) becomes null."""
+    return json.dumps(_representable(values), indent=indent, allow_nan=False)
+
+
+def _representable(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _representable(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_representable(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def write_text(path: PathLike, text: str) -> None:
     """Writes a whole text file, UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_npz(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
-    """Writes a whole `.npz` file."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+def write_npz(path: PathLike, **arrays: np.ndarray) -> None:
+    """Writes a whole `.npz` file with its checksum."""
+    with replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        _seal(temporary, is_zip=True)
+
+
+def write_torch(path: PathLike, content: Any) -> None:
+    """Writes what `torch.save` makes of tensors and plain containers, with its checksum."""
+    buffer = io.BytesIO()  # PyTorch's own writing to a full disk raises RuntimeError("unexpected pos 64 vs 0")
+    torch.save(content, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+        _seal(temporary, is_zip=True)
+
+
+def write_safetensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a whole `.safetensors` file with its checksum."""
+    from safetensors.torch import save
+
+    room = torch.zeros(_DIGITS, dtype=torch.uint8)
+    with replacing(path) as temporary:  # save_file would make a file that only its owner can read
+        temporary.write_bytes(save({**tensors, _CHECKSUM: room}, metadata))
+        _seal(temporary, is_zip=False)
+
+
+# --- reading: checked, and one kind of error --------------------------------------------------------------------------
+
+
+def one_sentence(error: BaseException) -> str:
+    """What an error says, on one line; with its kind, where that is not one of those made to be read by users."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= _LONGEST else said[:_LONGEST] + " …"
+    if isinstance(error, MemoryError):
+        return f"out of memory: {said}" if said else "out of memory"
+    return said if said and isinstance(error, _FOR_USERS) else f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
+@contextlib.contextmanager
+def damage_named(source: object, what: str, *passed: type[Exception], hint: str = "") -> Iterator[None]:
+    """Turns whatever damage makes a source's readers raise into a ValueError that names it.
+
+    A missing package or permission and the kinds `passed` stay what they are.
+    """
+    kept: tuple[type[Exception], ...] = (PermissionError, ImportError, *passed)
+    try:
+        yield
+    except kept:
+        raise
+    except Exception as error:  # zipfile, zlib, json, pickle, struct, NumPy, h5py and PyTorch each raise their own
+        reason = one_sentence(error)
+        raise ValueError(f"{source} is not a readable {what} (damaged or truncated?{hint}): {reason}") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str, *, hint: str = "") -> Iterator[None]:
+    """As `damage_named`, of a file. Raises FileNotFoundError where there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {what} at {path}")
+    with damage_named(path, what, hint=hint):
+        yield
+
+
+def check_sum(path: Path) -> None:
+    """Raises ValueError where a file does not end in the checksum of what it holds."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        checksum = _digest(file, size - _DIGITS)
+        if size < _DIGITS or file.read() != checksum:
+            raise ValueError("its checksum does not fit: it was changed, or this version of sdw_fast did not write it")
+
+
+def _seal(path: Path, *, is_zip: bool) -> None:
+    """Ends a file in its checksum: in a zip archive's comment, else in place of its last bytes."""
+    with path.open("r+b") as file:
+        if is_zip:  # the last two bytes say how long the comment is
+            file.seek(-2, os.SEEK_END)
+            file.write(_DIGITS.to_bytes(2, "little") + bytes(_DIGITS))
+        checksum = _digest(file, file.seek(0, os.SEEK_END) - _DIGITS)
+        file.write(checksum)
+
+
+def _digest(file: IO[bytes], size: int) -> bytes:
+    """The checksum of a file's first `size` bytes, where it is left standing."""
+    digest = hashlib.blake2b(digest_size=_DIGITS // 2)
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, _BLOCK))):
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest().encode()
+
+
+def check_zip(path: Path) -> None:
+    """Raises where a part of a zip archive is not what its checksum (CRC) says, or all are more than memory holds."""
+    with zipfile.ZipFile(path) as archive:
+        _parts(archive)
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"its part {damaged} is damaged")
+
+
+def _parts(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The parts of an archive, after what its directory says of them: no CRC covers that."""
+    parts = archive.infolist()
+    check_memory(sum(part.file_size for part in parts))
+    assert archive.fp is not None  # it is open
+    archive.fp.seek(-_END - len(archive.comment), os.SEEK_END)
+    count = int.from_bytes(archive.fp.read(_END)[10:12], "little")
+    if len(parts) & 0xFFFF != count and count != 0xFFFF:  # larger ones say it elsewhere
+        raise ValueError(f"its directory is damaged: it lists {len(parts)} of {count} parts")
+    if any(part.external_attr & _FOLDER for part in parts):  # PyTorch's reader would leave its numbers undefined
+        raise ValueError("one of its parts is a folder")
+    return parts
+
+
+def check_memory(size: int) -> None:
+    """Raises ValueError where a file says that it holds more bytes than are free."""
+    free = _free_memory()
+    if size > free:
+        raise ValueError(f"it says that it holds {size / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB of memory are free")
+
+
+def _free_memory() -> int:
+    try:
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Reads every array of a `.npz` file, unpickling nothing; raises whatever a damaged file makes its readers raise:
-    zipfile, zlib, json and NumPy each have their own, so that callers catch Exception and say which file it was."""
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    """Reads every array of an `.npz` file, ours or another's, unpickling nothing.
+
+    Sizes are compared before memory is asked for. Raises whatever a damaged file makes its readers raise: see
+    `reading`.
+    """
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for part in _parts(archive):
+            with archive.open(part) as file:  # compares the names in the archive's directory with those of its parts
+                if not part.filename.endswith(".npy"):
+                    continue
+                _check_array(file, part.file_size)
+            with archive.open(part) as file:  # read to its end, so that zipfile compares the CRC
+                arrays[part.filename.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
+
+def _check_array(file: IO[bytes], size: int) -> None:
+    """Raises ValueError where the header of a `.npy` file says another size than the file has."""
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    magic = np.lib.format.read_magic(file)
+    if magic not in headers:
+        raise ValueError(f"arrays of numbers have headers of version 1 or 2, not {magic}")
+    shape, _, dtype = headers[magic](file)
+    if dtype.hasobject:
+        raise ValueError("save arrays of numbers, not of objects, which would be a pickle and are never loaded")
+    if math.prod(shape) * dtype.itemsize != size - file.tell():
+        raise ValueError(f"an array of shape {shape} and type {dtype} does not have {size - file.tell()} bytes")
+
+
+def read_torch(path: Path) -> Any:
+    """Reads what `torch.save` wrote, ours or another's: tensors and plain containers, nothing else is unpickled.
+
+    The CRCs of a zip archive, which PyTorch itself ignores, are compared. Raises whatever damage makes its readers
+    raise: see `reading`.
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip:
+        check_zip(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # pages of text, which advise to load the file all the same
+        found = re.search(r"WeightsUnpickler error: *(.*)", str(error))
+        raise ValueError(found[1] if found else "its pickle is none of tensors and plain containers") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors and the metadata of a `.safetensors` file of ours. Raises what damage does: see `reading`."""
+    from safetensors import safe_open
+
+    check_sum(path)
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys()) - {_CHECKSUM}
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+# --- what was computed once -------------------------------------------------------------------------------------------
 
 
 def computed_once(
@@ -67,6 +267,7 @@ def computed_once(
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     file = folder / ".sdw_cache" / f"{key.split()[0]}-{digest}.npz"
     with contextlib.suppress(Exception):  # absent, truncated, not numbers, …: computing again is right in every case
+        check_sum(file)
         arrays = read_npz(file)
         if all(arrays[name].shape == shape and np.isfinite(arrays[name]).all() for name, shape in shapes.items()):
             return arrays

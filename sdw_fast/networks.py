@@ -93,6 +93,13 @@ def below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
+def refuse_non_finite(networks: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where a network, named by its key, has weights that are NaN or infinite."""
+    bad = [name for name, network in networks.items() if not all(p.isfinite().all() for p in network.parameters())]
+    if bad:
+        raise ValueError(f"weights of {', '.join(bad)} are NaN or infinite")
+
+
 def orthogonal_parameters(sizes: Sequence[int], *, gain: float, generators: Sequence[torch.Generator]) -> list[Tensor]:
     """Draws the parameters of R MLPs: orthogonal weights times `gain`, zero biases (the papers' initialization).
 

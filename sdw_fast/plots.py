@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from sdw_fast.density import DensityWeights, density_weights
-from sdw_fast.files import replacing
+from sdw_fast.disk import replacing
 
 Metrics = Sequence[Mapping[str, float]]  # one dict an outer step
 POINTS = 20_000  # drawn in a scatter plot at most: more hide one another and make files heavy

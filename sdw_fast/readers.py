@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import zipfile
+import contextlib
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import numpy as np
 
 from sdw_fast.columns import Columns, build_dataset
 from sdw_fast.data import TransitionDataset
-from sdw_fast.files import read_npz
+from sdw_fast.files import check_memory, damage_named, read_npz, reading
 
 if TYPE_CHECKING:
     import minari
@@ -68,7 +70,12 @@ def load_dataset(
             "or .npz file, or a dict of arrays"
         )
     columns.env_id = env_id or columns.env_id
-    return build_dataset(columns)
+    try:
+        return build_dataset(columns)
+    except ValueError as error:
+        if columns.path is None:
+            raise
+        raise ValueError(f"{columns.path}: {error}") from error
 
 
 def _from_arrays(arrays: Mapping[str, Any], where: str) -> Columns:
@@ -94,30 +101,47 @@ def _from_arrays(arrays: Mapping[str, Any], where: str) -> Columns:
 
 def _read_hdf5(path: Path) -> dict[str, Any]:
     """Reads the known arrays of a D4RL file; HDF5 converts to float32 on the way, without a second copy."""
+    import h5py
+
     wanted = (*_REQUIRED, *_OPTIONAL, *_D4RL_NAMES.values())
-    with _open_hdf5(path) as file:
+    with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
         arrays: dict[str, Any] = {}
-        for key, item in file.items():
+        size = 0
+        for key in file:
             if key not in wanted or key == "env_id":
                 arrays[key] = None  # for the message that lists what the file holds
-            elif not hasattr(item, "shape"):
-                raise ValueError(f"{path.name}: {key} is a group (a Dict space); only vectors are supported")
-            else:
-                dtype = np.float32 if item.dtype.kind == "f" else item.dtype
-                arrays[key] = np.empty(item.shape, dtype)
-                if item.size:
-                    item.read_direct(arrays[key])
+                continue
+            item = file[key]
+            if not hasattr(item, "shape"):
+                raise ValueError(f"{key} is a group (a Dict space); only vectors are supported")
+            _refuse_foreign(item.id, path)
+            size += item.nbytes
+            check_memory(size)
+            dtype = np.float32 if item.dtype.kind == "f" else item.dtype
+            arrays[key] = np.empty(item.shape, dtype)
+            if item.size:
+                item.read_direct(arrays[key])
         arrays.pop("env_id", None)
         return arrays
 
 
+def _refuse_foreign(stored: Any, path: Path) -> None:
+    """Raises ValueError where an HDF5 dataset's numbers lie in another file: behind a link, mapped, or stored there."""
+    import h5py
+
+    if h5py.h5f.get_name(stored) == os.fsencode(path):
+        if stored.get_offset() is not None:  # one piece of this file: the usual case, found out quickly
+            return
+        created = stored.get_create_plist()
+        if created.get_layout() != h5py.h5d.VIRTUAL and not created.get_external_count():
+            return
+    name = h5py.h5i.get_name(stored).decode(errors="replace")
+    raise ValueError(f"the numbers of {name} lie in another file (a link or a virtual dataset), which is not followed")
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
-    try:
+    with reading(path, ".npz file"):
         return read_npz(path)
-    except Exception as error:  # zipfile, zlib and numpy each raise their own on a damaged file
-        objects = zipfile.is_zipfile(path) and "pickle" in str(error)
-        hint = "save arrays of numbers, not of objects" if objects else "damaged or truncated?"
-        raise ValueError(f"cannot read {path} as an .npz file ({hint}): {error}") from error
 
 
 _FILE_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -127,25 +151,14 @@ _FILE_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def _open_hdf5(path: Path) -> Any:
-    import h5py
-
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"cannot read {path} as an HDF5 file (damaged or truncated?): {error}") from error
-
-
 def _open_minari(dataset_id: str) -> minari.MinariDataset:
     """Finds a Minari dataset: this id, then the locomotion suite's short form of it, then a download."""
     import minari
 
     suite_id = f"sdw/{dataset_id}" if dataset_id.rsplit("-v", 1)[-1].isdigit() else f"sdw/{dataset_id}-v0"
     for candidate in (dataset_id, suite_id):
-        try:
+        with contextlib.suppress(FileNotFoundError), damage_named(candidate, "Minari dataset", FileNotFoundError):
             return minari.load_dataset(candidate)
-        except FileNotFoundError:
-            continue
     try:
         return minari.load_dataset(dataset_id, download=True)
     except Exception as error:  # no network, no such dataset, not an id: each backend raises its own kind
@@ -164,7 +177,14 @@ def _from_minari(dataset: minari.MinariDataset) -> Columns:
                 f"Minari dataset {dataset.id!r} has {kind} space {space}; only one-dimensional Box spaces are "
                 "supported (flatten Dict spaces and encode images first; discrete actions have no matching loss here)"
             )
+    with damage_named(dataset.id, "Minari dataset", ValueError):
+        return _columns_of(dataset)
+
+
+def _columns_of(dataset: minari.MinariDataset) -> Columns:
     total, width = int(dataset.total_steps), dataset.observation_space.shape[0]
+    with damage_named(dataset.id, "Minari dataset"):
+        check_memory(4 * total * (width + dataset.action_space.shape[0] + 1))
     observations = np.empty((total, width), np.float32)
     actions = np.empty((total, dataset.action_space.shape[0]), np.float32)
     rewards = np.empty(total, np.float32)
@@ -176,10 +196,12 @@ def _from_minari(dataset: minari.MinariDataset) -> Columns:
     ):
         steps = len(rews)
         rows = slice(start, start + steps)
-        if len(states) != steps + 1 or start + steps > total:
+        shapes = [array.shape for array in (states, acts, rews, terminated, truncated)]
+        expected = [(steps + 1, width), (steps, actions.shape[1]), (steps,), (steps,), (steps,)]
+        if shapes != expected or start + steps > total:
             raise ValueError(
-                f"Minari dataset {dataset.id!r}, episode {index}: {len(states)} observations and {steps} rewards, "
-                f"expected one observation more than rewards and {total} steps in all; the dataset is damaged"
+                f"Minari dataset {dataset.id!r}, episode {index}: its arrays have shapes {shapes}, expected {expected} "
+                f"(one observation more than rewards) and {total} steps in all; the dataset is damaged"
             )
         observations[rows], actions[rows], rewards[rows] = states[:-1], acts, rews
         terminations[rows], truncations[rows] = terminated, truncated
@@ -227,17 +249,22 @@ def _hdf5_episodes(path: Path, indices: Iterable[int], keys: Sequence[str]) -> I
 
     def read(name: str) -> np.ndarray:
         stored = h5py.h5d.open(file.id, name.encode())
+        _refuse_foreign(stored, path)
+        size = math.prod(stored.shape) * stored.dtype.itemsize
+        if size > stored.get_storage_size():  # compressed, or never written
+            check_memory(size)
         array = np.empty(stored.shape, stored.dtype)
         stored.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
         return array
 
-    with _open_hdf5(path) as file:
+    with reading(path, "HDF5 file"):
+        file = h5py.File(path, "r")
+    with file:
         config = file.id.get_mdc_config()  # else the cache of metadata, each read once, grows with the episodes
         config.set_initial_size, config.initial_size = True, _METADATA_CACHE
         config.min_size = config.max_size = _METADATA_CACHE
         file.id.set_mdc_config(config)
         for index in indices:
-            try:
-                yield tuple(read(f"episode_{index}/{key}") for key in keys)
-            except (KeyError, OSError) as error:
-                raise ValueError(f"{path}: cannot read episode {index} (damaged or truncated?): {error}") from error
+            with damage_named(f"episode {index} in {path}", "part of an HDF5 file"):
+                arrays = tuple(read(f"episode_{index}/{key}") for key in keys)
+            yield arrays

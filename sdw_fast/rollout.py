@@ -31,6 +31,7 @@ def make_env(env_id: str) -> gym.Env:
 
     Raises:
         ImportError: if the environment needs MuJoCo and it is not installed.
+        ValueError: if there is no environment of that id.
     """
     if importlib.util.find_spec("mujoco") is None:
         return _make(env_id)
@@ -158,3 +159,5 @@ def _make(env_id: str) -> gym.Env:
         return gym.make(env_id)
     except gym.error.DependencyNotInstalled as error:
         raise ImportError(f'{env_id} needs MuJoCo: pip install "sdw_fast[mujoco]" ({error})') from error
+    except gym.error.Error as error:  # an unknown name or version, a malformed id
+        raise ValueError(f"there is no environment {env_id!r}: {error}") from error

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-import tempfile
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +27,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from sdw_fast.disk import recover_folder, replacing_folder, reserve
+from sdw_fast.files import read_safetensors
 from sdw_fast.progress import progress_bar
 from sdw_fast.units import d4rl_scores
 from sdw_fast.version import __version__
@@ -95,10 +95,8 @@ class GaussianPolicy(nn.Module):
 
 def load_policy(env: str, trained_steps: int) -> GaussianPolicy:
     """Loads a shipped policy of "hopper", "walker2d" or "halfcheetah" by its training steps (see `SUITE`)."""
-    from safetensors.torch import load_file
-
     with as_file(files("sdw_fast") / "assets" / f"{env}-{trained_steps}.safetensors") as path:
-        state = {name: tensor.float() for name, tensor in load_file(path).items()}
+        state = {name: tensor.float() for name, tensor in read_safetensors(path)[0].items()}
     weights = [state[f"layers.{i}.weight"] for i in range(len(state) // 2)]
     with torch.device("meta"):  # nothing is drawn from PyTorch's global random state
         policy = GaussianPolicy((weights[0].shape[1], *(w.shape[0] for w in weights)))
@@ -138,6 +136,7 @@ def collect(name: str, *, steps: int = 100_000, seed: int = 0, progress: bool = 
     dataset_id = f"sdw/{env}/{quality}-v0"
     recipe = {"env": env, "quality": quality, "steps": steps, "seed": seed, "policies_trained_steps": list(policies)}
     target = get_dataset_path(dataset_id)
+    recover_folder(target)
     if target.exists() and not overwrite:
         if (found := _recipe(target)) == recipe:
             return dataset_id
@@ -227,14 +226,10 @@ def _write(target: Path, dataset_id: str, env_id: str, recipe: dict[str, Any], e
     namespace = dataset_id.rsplit("/", 1)[0]
     if namespace not in list_local_namespaces():
         create_namespace(namespace)
-    env = make_env(env_id)
     scores = d4rl_scores(env_id)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp's is private; a dataset's folder is as any other
-        complete = folder / "complete"
-        complete.mkdir()
-        storage = MinariStorage.new(complete / "data", env.observation_space, env.action_space, env.spec)
+    with closing(make_env(env_id)) as env, replacing_folder(target) as folder:
+        reserve(folder, _size(episodes))
+        storage = MinariStorage.new(folder / "data", env.observation_space, env.action_space, env.spec)
         storage.update_metadata(
             {
                 "dataset_id": dataset_id,
@@ -254,12 +249,12 @@ def _write(target: Path, dataset_id: str, env_id: str, recipe: dict[str, Any], e
             }
         )
         storage.update_episodes([EpisodeBuffer(**episode) for episode in episodes])
-        if target.exists():
-            target.rename(folder / "replaced")
-        complete.rename(target)
-    finally:
-        env.close()
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(episodes: list[dict[str, Any]]) -> int:
+    """Bytes that the episodes take as HDF5, amply: their arrays, and the objects that hold them."""
+    arrays = sum(value.nbytes for episode in episodes for value in episode.values() if isinstance(value, np.ndarray))
+    return int(1.05 * arrays) + (32 << 10) * (len(episodes) + 8)
 
 
 def _recipe(target: Path) -> dict[str, Any] | None:

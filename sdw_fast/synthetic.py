@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sdw_fast.config import INITIALIZATIONS
 from sdw_fast.data import TransitionDataset
-from sdw_fast.files import read_npz, write_npz
+from sdw_fast.files import check_sum, read_npz, reading, to_json, write_npz
 from sdw_fast.units import Affine, Units
 from sdw_fast.version import __version__
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 _ARRAYS = ("observations", "actions", "mean", "scale", "action_low", "action_high")
+_LARGEST = 1e6  # in normalized units, where states and actions are about 1
 _POOL = 100_000  # pairs looked at by the methods that rank or compare them
 
 
@@ -42,7 +43,7 @@ class SyntheticDataset:
 
     Raises:
         ValueError: shapes do not fit together, the set is empty, the action bounds are not known, or a number is not
-            finite.
+            finite or beyond a million in normalized units.
     """
 
     observations: NDArray[np.float32]
@@ -65,9 +66,12 @@ class SyntheticDataset:
         got = {"states": self.units.states.offset.shape, "actions": self.units.require_actions().offset.shape}
         if expected != got:
             raise ValueError(f"a synthetic set and its units do not fit together: expected {expected}, got {got}")
-        for name in ("observations", "actions"):
-            if not np.isfinite(getattr(self, name)).all():
-                raise ValueError(f"the synthetic {name} hold NaN or Inf: the distillation diverged, or the file is bad")
+        for name, normalized in zip(("observations", "actions"), self.normalized(), strict=True):
+            if not (np.abs(normalized) <= _LARGEST).all():
+                raise ValueError(
+                    f"the synthetic {name} hold NaN or Inf, or numbers beyond {_LARGEST:.0e} in normalized units: the "
+                    "distillation diverged, or the file is bad"
+                )
 
     def __len__(self) -> int:
         return len(self.observations)
@@ -108,7 +112,7 @@ class SyntheticDataset:
             scale=self.units.states.scale.astype(np.float32),
             action_low=low,
             action_high=high,
-            header=np.array(json.dumps(header)),
+            header=np.array(to_json(header)),
         )
         return path
 
@@ -118,12 +122,11 @@ class SyntheticDataset:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, is not a synthetic set, or is of another format.
+            ValueError: the file is damaged, is not a synthetic set, or is of another format.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no synthetic set at {path}")
-        try:
+        with reading(path, "synthetic set"):
+            check_sum(path)
             content = read_npz(path)
             missing = [name for name in (*_ARRAYS, "header") if name not in content]
             if missing:
@@ -139,11 +142,7 @@ class SyntheticDataset:
                 env_id=header["env_id"],
             )
             rest = {name: header[name] for name in ("config", "dataset_name", "dataset_hash", "version")}
-        except Exception as error:  # zipfile, json and numpy each raise their own on a damaged file
-            raise ValueError(
-                f"{path} is not a readable synthetic set (truncated, or another kind of file?): {error}"
-            ) from error
-        return cls(arrays["observations"], arrays["actions"], units, **rest)
+            return cls(arrays["observations"], arrays["actions"], units, **rest)
 
     def to_minari(self, dataset_id: str) -> minari.MinariDataset:
         """Exports the set as a local Minari dataset of N one-step episodes, for tools that read only Minari.

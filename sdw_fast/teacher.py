@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdw_fast.files import replacing
-from sdw_fast.networks import MLP, MinCritic, ask, below, evaluating
+from sdw_fast.files import read_safetensors, reading, to_json, write_safetensors
+from sdw_fast.networks import MLP, MinCritic, ask, below, evaluating, refuse_non_finite
 from sdw_fast.units import Affine, Units
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 FORMAT = "sdw_fast.teacher/2"
 BATCH_ROWS = 16_384  # rows per forward pass: 256-wide activations stay near 16 MB however many states are asked for
+_CORL_HINT = " A CORL checkpoint is read by Teacher.from_corl(path, mean, std)"
 DEAD_ROWS = 100  # from this many rows on, outputs that are all the same are taken for a fault, not for a coincidence
 
 
@@ -176,8 +177,6 @@ class Teacher:
             TypeError: the actor or critic is not one of the package's networks (as made by `train_teacher`, `load` or
                 `from_corl`); an arbitrary callable has no file format.
         """
-        from safetensors.torch import save as serialize
-
         if not isinstance(self.actor, MLP) or not isinstance(self.critic, MinCritic | None):
             raise TypeError(
                 "only networks made by train_teacher, Teacher.load or Teacher.from_corl can be saved; this teacher's "
@@ -197,8 +196,7 @@ class Teacher:
             "units": self.units and self.units.to_dict(),
             "provenance": self.provenance,
         }
-        with replacing(path) as temporary:  # save_file would make a file that only its owner can read
-            temporary.write_bytes(serialize(tensors, {"teacher": json.dumps(description)}))
+        write_safetensors(path, tensors, {"teacher": to_json(description)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Teacher:
@@ -206,37 +204,26 @@ class Teacher:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, is not a `.safetensors` file, or holds something other than a teacher.
+            ValueError: the file is damaged, is not a `.safetensors` file, or holds something other than a teacher with
+                finite weights.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no teacher file at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a complete .safetensors file ({error}): copy it again if it was cut short, or read a "
-                "CORL checkpoint with Teacher.from_corl(path, mean, std)"
-            ) from error
-        try:
+        with reading(path, "teacher file", hint=_CORL_HINT):
+            tensors, metadata = read_safetensors(path)
+            if "teacher" not in metadata:
+                raise ValueError(f"it holds no teacher as Teacher.save writes it ({FORMAT})")
             description = json.loads(metadata["teacher"])
             if description["format"] != FORMAT:
                 raise ValueError(f"its format is {description['format']!r}")
+            weights = {key: tensor.float() for key, tensor in tensors.items()}
             networks = {
-                name: MLP.from_state(sizes, below(tensors, name), tanh=name == "actor").requires_grad_(False)
+                name: MLP.from_state(sizes, below(weights, name), tanh=name == "actor").requires_grad_(False)
                 for name, sizes in description["networks"].items()
             }
+            refuse_non_finite(networks)
             actor = networks.pop("actor")
             units = description["units"] and Units.from_dict(description["units"])
             provenance = description["provenance"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is a .safetensors file but holds no teacher as Teacher.save writes it ({FORMAT}): {error!r}"
-            ) from error
         return cls(actor, MinCritic(list(networks.values())) if networks else None, units=units, provenance=provenance)
 
     @classmethod
@@ -271,13 +258,13 @@ class Teacher:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, would run code of its own, has no actor of a known layout, or mean and
-                std do not fit its networks.
+            ValueError: the file is damaged, would run code of its own, has no actor of a known layout, holds weights
+                that are not finite, or mean and std do not fit its networks.
         """
         from sdw_fast.corl import load_networks, state_map
 
         actor, critics = load_networks(path)
-        units = Units(states=state_map(mean, std, actor.sizes[0]))
+        units = Units(states=state_map(mean, std, actor.sizes[0], Path(path).name))
         provenance = {"source": "CORL checkpoint", "file": Path(path).name}
         return cls(actor, MinCritic(critics) if critics else None, units=units, provenance=provenance)
 

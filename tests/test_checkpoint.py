@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import io
 import itertools
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ import torch
 import sdw_fast as sdw
 from sdw_fast import run as run_module
 from sdw_fast.evaluation import Evaluation
+from sdw_fast.files import write_torch
+from sdw_fast.folder import RunFolder
 from sdw_fast.run import load_checkpoint, new_distiller, read_metrics
+from sdw_fast.synthetic import real_pairs
 from sdw_fast.units import Affine
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 20, "checkpoint_every": 7}
@@ -224,12 +229,12 @@ def test_a_state_of_another_device_number_of_runs_or_version_is_refused(small_da
 def test_a_folder_of_another_run_is_refused(small_data, small_teacher, tmp_path) -> None:
     settings = {**TINY, "out": tmp_path, "progress": False}
     sdw.distill(small_data, small_teacher, **settings)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")}
     with pytest.raises(ValueError, match="another problem: its observations, targets, weights differ"):
         sdw.distill(small_data.subset(np.arange(300)), small_teacher, **settings)
     with pytest.raises(ValueError, match="inner_lr"):
         sdw.distill(small_data, small_teacher, **settings, inner_lr=0.05)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")} == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "old", "other"])
@@ -243,7 +248,130 @@ def test_a_checkpoint_that_is_damaged_or_old_is_an_error(small_data, small_teach
     else:
         state = load_checkpoint(path)["distiller"]
         old = {**state, "generator": state["generators"][0], "best_returns": [1.0]}
-        torch.save(old if damage == "old" else [1, 2], path)
-        message = "not a checkpoint of this version of sdw_fast .*finish that run with the version it was started with"
+        write_torch(path, old if damage == "old" else [1, 2])
+        message = "it is not one of this version of sdw_fast .*finish that run with the version it was started with"
     with pytest.raises(ValueError, match=message):
         sdw.distill(small_data, small_teacher, **settings)
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_threads() -> Iterator[None]:
+    before = sdw.get_num_threads()
+    sdw.set_num_threads(before + 1)
+    yield
+    sdw.set_num_threads(before)
+
+
+def nudged(teacher: sdw.Teacher, by: float) -> sdw.Teacher:
+    """A teacher whose every number is off by a share, as another thread count or instruction set makes it."""
+    critic = teacher.critic
+    return sdw.Teacher(lambda s: teacher.actor(s) * (1 + by), lambda s, a: critic(s, a) * (1 + by))
+
+
+def test_other_rounding_is_said_in_one_line_and_recorded(small_data, small_teacher, tmp_path, request) -> None:
+    settings = {**TINY, "objective": "av-pbc", "out": tmp_path, "progress": False}
+    with pytest.raises(Stopped):
+        sdw.distill(small_data, small_teacher, **settings, callback=stop_at(8))
+    before = sdw.get_num_threads()
+    request.getfixturevalue("other_threads")
+    line = rf"goes on from step 7 with other rounding \(threads {before} -> {before + 1}\)"
+    with pytest.warns(UserWarning, match=line) as said:
+        sdw.distill(small_data, nudged(small_teacher, 1e-6), **settings)
+    assert len(said) == 1
+    recorded = [{"from_step": 7, "threads": [before, before + 1]}]
+    assert json.loads((tmp_path / "config.json").read_text())["rounding"] == recorded
+    assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["rounding"] == recorded
+
+
+def test_more_than_rounding_is_another_problem(small_data, small_teacher, request) -> None:
+    config = sdw.DistillConfig(**{**TINY, "objective": "av-pbc"})
+    state = new_distiller(small_data, small_teacher, config).state_dict()
+    with pytest.raises(ValueError, match=r"its targets, weights differ"):  # nothing is different here that would round
+        new_distiller(small_data, nudged(small_teacher, 1e-6), config).load_state_dict(state)
+    request.getfixturevalue("other_threads")
+    with pytest.raises(ValueError, match=r"its targets, weights differ"):
+        new_distiller(small_data, nudged(small_teacher, 1e-3), config).load_state_dict(state)
+    changed = dataclasses.replace(small_data, observations=small_data.observations * np.float32(1 + 1e-6))
+    with pytest.raises(ValueError, match=r"its observations differ"):  # the dataset's own are never rounded
+        new_distiller(changed, small_teacher, config).load_state_dict(state)
+
+
+# --- contents that no step leaves ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"iteration": -(10**9)},
+        {"iteration": 2.5},
+        {"observations": torch.zeros(1)},
+        {"actions": torch.full((1, 12, 3), torch.nan)},
+        {"averages": [torch.zeros(1), torch.zeros(1)]},
+        {"generators": []},
+        {"generators": [torch.zeros(3, dtype=torch.uint8)]},
+        {"optimizer": {}},
+        {"arithmetic": None},
+    ],
+    ids=str,
+)
+def test_a_state_of_impossible_content_is_refused(small_data, small_teacher, tmp_path, changes: dict) -> None:
+    own = make(small_data, small_teacher)
+    with pytest.raises(ValueError, match="damaged"):
+        own.load_state_dict({**own.state_dict(), **changes})
+
+
+# --- what is derived from it -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_runs", [None, 2])
+def test_sets_are_written_anew_from_the_checkpoint(small_data, small_teacher, tmp_path, scores, n_runs) -> None:
+    """A kill between the last checkpoint and last.npz; a deleted file; one of a later step than the checkpoint's."""
+    data = dataclasses.replace(small_data, units=dataclasses.replace(small_data.units, env_id="Any-v0"))
+    settings = {**TINY, "eval_every": 3, "n_runs": n_runs, "out": tmp_path, "progress": False}
+    returned = sdw.distill(data, small_teacher, **settings)
+    files = sorted(tmp_path.rglob("*.npz"))
+    assert len(files) == 2 * (n_runs or 1)
+    before = {path: path.read_bytes() for path in files}
+    for path in files[: len(files) // 2]:
+        path.unlink()
+    for path in files[len(files) // 2 :]:
+        real_pairs(data, 12).save(path)
+    again = sdw.distill(data, small_teacher, **settings)
+    assert {path: path.read_bytes() for path in files} == before
+    for one, other in zip(
+        [returned] if n_runs is None else returned, [again] if n_runs is None else again, strict=True
+    ):
+        assert same_set(one, other)
+
+
+def test_a_run_killed_between_checkpoint_and_set_writes_it_on_the_next_start(
+    small_data, small_teacher, tmp_path, monkeypatch
+) -> None:
+    settings = {**TINY, "out": tmp_path, "progress": False}
+    whole = sdw.distill(small_data, small_teacher, **TINY, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(sdw.SyntheticDataset, "save", lambda *_: 1 / 0)
+        for _ in range(3):  # at steps 7, 14, 20
+            with pytest.raises(ZeroDivisionError):
+                sdw.distill(small_data, small_teacher, **settings)
+            patch.setattr(RunFolder, "_write_sets", lambda *_: None)
+    assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 20
+    assert not list(tmp_path.glob("*.npz"))
+    sdw.distill(small_data, small_teacher, **settings)
+    assert same_set(sdw.SyntheticDataset.load(tmp_path / "last.npz"), whole)
+
+
+def test_two_runs_in_one_folder(small_data, small_teacher, tmp_path) -> None:
+    """The second is refused, whatever its seed, and the first goes on undisturbed."""
+    settings = {**TINY, "out": tmp_path, "progress": False}
+
+    def intrude(distiller: sdw.Distiller, metrics: dict) -> None:
+        if distiller.iteration == 3:
+            with pytest.raises(BlockingIOError, match=rf"in use by process {os.getpid()} on .* since"):
+                sdw.distill(small_data, small_teacher, **settings, seed=1)
+
+    first = sdw.distill(small_data, small_teacher, **settings, callback=intrude)
+    assert same_set(first, sdw.distill(small_data, small_teacher, **TINY, progress=False))

@@ -119,12 +119,12 @@ class Payload:
 
 def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no CORL checkpoint"):
         Teacher.from_corl(path, MEAN, STD)
 
     actor = below("net", mlp(D, 8, A))
     torch.save({"actor": actor, "extra": Payload(tmp_path / "ran")}, path)
-    with pytest.raises(ValueError, match="never unpickled"):
+    with pytest.raises(ValueError, match="ever unpickled"):
         Teacher.from_corl(path, MEAN, STD)
     assert not (tmp_path / "ran").exists()
 
@@ -132,7 +132,7 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in (0, 50, len(content) // 2):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match="cannot be read as a CORL checkpoint"):
+        with pytest.raises(ValueError, match="not a readable CORL checkpoint"):
             Teacher.from_corl(path, MEAN, STD)
 
     bad = [
@@ -153,3 +153,12 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     for mean, std in ((MEAN, STD * np.nan), (MEAN + np.inf, STD), (MEAN, STD - 1e-4)):
         with pytest.raises(ValueError, match="must be finite, and std not negative"):
             Teacher.from_corl(path, mean, std)
+
+
+@pytest.mark.parametrize("part", ["actor", "critic_1"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, part: str) -> None:
+    checkpoint = {"actor": below("net", mlp(D, 8, A)), "critic_1": below("net", mlp(D + A, 7, 1))}
+    checkpoint[part]["net.0.bias"][0] = torch.nan
+    torch.save(checkpoint, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"c.pt is not .*weights of .* are NaN or infinite"):
+        Teacher.from_corl(tmp_path / "c.pt", MEAN, STD)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import sdw_fast as sdw
 from sdw_fast import run as module
@@ -88,23 +89,24 @@ def test_a_checkpoint_cut_off_while_it_is_written_leaves_the_one_before(
 ) -> None:
     settings = {**TINY, "out": tmp_path, "progress": False}
     whole = sdw.distill(small_data, small_teacher, **TINY, progress=False)
-    save, left = torch.save, 2
+    write, left = Path.write_bytes, 2
 
-    def full_disk(content: Any, path: Any) -> None:
+    def full_disk(path: Path, content: Any) -> int:
         nonlocal left
-        left -= 1
+        left -= "checkpoint" in path.name
         if not left:
-            Path(path).write_bytes(b"PK half a checkpoint")
+            write(path, b"PK half a checkpoint")
             raise OSError("no space left on device")
-        save(content, path)
+        return write(path, content)
 
-    monkeypatch.setattr(torch, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space left"):
         sdw.distill(small_data, small_teacher, **settings)
-    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(Path, "write_bytes", write)
     assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 7
     assert same_set(sdw.distill(small_data, small_teacher, **settings), whole)
     assert {p.name for p in tmp_path.iterdir()} == {
+        ".lock",
         "checkpoint",
         "config.json",
         "metrics.jsonl",
@@ -164,3 +166,58 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, signum: signal
             sdw.SyntheticDataset.load(tmp_path / "whole" / name), sdw.SyntheticDataset.load(tmp_path / "cut" / name)
         )
     assert [m["step"] for m in read_metrics(tmp_path / "cut")] == list(range(1, 41))
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_is_not_swallowed(
+    small_data, small_teacher, tmp_path, monkeypatch
+) -> None:
+    settings = {**TINY, "out": tmp_path, "progress": False}
+    checkpoint = module.RunFolder.checkpoint
+
+    def pressed(folder: Any, distiller: sdw.Distiller, returns: list[float]) -> None:
+        if distiller.iteration == 30:
+            signal.raise_signal(signal.SIGINT)
+        checkpoint(folder, distiller, returns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.RunFolder, "checkpoint", pressed)
+        with pytest.raises(KeyboardInterrupt, match="after outer step 30, the last; the run is complete"):
+            sdw.distill(small_data, small_teacher, **settings)
+    whole = sdw.distill(small_data, small_teacher, **TINY, progress=False)
+    assert same_set(sdw.SyntheticDataset.load(tmp_path / "best.npz"), whole)
+
+
+def test_a_handler_that_is_not_python_s_is_left_alone(small_data, small_teacher, monkeypatch) -> None:
+    """An embedding program's: Python says None, and could not put it back."""
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda signum: None)
+        patch.setattr(signal, "signal", lambda *_: pytest.fail("changed"))
+        sdw.distill(small_data, small_teacher, **TINY, progress=False)
+
+
+def test_a_full_disk_at_a_checkpoint_says_so_and_the_run_goes_on_later(small_data, small_teacher, tmp_path) -> None:
+    settings = {**TINY, "out": tmp_path, "progress": False}
+    whole = sdw.distill(small_data, small_teacher, **TINY, progress=False)
+
+    def fill(distiller: sdw.Distiller, metrics: dict) -> None:
+        if distiller.iteration == 13:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/checkpoint'"):
+            sdw.distill(small_data, small_teacher, **settings, callback=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 7
+    assert same_set(sdw.distill(small_data, small_teacher, **settings), whole)
+
+
+def test_a_folder_deleted_under_a_run_says_so(small_data, small_teacher, tmp_path) -> None:
+    def delete(distiller: sdw.Distiller, metrics: dict) -> None:
+        if distiller.iteration == 3:
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/run, was deleted while the run was writing to it"):
+        sdw.distill(small_data, small_teacher, **TINY, out=tmp_path / "run", callback=delete, progress=False)
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def test_empty_and_damaged_minari_datasets_are_reported(minari_root: Path) -> No
         load_dataset("toy/three-v0")
     with h5py.File(path, "a") as file:
         del file["episode_1/rewards"]
-    with pytest.raises(ValueError, match="cannot read episode 1"):
+    with pytest.raises(ValueError, match=r"episode 1 in .*main_data.hdf5 is not a readable"):
         load_dataset("toy/three-v0")
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"damaged or truncated\?"):
@@ -166,3 +167,25 @@ def test_an_episode_ends_where_its_record_does() -> None:
     data = load_dataset(make_minari("toy/unmarked-v0", [{"observations": s, **episode} for s in states]))
     np.testing.assert_array_equal(data.truncations, [0, 1, 0, 1])
     np.testing.assert_array_equal(data.next_observations()[:, 0], [1, 2, 11, 12])
+
+
+def test_numbers_of_another_file_are_not_read(minari_root: Path) -> None:
+    make_minari("toy/three-v0")
+    path = minari_root / "toy/three-v0/data/main_data.hdf5"
+    with h5py.File(minari_root / "other.h5", "w") as file:
+        file["private"] = np.zeros(3)
+    with h5py.File(path, "a") as file:
+        del file["episode_1/rewards"]
+        file["episode_1/rewards"] = h5py.ExternalLink(minari_root / "other.h5", "/private")
+    with pytest.raises(ValueError, match=r"episode 1 in .*lie in another file"):
+        load_dataset("toy/three-v0")
+
+
+def test_damaged_metadata_are_reported(minari_root: Path) -> None:
+    make_minari("toy/three-v0")
+    path = minari_root / "toy/three-v0/data/metadata.json"
+    content = json.loads(path.read_text())
+    for damaged in ("{", "[]", "{}", json.dumps({**content, "total_steps": 1 << 50})):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="toy/three-v0"):
+            load_dataset("toy/three-v0")

@@ -350,3 +350,59 @@ def test_actions_beyond_known_bounds_are_told() -> None:
     assert np.abs(data.actions).max() > 1  # kept as they are
     rounding = source["actions"] / np.abs(source["actions"]).max() * (1 + 1e-6)
     load_dataset({**source, "actions": rounding})
+
+
+# --- files that lead elsewhere, or say more than they hold -----------------------------------------------------------
+
+
+def linked(path: Path, kind: str) -> None:
+    """Puts in place of the file's rewards numbers of another file, of as many rows."""
+    other = write_hdf5(path.with_name("other.h5"), {"private": np.arange(7.0)})
+    with h5py.File(path, "a") as file:
+        del file["rewards"]
+        if kind == "link":
+            file["rewards"] = h5py.ExternalLink(other, "/private")
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout((7,), "f8")
+            layout[:] = h5py.VirtualSource(other, "private", (7,))
+            file.create_virtual_dataset("rewards", layout)
+        else:
+            file.create_dataset("rewards", (7,), "f8", external=[(str(other), 0, 56)])
+
+
+@pytest.mark.parametrize("kind", ["link", "virtual", "storage"])
+def test_numbers_of_another_file_are_not_read(tmp_path: Path, kind: str) -> None:
+    path = write_hdf5(tmp_path / "data.h5", three_episodes())
+    linked(path, kind)
+    with pytest.raises(ValueError, match=r"data.h5 is not .*lie in another file \(a link or a virtual dataset\)"):
+        load_dataset(path)
+
+
+def test_links_inside_the_file_and_compressed_numbers_are_read(tmp_path: Path) -> None:
+    path = write_hdf5(tmp_path / "data.h5", three_episodes())
+    with h5py.File(path, "a") as file:
+        file.move("rewards", "kept")
+        file["rewards"] = h5py.SoftLink("/kept")
+        states = file.pop("observations")[:]
+        file.create_dataset("observations", data=states, compression="gzip", chunks=(2, 2))
+    assert_is_the_three_episodes(load_dataset(path))
+
+
+def test_hdf5_that_claims_more_than_memory_is_refused(tmp_path: Path) -> None:
+    path = write_hdf5(tmp_path / "data.h5", three_episodes(observations=None))
+    with h5py.File(path, "a") as file:
+        file.create_dataset("observations", (1 << 40, 3), "f4", chunks=(1024, 3))  # never written
+    with pytest.raises(ValueError, match=r"says that it holds 1.23e\+04 GiB"):
+        load_dataset(path)
+
+
+def test_damage_inside_a_file_that_opens_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "data.h5"
+    with h5py.File(write_hdf5(path, three_episodes(observations=None)), "a") as file:
+        stored = file.create_dataset("observations", data=three_episodes()["observations"], compression="gzip")
+        place = stored.id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 8] = bytes(8)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"data.h5 is not a readable HDF5 file \(damaged or truncated\?\)"):
+        load_dataset(path)

@@ -57,7 +57,7 @@ def test_config_is_read_back(small_data, small_teacher, tmp_path) -> None:
     module.run(new_distiller(small_data, small_teacher, config), tmp_path, source=source, progress=False)
     assert read_run(tmp_path) == (source, config)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="not a readable configuration"):
         read_run(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no run"):
         read_run(tmp_path / "nowhere")

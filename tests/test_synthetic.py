@@ -12,6 +12,7 @@ import pytest
 from conftest import HIGH, LOW
 
 import sdw_fast as sdw
+from sdw_fast.files import read_npz, write_npz
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
 from sdw_fast.units import Affine, Units
 
@@ -82,7 +83,7 @@ def test_damaged_and_foreign_files_are_refused(synthetic: SyntheticDataset, tmp_
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"set.npz is not a readable synthetic set"):
             SyntheticDataset.load(path)
-    np.savez(tmp_path / "other.npz", observations=np.zeros((2, 2)))
+    write_npz(tmp_path / "other.npz", observations=np.zeros((2, 2)))
     with pytest.raises(ValueError, match="keys missing"):
         SyntheticDataset.load(tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError, match="no synthetic set at"):
@@ -94,7 +95,7 @@ def test_a_set_of_another_format_names_it(synthetic: SyntheticDataset, tmp_path:
     with np.load(path) as file:
         content = dict(file)
     header = json.loads(str(content["header"])) | {"format": 1, "version": "0.0.9"}
-    np.savez(path, **{**content, "header": np.array(json.dumps(header))})
+    write_npz(path, **{**content, "header": np.array(json.dumps(header))})
     with pytest.raises(ValueError, match=r"its format is 1 \(sdw_fast 0.0.9\), not 2"):
         SyntheticDataset.load(path)
 
@@ -256,3 +257,38 @@ def test_kmeans_plus_plus_survives_duplicates() -> None:
 def test_real_pairs_refuses(small_data, size: int, init: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         real_pairs(small_data, size, init=init)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("action_low", HIGH, "low < high"),
+        ("action_high", LOW - 1, "low < high"),
+        ("action_low", np.array([np.nan, 0, 0]), "must be finite"),
+        ("scale", np.zeros(11), "positive"),
+        ("mean", np.zeros(10), "must both have shape"),
+        ("observations", np.zeros((9, 10)), "do not fit together"),
+        ("observations", np.zeros(11), r"observations \(N, D\)"),
+        ("actions", np.zeros((8, 3)), "the same N"),
+        ("actions", np.full((9, 3), 1e30), "numbers beyond 1e\\+06 in normalized units"),
+        ("actions", np.full((9, 3), np.inf), "hold NaN or Inf"),
+        ("header", np.array("{}"), "KeyError"),
+        ("header", np.array("{"), "Expecting property name"),
+    ],
+)
+def test_files_of_impossible_content_are_refused(
+    synthetic: SyntheticDataset, tmp_path: Path, name: str, value: np.ndarray, message: str
+) -> None:
+    path = synthetic.save(tmp_path / "set.npz")
+    write_npz(path, **{**read_npz(path), name: value})
+    with pytest.raises(ValueError, match=rf"set.npz is not a readable synthetic set .*{message}"):
+        SyntheticDataset.load(path)
+
+
+def test_a_flipped_bit_is_refused(synthetic: SyntheticDataset, tmp_path: Path) -> None:
+    path = synthetic.save(tmp_path / "set.npz")
+    content = bytearray(path.read_bytes())
+    content[content.index(synthetic.actions.tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        SyntheticDataset.load(path)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from sdw_fast.files import check_sum, read_safetensors, write_safetensors
 from sdw_fast.networks import MLP, MinCritic
 from sdw_fast.teacher import Teacher
 from sdw_fast.units import Affine, Units
@@ -124,12 +125,15 @@ def test_truncated_and_foreign_files_are_refused(teacher: Teacher, tmp_path: Pat
     content = path.read_bytes()
     for length in (0, 5, 200, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"not a complete \.safetensors file"):
+        with pytest.raises(ValueError, match=r"teacher.safetensors is not a readable teacher file"):
             Teacher.load(path)
     torch.save({"actor": {}}, path)
     with pytest.raises(ValueError, match="from_corl"):
         Teacher.load(path)
     save_file({"weight": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="its checksum does not fit"):
+        Teacher.load(path)
+    write_safetensors(path, {"weight": torch.ones(3)}, {})
     with pytest.raises(ValueError, match="holds no teacher"):
         Teacher.load(path)
 
@@ -142,11 +146,41 @@ def test_damaged_descriptions_are_refused(teacher: Teacher, tmp_path: Path) -> N
     description = json.loads(metadata["teacher"])
 
     def refused(message: str, tensors: dict[str, torch.Tensor] = tensors, **changes: object) -> None:
-        save_file(tensors, path, metadata={"teacher": json.dumps({**description, **changes})})
-        with pytest.raises(ValueError, match=f"holds no teacher.*{message}"):
+        write_safetensors(path, tensors, {"teacher": json.dumps({**description, **changes})})
+        with pytest.raises(ValueError, match=f"not a readable teacher file.*{message}"):
             Teacher.load(path)
 
     refused(r"0\.bias", {key: tensor for key, tensor in tensors.items() if key != "critic2.0.bias"})
     refused("size mismatch", networks={**description["networks"], "actor": [5, 7, 11, 3]})
     refused("format is 'sdw_fast.teacher/1'", format="sdw_fast.teacher/1")
     refused("states", units={"actions": None})
+
+
+@pytest.mark.parametrize("name", ["actor.0.weight", "critic2.4.bias"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(teacher: Teacher, tmp_path: Path, name: str, number: float) -> None:
+    path = tmp_path / "teacher.safetensors"
+    teacher.save(path)
+    tensors, metadata = read_safetensors(path)
+    tensors[name].view(-1)[0] = number
+    write_safetensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=rf"weights of {name.split('.')[0]} are NaN or infinite"):
+        Teacher.load(path)
+
+
+def test_a_flipped_bit_is_refused(teacher: Teacher, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    teacher.save(path)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a readable teacher file .*its checksum does not fit"):
+        Teacher.load(path)
+
+
+def test_every_shipped_network_carries_its_checksum() -> None:
+    root = Path(__file__).parents[1]
+    shipped = [*(root / "sdw_fast/assets").glob("*.safetensors"), *(root / "benchmarks/teachers").glob("*.safetensors")]
+    assert len(shipped) > 20
+    for path in shipped:
+        check_sum(path)

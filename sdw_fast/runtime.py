@@ -10,18 +10,10 @@ from typing import Any
 
 import torch
 
-from sdw_fast.ops._backend import _C, obstacle
+from sdw_fast.ops._backend import _C, get_num_threads, obstacle, set_num_threads
 from sdw_fast.version import __version__
 
-
-def set_num_threads(threads: int) -> None:
-    """Sets the number of threads the compiled kernels use (default: as PyTorch). Raises ValueError below 1."""
-    _C.set_num_threads(threads)
-
-
-def get_num_threads() -> int:
-    """Returns the number of threads the compiled kernels use."""
-    return _C.num_threads()
+__all__ = ["get_num_threads", "set_num_threads", "show_config"]
 
 
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
@@ -53,7 +45,7 @@ def _config() -> dict[str, Any]:
         "compiled_backends": ["cpu", "cuda"] if _C.has_cuda else ["cpu"],
         "instruction_set": _C.active_isa(),
         "instruction_sets_available": _C.supported_isas(),
-        "threads": _C.num_threads(),
+        "threads": get_num_threads(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "cuda_architectures": [f"sm_{number}" for number in _C.cuda_architectures()] if _C.has_cuda else [],
@@ -86,9 +78,6 @@ def _faiss_version() -> str | None:
 
     return f"{faiss.__version__}{' with GPU' if hasattr(faiss, 'StandardGpuResources') else ''}"
 
-
-# PyTorch's thread count is the user's choice already made; the kernels follow it until told otherwise.
-_C.set_num_threads(torch.get_num_threads())
 
 # PyTorch's own threads do not live on in a forked child, and work that is shared out to them would wait for ever there.
 # The kernels start theirs for each call.

@@ -15,7 +15,8 @@ from emulator.fixtures import cuda_on_cpu, emulated, kernel  # noqa: F401
 
 import sdw_fast as sdw
 
-# The tensors here are tiny: PyTorch's second thread costs more than it does. The kernels keep their own setting.
+# The tensors here are tiny: PyTorch's second thread costs more than it does. The kernels keep theirs.
+sdw.set_num_threads(torch.get_num_threads())
 torch.set_num_threads(1)
 
 

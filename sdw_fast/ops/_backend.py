@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -17,7 +18,17 @@ except ImportError as error:
         "`make setup` in the source checkout"
     ) from error
 
-__all__ = ["_C", "check_precision", "cuda_stream", "cuda_workspace", "obstacle", "resolve_backend"]
+__all__ = [
+    "_C",
+    "check_precision",
+    "cuda_stream",
+    "cuda_workspace",
+    "follow_torch",
+    "obstacle",
+    "resolve_backend",
+    "views",
+    "without_autocast",
+]
 
 
 def resolve_backend(op: str, backend: str, tensors: Iterable[torch.Tensor]) -> str:
@@ -75,6 +86,15 @@ def warn_once(reason: str) -> None:
     warnings.warn(f'{reason}; "auto" takes PyTorch in their place, which is slower', stacklevel=4)
 
 
+def views(*tensors: torch.Tensor | None) -> Any:
+    """What a kernel takes for these tensors: on the host as NumPy arrays, whose DLPack costs a sixth of a tensor's."""
+    taken: list[Any] = []
+    for tensor in tensors:
+        plain = None if tensor is None else tensor.detach().contiguous()
+        taken.append(plain if plain is None or plain.is_cuda else plain.numpy())
+    return taken
+
+
 @contextmanager
 def cuda_stream(tensor: torch.Tensor) -> Iterator[int]:
     """Makes the device of a CUDA tensor current, and gives the handle of PyTorch's current stream there; else 0."""
@@ -104,3 +124,32 @@ def check_precision(op: str, precision: str) -> None:
     """Raises ValueError unless `precision` is "tf32" or "ieee"."""
     if precision not in ("tf32", "ieee"):
         raise ValueError(f"{op}: precision must be 'tf32' or 'ieee', got {precision!r}")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which the twins compute in their tensors' own precision, as the kernels do."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+# The number of threads that the user chose for the kernels; None: PyTorch's, whatever it is at the time of a call.
+_chosen_threads: int | None = None
+
+
+def set_num_threads(threads: int) -> None:
+    """Sets the number of threads the compiled kernels use (default: as PyTorch). Raises ValueError below 1."""
+    global _chosen_threads
+    _C.set_num_threads(threads)
+    _chosen_threads = threads
+
+
+def get_num_threads() -> int:
+    """Returns the number of threads the compiled kernels use."""
+    return torch.get_num_threads() if _chosen_threads is None else _chosen_threads
+
+
+def follow_torch() -> None:
+    """Before a kernel runs on the CPU: its threads are PyTorch's, unless the user chose another number."""
+    if _chosen_threads is None:
+        _C.set_num_threads(torch.get_num_threads())

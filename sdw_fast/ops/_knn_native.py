@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sdw_fast.ops._backend import _C, obstacle
+from sdw_fast.ops._backend import _C, follow_torch, obstacle
 from sdw_fast.ops._knn_cuda import CudaKnnIndex
 from sdw_fast.ops._knn_frame import Frame
 from sdw_fast.ops._knn_search import Search
@@ -47,6 +47,7 @@ class CpuKernel:
         return references, queries
 
     def index(self, points: torch.Tensor, frame: Frame) -> Any:
+        follow_torch()
         return _C.KnnIndex(points, frame.coordinates(points), frame.scale)
 
     def portion(self, join: Any, previous: int, seconds: float) -> int:

@@ -46,8 +46,8 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{op}: {name} must be float32 or float64, got {tensor.dtype}")
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    if len(set(dtypes.values())) > 1:
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         raise TypeError(f"{op}: all tensors must have one dtype, got {dtypes}")
 
 

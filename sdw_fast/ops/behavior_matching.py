@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from sdw_fast.ops._backend import _C, check_precision, cuda_stream, cuda_workspace, resolve_backend
+from sdw_fast.ops._backend import (
+    _C,
+    check_precision,
+    cuda_stream,
+    cuda_workspace,
+    resolve_backend,
+    views,
+    without_autocast,
+)
 from sdw_fast.ops._mlp import (
     check_floating,
     check_mlp,
@@ -18,12 +25,12 @@ from sdw_fast.ops._mlp import (
     layer_widths,
     mlp_activations,
 )
-from sdw_fast.ops._one_pass import OnePassLoss
-from sdw_fast.ops.weighted_bc_loss import check_constant, check_weights, weighted_error
+from sdw_fast.ops._registration import Adjoint, check_constant, register, wants_gradient
+from sdw_fast.ops.weighted_bc_loss import check_weights, known, weighted_error
 
 
 def behavior_matching(
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     states: Tensor,
     targets: Tensor,
     weights: Tensor,
@@ -33,7 +40,8 @@ def behavior_matching(
 ) -> Tensor:
     """Returns Σ_i w_i ‖tanh(MLP(s_i)) − y_i‖² / (M·A), differentiable in `params` alone.
 
-    The gradient for the parameters is computed in the same pass as the loss, so that `.backward()` costs nothing.
+    The gradient for the parameters is computed in the same pass as the loss, so that `.backward()` costs nothing. In
+    backend "torch" alone it can be differentiated again; the others refuse to.
 
     R independent problems of one shape run in one call when every tensor has a leading dimension R: each parameter
     (R, …), states (R, M, D), targets (R, M, A), weights (R, M). Each loss has the bits of a call of its own.
@@ -55,6 +63,7 @@ def behavior_matching(
             require a gradient.
     """
     op = "behavior_matching"
+    params = list(params)
     check_floating(op, states=states, targets=targets, weights=weights)
     if batched := states.ndim == 3:
         problems = check_problems(op, params, states=states, targets=targets, weights=weights)
@@ -62,16 +71,18 @@ def behavior_matching(
     else:
         problems = 1
         _check_problem(op, params, states, targets, weights)
-    check_constant(op, states=states, targets=targets, weights=weights)
+    asked = wants_gradient(states), wants_gradient(targets), wants_gradient(weights)
+    check_constant(op, **dict(zip(("states", "targets", "weights"), asked, strict=True)))
     check_precision(op, precision)
     resolved = resolve_backend(op, backend, [states, targets, weights, *params])
     states, targets, weights = (tensor if batched else tensor[None] for tensor in (states, targets, weights))
     if resolved == "torch":
         each = zip(*(param if batched else param[None] for param in params), strict=True)
-        losses = torch.stack([_twin(*problem) for problem in zip(each, states, targets, weights, strict=True)])
+        with without_autocast(states.device):
+            losses = torch.stack([_twin(*problem) for problem in zip(each, states, targets, weights, strict=True)])
     else:
-        evaluate = partial(_compiled, resolved, precision == "ieee", layer_widths(params), states, targets, weights)
-        losses = OnePassLoss.apply(evaluate, flatten(params, problems))
+        data = flatten(params, problems), states, targets, weights
+        losses = _op(*data, layer_widths(params), precision == "ieee", resolved, False)
     return losses if batched else losses.reshape(())
 
 
@@ -87,30 +98,41 @@ def _twin(params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Te
     return weighted_error(output, targets, weights)
 
 
-def _compiled(
-    backend: str,
-    ieee: bool,
-    widths: list[int],
+def _run(
+    params: Tensor,
     states: Tensor,
     targets: Tensor,
     weights: Tensor,
-    params: Tensor,
-    want_gradients: bool,
-) -> tuple[Tensor, Tensor | None]:
+    widths: list[int],
+    ieee: bool,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Adjoint | None]:
     """The kernels of csrc/cpu/behavior_matching.cpp and csrc/cuda/behavior_matching.cu.
 
-    From states (R, M, D), targets (R, M, A), weights (R, M) and params (R, P): losses (R,) and gradients (R, P).
+    From params (R, P), states (R, M, D), targets (R, M, A), weights (R, M): losses (R,).
     """
     losses = params.new_empty(len(params))
-    gradients = params.new_empty(params.shape) if want_gradients else None
-    states, targets, weights = (tensor.detach().contiguous() for tensor in (states, targets, weights))
+    gradients = params.new_empty(params.shape) if keep else None
+    p, s, y, w, values, slopes = views(params, states, targets, weights, losses, gradients)
     if backend == "cpu":
-        _C.behavior_matching_cpu(widths, params, states, targets, weights, losses, gradients)
+        _C.behavior_matching_cpu(widths, p, s, y, w, values, slopes)
     else:
         with cuda_stream(params) as stream:
-            size = _C.behavior_matching_cuda_workspace(states.shape[1], widths, want_gradients)
+            size = _C.behavior_matching_cuda_workspace(states.shape[1], widths, keep)
             workspace = cuda_workspace("behavior_matching", size, params.device, "use a narrower policy")
-            _C.behavior_matching_cuda(
-                widths, params, states, targets, weights, losses, gradients, ieee, workspace, stream
-            )
-    return losses, gradients
+            _C.behavior_matching_cuda(widths, p, s, y, w, values, slopes, ieee, workspace, stream)
+    return losses, None if gradients is None else known(gradients)
+
+
+_op = register(
+    "behavior_matching",
+    ["params", "states", "targets", "weights"],
+    "SymInt[] widths, bool ieee, str backend",
+    _run,
+    result=lambda params, *_: params.new_empty(params.shape[0]),
+    differentiable=1,
+    once=True,
+    second='pass backend="torch" if you need that, or detach() the gradient',
+    problems=True,
+)

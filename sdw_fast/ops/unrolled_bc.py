@@ -15,14 +15,22 @@ Without momentum v_t is λ_{t+1}.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sdw_fast.ops._backend import _C, check_precision, cuda_stream, cuda_workspace, resolve_backend
+from sdw_fast.ops._backend import (
+    _C,
+    check_precision,
+    cuda_stream,
+    cuda_workspace,
+    resolve_backend,
+    views,
+    without_autocast,
+)
 from sdw_fast.ops._mlp import (
     check_floating,
     check_mlp,
@@ -33,12 +41,13 @@ from sdw_fast.ops._mlp import (
     mlp_activations,
     unflatten,
 )
+from sdw_fast.ops._registration import Adjoint, register
 
 
 def unrolled_bc(
     observations: Tensor,
     actions: Tensor,
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     *,
     steps: int,
     lr: float | Tensor,
@@ -84,6 +93,7 @@ def unrolled_bc(
         TypeError, ValueError: shapes, dtypes, devices or options are not as said.
         MemoryError: a compiled backend's tape would not fit the memory available.
     """
+    params = list(params)
     if batched := isinstance(observations, Tensor) and observations.ndim == 3:
         problems = check_problems("unrolled_bc", params, observations=observations, actions=actions)
         _check_problem(observations[0], actions[0], [param[0] for param in params])
@@ -100,16 +110,13 @@ def unrolled_bc(
         raise ValueError(f"unrolled_bc: momentum must be in [0, 1), got {momentum}")
     check_precision("unrolled_bc", precision)
     resolved = resolve_backend("unrolled_bc", backend, [observations, actions, *params])
-    schedule = _Schedule(steps, window or steps, float(momentum), tape == "recompute", precision == "ieee")
     data = [_rates(lr, observations, batched)]  # (R,)
     data += [tensor if batched else tensor[None] for tensor in (observations, actions)]
-    if resolved == "torch":
-        each = [param if batched else param[None] for param in params]
-        trained = [_Twin.apply(schedule, *problem) for problem in zip(*data, *each, strict=True)]
-        stacked = [torch.stack(tensors) for tensors in zip(*trained, strict=True)]
-        return stacked if batched else [tensor[0] for tensor in stacked]
-    flat = _Compiled.apply(resolved, schedule, layer_widths(params), *data, flatten(params, problems))
-    return unflatten(flat, params)
+    data += [flatten(params, problems)]
+    recompute, ieee = tape == "recompute", precision == "ieee"
+    options = layer_widths(params), steps, window or steps, float(momentum), recompute, ieee, resolved
+    trained = _op(*data, *options, False)
+    return unflatten(trained, params)
 
 
 def _check_problem(observations: Tensor, actions: Tensor, params: Sequence[Tensor]) -> None:
@@ -126,8 +133,8 @@ def _rates(lr: float | Tensor, observations: Tensor, batched: bool) -> Tensor:
             expected = "a float, a scalar tensor or a tensor (R,)" if batched else "a float or a scalar tensor"
             raise ValueError(f"unrolled_bc: lr must be {expected}, got shape {tuple(lr.shape)}")
         return lr.to(observations).reshape(-1).expand(problems)
-    if not math.isfinite(lr):
-        raise ValueError(f"unrolled_bc: lr must be finite, got {lr}")
+    if not abs(lr) <= torch.finfo(observations.dtype).max:
+        raise ValueError(f"unrolled_bc: lr must be finite in {observations.dtype}, got {lr}")
     return observations.new_full((problems,), lr)
 
 
@@ -136,7 +143,6 @@ class _Schedule(NamedTuple):
     window: int
     momentum: float
     recompute: bool
-    ieee: bool  # backend "cuda" only
 
     def segments(self) -> list[int]:
         """Lengths of the stretches of the window whose tape is held at one time, first to last."""
@@ -237,103 +243,153 @@ def _adjoint_step(
     return result, alpha * tangent_delta, -alpha * scale * tangent_output, lr_gradient
 
 
-class _Twin(torch.autograd.Function):
+class _TwinTape:
     """One problem in PyTorch; the R-operator, not autograd, differentiates it."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, schedule: _Schedule, lr: Tensor, observations: Tensor, actions: Tensor, *params: Tensor
-    ) -> tuple[Tensor, ...]:
-        descent = _Descent(observations, actions, lr.detach(), schedule.momentum)
-        state = _State(list(params), [torch.zeros_like(param) for param in params])
-        for _ in range(schedule.steps - schedule.window):
-            state, _ = descent.step(state)
-        ctx.segments = []  # (state at the start, its steps or none: run them again, their number)
-        keep = any(ctx.needs_input_grad)
-        for length in schedule.segments():
+    def __init__(self, descent: _Descent, schedule: _Schedule) -> None:
+        self.descent, self.schedule = descent, schedule
+        self.segments: list[tuple[_State, list[_Step], int]] = []  # start, its steps or none: run them again, number
+
+    def train(self, params: list[Tensor], keep: bool) -> list[Tensor]:
+        """Returns θ_T; `adjoint` may follow if `keep`."""
+        state = _State(params, [torch.zeros_like(param) for param in params])
+        for _ in range(self.schedule.steps - self.schedule.window):
+            state, _ = self.descent.step(state)
+        for length in self.schedule.segments():
             start = state
             recorded = []
             for _ in range(length):
-                state, step = descent.step(state)
-                if keep and not schedule.recompute:
+                state, step = self.descent.step(state)
+                if keep and not self.schedule.recompute:
                     recorded.append(step)
             if keep:
-                ctx.segments.append((start, recorded, length))
-        ctx.momentum = schedule.momentum
-        ctx.save_for_backward(lr, observations, actions, *params)  # params: to refuse their change in place
-        return tuple(state.theta)
+                self.segments.append((start, recorded, length))
+        return state.theta
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_params: Tensor) -> tuple[Any, ...]:
-        lr, observations, actions, *_ = (tensor.detach() for tensor in ctx.saved_tensors)
-        _, needs_lr, needs_observations, needs_actions, *needs_params = ctx.needs_input_grad
-        adjoint = list(grad_params)
+    def adjoint(self, grad_params: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """From ∂H/∂θ_T to the gradients of α, observations, actions and the parameters at the window's start."""
+        observations, actions, alpha, momentum = self.descent
+        adjoint = grad_params
         direction = [torch.zeros_like(grad) for grad in adjoint]
-        descent = _Descent(observations, actions, lr, ctx.momentum)
         grad_observations = torch.zeros_like(observations)
         grad_actions = torch.zeros_like(actions)
         grad_lr = observations.new_zeros(())
-        for start, recorded, length in reversed(ctx.segments):
-            for step in reversed(recorded or descent.record(start, length)):
-                direction = [torch.add(a, v, alpha=ctx.momentum) for a, v in zip(adjoint, direction, strict=True)]
-                adjoint, d_observations, d_actions, d_lr = _adjoint_step(step, actions, adjoint, direction, lr)
+        for start, recorded, length in reversed(self.segments):
+            for step in reversed(recorded or self.descent.record(start, length)):
+                direction = [torch.add(a, v, alpha=momentum) for a, v in zip(adjoint, direction, strict=True)]
+                adjoint, d_observations, d_actions, d_lr = _adjoint_step(step, actions, adjoint, direction, alpha)
                 grad_observations -= d_observations
                 grad_actions -= d_actions
                 grad_lr -= d_lr
-        return (
-            None,
-            grad_lr if needs_lr else None,
-            grad_observations if needs_observations else None,
-            grad_actions if needs_actions else None,
-            *(grad if needed else None for grad, needed in zip(adjoint, needs_params, strict=True)),
+        return grad_lr, grad_observations, grad_actions, adjoint
+
+
+def _run_twin(
+    schedule: _Schedule,
+    widths: list[int],
+    lr: Tensor,
+    observations: Tensor,
+    actions: Tensor,
+    params: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Adjoint]:
+    with without_autocast(params.device):
+        tapes = [
+            _TwinTape(_Descent(*problem, schedule.momentum), schedule)
+            for problem in zip(observations, actions, lr, strict=True)
+        ]
+        starts = map(list, zip(*_layers(params, widths), strict=True))
+        ends = [tape.train(start, keep) for tape, start in zip(tapes, starts, strict=True)]
+
+    def adjoint(grad_trained: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        with without_autocast(params.device):
+            grads = map(list, zip(*_layers(grad_trained.detach(), widths), strict=True))
+            *data, ends = zip(*(tape.adjoint(grad) for tape, grad in zip(tapes, grads, strict=True)), strict=True)
+            gradients = [*map(torch.stack, data), _rows(ends)]
+        return [gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)]
+
+    return _rows(ends), adjoint
+
+
+def _layers(flat: Tensor, widths: list[int]) -> list[Tensor]:
+    """Cuts (R, P) into W1 (R, out, in), b1 (R, out), …"""
+    shapes = [shape for fan_in, fan_out in pairwise(widths) for shape in ((fan_out, fan_in), (fan_out,))]
+    return unflatten(flat, [flat.new_empty(len(flat), *shape) for shape in shapes])
+
+
+def _rows(problems: Sequence[list[Tensor]]) -> Tensor:
+    """The parameters of R problems, (R, P)."""
+    return torch.cat([flatten(params, 1) for params in problems])
+
+
+def _run(
+    lr: Tensor,  # (R,)
+    observations: Tensor,  # (R, N, D)
+    actions: Tensor,  # (R, N, A)
+    params: Tensor,  # (R, P)
+    widths: list[int],
+    steps: int,
+    window: int,
+    momentum: float,
+    recompute: bool,
+    ieee: bool,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Adjoint | None]:
+    """The twin, or the kernels of csrc/cpu/unrolled_bc and csrc/cuda/unrolled_bc.cu. A tape copies its inputs."""
+    if backend == "torch":
+        lr, observations, actions, params = (t.detach() for t in (lr, observations, actions, params))
+        schedule = _Schedule(steps, window, momentum, recompute)
+        trained, adjoint = _run_twin(schedule, widths, lr, observations, actions, params, keep)
+        return trained, adjoint if keep else None
+    problems, rows, _ = observations.shape
+    options = _C.UnrolledBCOptions(
+        problems=problems,
+        rows=rows,
+        widths=widths,
+        steps=steps,
+        window=window,
+        momentum=momentum,
+        keep_tape=keep,
+        recompute=recompute,
+        ieee=ieee,
+    )
+    trained = params.new_empty(params.shape)
+    s, a, start, rates, end = views(observations, actions, params, lr, trained)
+    if backend == "cpu":
+        tape = _C.unrolled_bc_cpu(options, s, a, start, rates, end)
+    else:
+        advice = "a smaller window or fewer rows need less"
+        advice += "" if recompute else ", and so does tape=recompute"
+        with cuda_stream(observations) as stream:
+            size = _C.unrolled_bc_cuda_workspace(options)
+            workspace = cuda_workspace("unrolled_bc", size, observations.device, advice)
+            tape = _C.unrolled_bc_cuda(options, s, a, start, rates, end, workspace, stream)
+    if tape is None:
+        return trained, None
+    shapes = [tensor.shape for tensor in (lr, observations, actions, params)]
+
+    def adjoint_of_tape(grad_trained: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        grad_lr, *gradients = (
+            grad_trained.new_empty(shape) if needed else None
+            for shape, needed in zip(shapes, [True, *wanted[1:]], strict=True)
         )
-
-
-class _Compiled(torch.autograd.Function):
-    """The kernels of csrc/cpu/unrolled_bc and csrc/cuda/unrolled_bc.cu: R problems, parameters flat.
-
-    The tape copies its inputs and lives as long as the graph.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        schedule: _Schedule,
-        widths: list[int],
-        lr: Tensor,  # (R,)
-        observations: Tensor,  # (R, N, D)
-        actions: Tensor,  # (R, N, A)
-        params: Tensor,  # (R, P)
-    ) -> Tensor:
-        problems, rows, _ = observations.shape
-        keep_tape = any(ctx.needs_input_grad)
-        options = _C.UnrolledBCOptions(
-            problems=problems, rows=rows, widths=widths, keep_tape=keep_tape, **schedule._asdict()
-        )
-        trained = params.new_empty(params.shape)
-        ctx.shapes = [tensor.shape for tensor in (lr, observations, actions, params)]
-        observations, actions, params = (tensor.detach().contiguous() for tensor in (observations, actions, params))
-        lr = lr.detach().clone(memory_format=torch.contiguous_format)  # the tape looks at it again
-        if backend == "cpu":
-            ctx.tape = _C.unrolled_bc_cpu(options, observations, actions, params, lr, trained)
-        else:
-            advice = "a smaller window or fewer rows need less"
-            advice += "" if schedule.recompute else ", and so does tape=recompute"
-            with cuda_stream(observations) as stream:
-                size = _C.unrolled_bc_cuda_workspace(options)
-                workspace = cuda_workspace("unrolled_bc", size, observations.device, advice)
-                ctx.tape = _C.unrolled_bc_cuda(options, observations, actions, params, lr, trained, workspace, stream)
-        return trained
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_trained: Tensor) -> tuple[Any, ...]:
-        lr_shape, *shapes = ctx.shapes
-        needed = ctx.needs_input_grad[4:]
-        gradients = [grad_trained.new_empty(s) if n else None for s, n in zip(shapes, needed, strict=True)]
-        grad_lr = grad_trained.new_empty(lr_shape)
         with cuda_stream(grad_trained) as stream:
-            ctx.tape.backward(grad_trained.detach().contiguous(), *gradients, grad_lr, stream)
-        return None, None, None, grad_lr, *gradients
+            end, s, a, start, rates = views(grad_trained, *gradients, grad_lr)
+            tape.backward(end, s, a, start, rates, stream)
+        return [grad_lr if wanted[0] else None, *gradients]
+
+    return trained, adjoint_of_tape
+
+
+_op = register(
+    "unrolled_bc",
+    ["lr", "observations", "actions", "params"],
+    "SymInt[] widths, SymInt steps, SymInt window, float momentum, bool recompute, bool ieee, str backend",
+    _run,
+    result=lambda lr, observations, actions, params, *_: params.new_empty(params.shape),
+    differentiable=4,
+    once=False,
+    second="detach() it, or unroll the steps in plain PyTorch if you need that",
+    problems=True,
+)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sdw_fast.ops._backend import _C, cuda_stream, cuda_workspace, resolve_backend
+from sdw_fast.ops._backend import _C, cuda_stream, cuda_workspace, resolve_backend, views, without_autocast
 from sdw_fast.ops._mlp import check_floating, check_rows
-from sdw_fast.ops._one_pass import OnePassLoss
+from sdw_fast.ops._registration import Adjoint, check_constant, register, wants_gradient
 
 
 def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
     """Returns Σ_i w_i ‖pred_i − target_i‖² / (M·A), differentiable in `pred` alone.
 
-    The gradient is computed in the same pass over memory as the loss.
+    The gradient is computed in the same pass over memory as the loss. It can be differentiated again.
 
     Args:
         pred: (M, A), what the network says.
@@ -37,11 +37,12 @@ def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, *, backend: 
             f"weighted_bc_loss: pred and target must have one shape, got {tuple(pred.shape)} and {tuple(target.shape)}"
         )
     check_weights("weighted_bc_loss", weights, pred.shape[0])
-    check_constant("weighted_bc_loss", target=target, weights=weights)
+    check_constant("weighted_bc_loss", target=wants_gradient(target), weights=wants_gradient(weights))
     resolved = resolve_backend("weighted_bc_loss", backend, [pred, target, weights])
     if resolved == "torch":
-        return weighted_error(pred, target, weights)
-    return OnePassLoss.apply(partial(_compiled, resolved, target, weights), pred)
+        with without_autocast(pred.device):
+            return weighted_error(pred, target, weights)
+    return _op(pred, target, weights, resolved, False)
 
 
 def weighted_error(pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -50,21 +51,46 @@ def weighted_error(pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     return (weights[:, None] * error.square()).sum() / pred.numel()
 
 
-def _compiled(
-    backend: str, target: Tensor, weights: Tensor, pred: Tensor, want_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The kernels of csrc/cpu/weighted_bc_loss.cpp and csrc/cuda/weighted_bc_loss.cu: the loss, its gradient (M, A)."""
+def _run(pred: Tensor, target: Tensor, weights: Tensor, backend: str, keep: bool) -> tuple[Tensor, Adjoint | None]:
+    """The kernels of csrc/cpu/weighted_bc_loss.cpp and csrc/cuda/weighted_bc_loss.cu."""
     loss = pred.new_empty(1)
-    gradient = pred.new_empty(pred.shape) if want_gradient else None
-    tensors = pred, target.detach().contiguous(), weights.detach().contiguous(), loss, gradient
+    gradient = pred.new_empty(pred.shape) if keep else None
+    x, y, w, value, slope = views(pred, target, weights, loss, gradient)
     if backend == "cpu":
-        _C.weighted_bc_loss_cpu(*tensors)
+        _C.weighted_bc_loss_cpu(x, y, w, value, slope)
     else:
         with cuda_stream(pred) as stream:
             size = _C.weighted_bc_loss_cuda_workspace(*pred.shape)
             workspace = cuda_workspace("weighted_bc_loss", size, pred.device, "use smaller batches")
-            _C.weighted_bc_loss_cuda(*tensors, workspace, stream)
-    return loss.view(()), gradient
+            _C.weighted_bc_loss_cuda(x, y, w, value, slope, workspace, stream)
+    return loss.view(()), None if gradient is None else known(gradient)
+
+
+def _second(direction: Tensor, grad: Tensor, pred: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ⟨direction, grad · ∇H⟩ for grad and pred, ∇H = 2 w (pred − target) / (M·A)."""
+    scale = 2 / pred.numel() * weights[:, None]
+    slope = torch.where(scale == 0, 0, scale * (pred - target))  # (M, A)
+    return (direction * slope).sum(), grad * scale * direction
+
+
+def known(gradient: Tensor) -> Adjoint:
+    """The adjoint of losses whose gradient is known, a row of it a loss: it is handed over without a copy."""
+
+    def adjoint(grad_losses: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        factors = grad_losses.reshape(-1)
+        _scale(gradient.view(len(factors), -1), factors)
+        return [gradient]
+
+    return adjoint
+
+
+def _scale(rows: Tensor, factors: Tensor) -> None:
+    """Multiplies each row by its factor in place: 1 as a rule, but to ask another device would mean to wait."""
+    if rows.is_cuda:
+        with cuda_stream(rows) as stream:  # no traffic where the factor is 1
+            _C.scale_cuda(rows, factors, stream)
+    elif any(factor != 1 for factor in factors.tolist()):
+        rows.mul_(factors[:, None])
 
 
 def check_weights(op: str, weights: Tensor, rows: int) -> None:
@@ -73,11 +99,14 @@ def check_weights(op: str, weights: Tensor, rows: int) -> None:
         raise ValueError(f"{op}: weights must have shape ({rows},), got {tuple(weights.shape)}")
 
 
-def check_constant(op: str, **tensors: Tensor) -> None:
-    """Raises ValueError where a gradient is asked for that the op does not have."""
-    asking = [name for name, tensor in tensors.items() if tensor.requires_grad]
-    if asking and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op} is not differentiable in {', '.join(asking)}; pass {asking[0]}.detach(), or write the loss in plain "
-            "PyTorch if you need that gradient"
-        )
+_op = register(
+    "weighted_bc_loss",
+    ["pred", "target", "weights"],
+    "str backend",
+    _run,
+    result=lambda pred, *_: pred.new_empty(()),
+    differentiable=1,
+    once=True,
+    second=_second,
+    problems=False,
+)

@@ -22,7 +22,7 @@ from oracle import (
 from sdw_fast.ops import unrolled_bc
 from sdw_fast.ops._mlp import flatten, unflatten
 
-twin = importlib.import_module("sdw_fast.ops.unrolled_bc")._run  # the package's name is the function's
+twin = importlib.import_module("sdw_fast.ops.unrolled_bc")._run
 
 # widths, rows, steps, window: 1 to 5 layers, odd widths, 1 to 30 steps.
 TWIN_CASES = [
@@ -175,25 +175,21 @@ def test_compiled_adjoint_is_right_along_its_own_trajectory(
     # θ_t of the compiled training is its result after t steps; the float64 adjoint runs back along these.
     problem = random_problem(widths, rows, seed=0, dtype=torch.float32, gain=1.4 if kernel.backend == "cpu" else 1.0)
     observations, actions, params = placed(kernel, *problem)
-    options = {"precision": precision, "backend": kernel.backend}
-    theta = [params]
-    for t in range(1, steps + 1):
-        theta.append(unrolled_bc(observations, actions, params, steps=t, lr=0.1, **options))
+    options = {"lr": 0.1, "precision": precision, "backend": kernel.backend}
+    theta = [params, *(unrolled_bc(observations, actions, params, steps=t + 1, **options) for t in range(steps))]
     generator = torch.Generator().manual_seed(1)
     covectors = [torch.randn(p.shape, generator=generator).to(kernel.device) for p in params]
-    adjoint = [v.double() for v in covectors]
-    sums = [0.0, 0.0, 0.0]
+    adjoint, sums = [v.double() for v in covectors], [0.0, 0.0, 0.0]
     for start in reversed(theta[:-1]):
         s, a, *leaf = (tensor.double() for tensor in (observations, actions, *start))
-        data = torch.full((1,), 0.1).to(s), s[None], a[None], flatten(leaf, 1)
+        data = torch.full_like(s[0, :1], 0.1), s[None], a[None], flatten(leaf, 1)
         with rounding():  # which looks into a twin, not into an op
-            _, backward = twin(*data, [*widths], 1, 1, 0.0, False, False, "torch", True)
-            d_lr, d_s, d_a, d_params = backward(flatten(adjoint, 1), [True] * 4)
-        adjoint = unflatten(d_params, leaf)
-        sums = [total + d for total, d in zip(sums, (d_s[0], d_a[0], d_lr[0]), strict=True)]
+            backward = twin(*data, [*widths], 1, 1, 0.0, False, False, "torch", True)[1]
+            *d_data, d_params = backward(flatten(adjoint, 1), [True] * 4)
+        adjoint, sums = unflatten(d_params, leaf), [total + d[0] for total, d in zip(sums, d_data, strict=True)]
     s, a, leaf, lr = leaves(observations, actions, params, 0.1)
-    out = unrolled_bc(s, a, leaf, steps=steps, lr=lr, **options)
-    actual = torch.autograd.grad(out, [s, a, lr, *leaf], covectors)
+    out = unrolled_bc(s, a, leaf, steps=steps, **{**options, "lr": lr})
+    actual = torch.autograd.grad(out, [lr, s, a, *leaf], covectors)
     assert_agree(([out[0].detach()], actual), ([out[0].detach()], [*sums, *adjoint]), tolerance)
 
 

@@ -225,6 +225,9 @@ def distill(
         Path | None, typer.Option(help="Continue the run in this folder; no other option is needed.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}. [default]")] = None,
+    env: Annotated[
+        str | None, typer.Option(help="Gymnasium id of the environment, if the dataset does not say it.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [cpu]")] = None,
     n_runs: Annotated[
         int | None, typer.Option(help="Distill this many sets side by side, seeds from --seed on; see OUT/run-000, …")
@@ -236,7 +239,7 @@ def distill(
     with _readable_errors():
         if resume is not None:
             fixed = {"DATASET": dataset, "--teacher": teacher, "--out": out, "--preset": preset, "--device": device}
-            given = [name for name, value in {**fixed, "--n-runs": n_runs}.items() if value is not None]
+            given = [name for name, value in {**fixed, "--n-runs": n_runs, "--env": env}.items() if value is not None]
             if given:
                 raise ValueError(f"--resume takes {', '.join(given)} from the run in {resume}: leave it out")
             source, saved = runs.read_run(resume)
@@ -251,9 +254,10 @@ def distill(
                 "teacher": teacher and _absolute(teacher),
                 "device": device or "cpu",
                 "n_runs": n_runs,
+                "env": env,
             }
         loaded = sdw.Teacher.load(source["teacher"]) if source.get("teacher") is not None else None
-        data = sdw.load_dataset(source["dataset"])
+        data = sdw.load_dataset(source["dataset"], env_id=source.get("env"))
         distiller = runs.new_distiller(
             data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
         )

@@ -95,7 +95,10 @@ def _from_arrays(arrays: Mapping[str, Any], where: str) -> Columns:
     low, high = found.pop("action_low", None), found.pop("action_high", None)
     if (low is None) != (high is None):
         raise ValueError(f"{where}: action bounds need both action_low and action_high, got one of them")
-    env_id = str(np.asarray(found.pop("env_id"))) if "env_id" in found else None
+    env_id = np.asarray(found.pop("env_id")).item() if "env_id" in found else None
+    env_id = env_id.decode() if isinstance(env_id, bytes) else env_id
+    if env_id is not None and not isinstance(env_id, str):
+        raise ValueError(f"{where}: env_id must be a Gymnasium id such as 'Hopper-v5', got {env_id!r}")
     return Columns(found, action_bounds=None if low is None else (low, high), env_id=env_id)
 
 
@@ -108,7 +111,7 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
         arrays: dict[str, Any] = {}
         size = 0
         for key in file:
-            if key not in wanted or key == "env_id":
+            if key not in wanted:
                 arrays[key] = None  # for the message that lists what the file holds
                 continue
             item = file[key]
@@ -118,10 +121,12 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
             size += item.nbytes
             check_memory(size)
             dtype = np.float32 if item.dtype.kind == "f" else item.dtype
+            if key == "env_id":
+                arrays[key] = item[()]
+                continue
             arrays[key] = np.empty(item.shape, dtype)
             if item.size:
                 item.read_direct(arrays[key])
-        arrays.pop("env_id", None)
         return arrays
 
 

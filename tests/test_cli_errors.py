@@ -215,3 +215,24 @@ def test_other_rounding_is_a_warning_of_one_line(dataset: Path, finished: Path) 
     assert result.exit_code == 0
     expected = f"warning: the run goes on from step 4 with other rounding (threads {before} -> {before + 1})"
     assert [line.startswith(expected) for line in result.stderr.splitlines() if "warning" in line] == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "--out", "somewhere"], "give DATASET and --out"),
+        (["distill", "--resume", "nowhere"], "holds no run"),
+        (["evaluate", "nothing.npz"], "no synthetic set"),
+        (["plot", "nowhere"], "no metrics.jsonl"),
+        (["density", "absent.npz"], "no dataset file"),
+        (["density", "absent.npz", "--ess", "2"], "ess must be in (0, 1]"),
+        (["distill", "absent.npz", "--out", "x", "--objective", "best"], "objective must be one of"),
+        (["distill", "absent.npz", "--out", "x", "--teacher", "none.safetensors"], "no teacher file"),
+        (["train-teacher", "absent.npz", "--out", "x"], "no dataset file"),
+    ],
+)
+def test_mistakes_get_one_sentence(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import h5py
 import numpy as np
 import pytest
 from conftest import three_episodes
@@ -34,3 +37,21 @@ def test_actions_beyond_known_bounds_are_told() -> None:
 
 
 # --- files that lead elsewhere, or say more than they hold -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", b"Hopper-v5", np.array("Hopper-v5"), np.array(b"Hopper-v5"), None])
+def test_the_environments_id_is_text_of_any_kind(env_id: object) -> None:
+    data = load_dataset({**three_episodes(), "env_id": env_id})
+    assert data.env_id == (None if env_id is None else "Hopper-v5")
+
+
+def test_an_hdf5_file_may_name_its_environment(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "named.hdf5", "w") as file:
+        for name, value in {**three_episodes(), "env_id": "Hopper-v5"}.items():
+            file[name] = value
+    assert load_dataset(tmp_path / "named.hdf5").env_id == "Hopper-v5"
+
+
+def test_an_id_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="env_id must be a Gymnasium id such as 'Hopper-v5', got 5"):
+        load_dataset({**three_episodes(), "env_id": 5})

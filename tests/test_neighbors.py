@@ -14,6 +14,7 @@ import torch
 import sdw_fast as sdw
 from sdw_fast import ops
 from sdw_fast.density import knn_log_density
+from sdw_fast.files import write_npz
 from sdw_fast.neighbors import (
     dataset_neighbor_distances,
     floored_radius,
@@ -250,15 +251,15 @@ def test_damaged_cache_is_computed_again(dataset, searches: list[str], damage: s
     elif damage == "text":
         file.write_text("not an archive")
     elif damage == "shape":
-        np.savez(file, distances=distances[:50], searched=searched)
+        write_npz(file, distances=distances[:50], searched=searched)
     elif damage == "nan":
-        np.savez(file, distances=distances * np.nan, searched=searched)
+        write_npz(file, distances=distances * np.nan, searched=searched)
     elif damage == "pickle":
         np.savez(file, distances=np.array([{}], dtype=object), searched=searched)
     elif damage == "missing":
-        np.savez(file, distances=distances)
+        write_npz(file, distances=distances)
     elif damage == "searched":
-        np.savez(file, distances=distances, searched=np.full(7, 199))
+        write_npz(file, distances=distances, searched=np.full(7, 199))
     searches.clear()
     np.testing.assert_array_equal(sdw.log_density(dataset, references=references), expected)
     assert len(searches) == 1

@@ -72,7 +72,9 @@ def obstacle(device: torch.device) -> str:
     """Why the compiled kernels cannot run on a device; "" where they can."""
     if device.type != "cuda" or not hasattr(_C, "cuda_obstacle"):
         return ""
-    return _obstacle_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is not None:
+        return _obstacle_of_gpu(device.index)
+    return _obstacle_of_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else ""
 
 
 @functools.cache

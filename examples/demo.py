@@ -20,7 +20,7 @@ import numpy as np
 import sdw_fast as sdw
 from sdw_fast import plots
 from sdw_fast.files import write_text
-from sdw_fast.run import read_metrics
+from sdw_fast.folder import read_metrics
 
 ENV, DATASET = "Hopper-v5", "hopper/medium"
 CLONES, EPISODES = 20, 60  # a set's score: policies cloned on it from different initializations, episodes in all

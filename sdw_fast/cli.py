@@ -22,6 +22,7 @@ from sdw_fast.density import DensityWeights
 from sdw_fast.disk import replacing
 from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
+from sdw_fast.folder import read_metrics, read_run
 
 _TRACEBACK = "SDW_FAST_TRACEBACK"  # set: errors are shown with where they arose
 
@@ -242,7 +243,7 @@ def distill(
             given = [name for name, value in {**fixed, "--n-runs": n_runs, "--env": env}.items() if value is not None]
             if given:
                 raise ValueError(f"--resume takes {', '.join(given)} from the run in {resume}: leave it out")
-            source, saved = runs.read_run(resume)
+            source, saved = read_run(resume)
             config = DistillConfig.from_dict({**saved.to_dict(), **settings})
             out = resume
         elif dataset is None or out is None:
@@ -293,7 +294,7 @@ def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a ru
     with _readable_errors():
         from sdw_fast import plots
 
-        plots.save(plots.plot_metrics({run.name: runs.read_metrics(run)}), run / "metrics.png")
+        plots.save(plots.plot_metrics({run.name: read_metrics(run)}), run / "metrics.png")
         typer.echo(run / "metrics.png")
 
 

@@ -20,13 +20,11 @@ from sdw_fast.config import DistillConfig
 from sdw_fast.data import TransitionDataset
 from sdw_fast.distiller import Distiller, Metrics
 from sdw_fast.evaluation import evaluate_synthetic
-from sdw_fast.folder import RunFolder, load_checkpoint, read_metrics, read_run
+from sdw_fast.folder import RunFolder
 from sdw_fast.objectives import outer_problem
 from sdw_fast.progress import progress_bar
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
 from sdw_fast.teacher import Teacher
-
-__all__ = ["Callback", "distill", "load_checkpoint", "new_distiller", "read_metrics", "read_run", "run"]
 
 Callback = Callable[[Distiller, Metrics], None]
 

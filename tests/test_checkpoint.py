@@ -20,8 +20,8 @@ import sdw_fast as sdw
 from sdw_fast import run as run_module
 from sdw_fast.evaluation import Evaluation
 from sdw_fast.files import write_torch
-from sdw_fast.folder import RunFolder
-from sdw_fast.run import load_checkpoint, new_distiller, read_metrics
+from sdw_fast.folder import RunFolder, load_checkpoint, read_metrics
+from sdw_fast.run import new_distiller
 from sdw_fast.synthetic import real_pairs
 from sdw_fast.units import Affine
 

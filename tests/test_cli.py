@@ -17,7 +17,7 @@ import sdw_fast as sdw
 from sdw_fast.cli import app
 from sdw_fast.config import DistillConfig, TeacherConfig
 from sdw_fast.distiller import Distiller
-from sdw_fast.run import read_metrics
+from sdw_fast.folder import read_metrics
 
 TINY = ["--size", "8", "--inner-steps", "3", "--batch-size", "32", "--objective", "dbc", "--checkpoint-every", "2"]
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import sdw_fast as sdw
 from sdw_fast.cli import app
 from sdw_fast.distiller import Distiller
-from sdw_fast.folder import RunFolder
+from sdw_fast.folder import RunFolder, read_metrics
 
 TINY = ["--size", "8", "--inner-steps", "3", "--batch-size", "32", "--objective", "dbc", "--checkpoint-every", "2"]
 
@@ -199,7 +199,7 @@ def test_all_json_is_json(dataset: Path, tmp_path: Path, monkeypatch) -> None:
         (i, None, None) for i in range(1, 5)
     ]
     strict((tmp_path / "run/config.json").read_text())
-    assert all(np.isnan(step["loss"]) for step in sdw.run.read_metrics(tmp_path / "run"))
+    assert all(np.isnan(step["loss"]) for step in read_metrics(tmp_path / "run"))
     assert run("distill", "--resume", tmp_path / "run").exit_code == 0
     assert [strict(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == lines
     assert run("plot", tmp_path / "run").exit_code == 0

@@ -12,7 +12,8 @@ import torch
 import sdw_fast as sdw
 from benchmarks import gpu_distill
 from sdw_fast import distiller as module
-from sdw_fast.run import new_distiller, read_metrics, run
+from sdw_fast.folder import read_metrics
+from sdw_fast.run import new_distiller, run
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -17,7 +17,8 @@ import pytest
 
 import sdw_fast as sdw
 from sdw_fast import run as module
-from sdw_fast.run import load_checkpoint, new_distiller, read_metrics
+from sdw_fast.folder import load_checkpoint, read_metrics
+from sdw_fast.run import new_distiller
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
 

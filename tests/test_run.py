@@ -19,7 +19,8 @@ import torch
 import sdw_fast as sdw
 from sdw_fast import run as module
 from sdw_fast.evaluation import Evaluation
-from sdw_fast.run import RunFolder, load_checkpoint, new_distiller, read_metrics, read_run
+from sdw_fast.folder import RunFolder, load_checkpoint, read_metrics, read_run
+from sdw_fast.run import new_distiller
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
 

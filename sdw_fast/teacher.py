@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdw_fast import adapters
 from sdw_fast.files import read_safetensors, reading, to_json, write_safetensors
 from sdw_fast.networks import MLP, MinCritic, ask, below, evaluating, refuse_non_finite
 from sdw_fast.units import Affine, Units
@@ -267,6 +268,45 @@ class Teacher:
         units = Units(states=state_map(mean, std, actor.sizes[0], Path(path).name))
         provenance = {"source": "CORL checkpoint", "file": Path(path).name}
         return cls(actor, MinCritic(critics) if critics else None, units=units, provenance=provenance)
+
+    @classmethod
+    def from_sb3(cls, model: Any) -> Teacher:
+        """Takes a stable-baselines3 model (SAC, TD3, DDPG, PPO, …; `SAC.load(path)`) as it acts without exploration.
+
+        Actions are the deterministic ones, in the environment's bounds; values the smallest of the model's critics. PPO
+        and A2C have no Q(s, a): such a teacher serves `pbc`. If the model was trained in a VecNormalize, set it on the
+        model (`SAC.load(path, env=normalized)`): its statistics are used, and its values are of normalized rewards.
+
+        Raises:
+            TypeError: something else was given.
+            ValueError: its observations or actions are not one-dimensional Box spaces.
+        """
+        return cls(**adapters.parts_of_sb3(model))
+
+    @classmethod
+    def from_d3rlpy(cls, algo: Any) -> Teacher:
+        """Takes a d3rlpy algorithm (`d3rlpy.load_learnable(path)`) by its greedy actions and its smallest critic.
+
+        Its observation and action scalers are applied; a reward scaler is not undone, so that values are of scaled
+        rewards. Behavior cloning has no critic.
+
+        Raises:
+            TypeError: something else was given.
+            ValueError: it was never built, or its actions are discrete.
+        """
+        return cls(**adapters.parts_of_d3rlpy(algo))
+
+    @classmethod
+    def from_torchrl(cls, actor: Any, critic: Any = None) -> Teacher:
+        """Takes TorchRL modules: an actor from one key to "action", a critic (or a list of them) to its value.
+
+        The actor is asked for its distribution's deterministic action, as `ExplorationType.DETERMINISTIC` defines it.
+        Observations are given as they are: the transforms of a TorchRL environment are not part of its modules.
+
+        Raises:
+            TypeError: something else was given.
+        """
+        return cls(**adapters.parts_of_torchrl(actor, critic))
 
 
 def _tensor(x: Array) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
@@ -221,6 +223,13 @@ def _write_density(
 def distill(
     dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5 or .npz")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher (.safetensors); objective dbc needs none.")] = None,
+    teacher_factory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A function of yours that returns a teacher, or with --teacher the modules for the file's weights.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder; no other option is needed.")
@@ -257,13 +266,36 @@ def distill(
                 "n_runs": n_runs,
                 "env": env,
             }
-        loaded = sdw.Teacher.load(source["teacher"]) if source.get("teacher") is not None else None
+        loaded = _teacher(source.get("teacher"), teacher_factory)
         data = sdw.load_dataset(source["dataset"], env_id=source.get("env"))
         distiller = runs.new_distiller(
             data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
         )
         runs.run(distiller, out, source=source)
         _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
+
+
+def _teacher(path: str | None, factory: str | None) -> sdw.Teacher | None:
+    """The teacher of a file, of a function of the user's, or of both: the file's weights in the function's modules.
+
+    The function is named on the command line, every time: a file never says which code to run.
+    """
+    function = None
+    if factory is not None:
+        name, _, attribute = factory.partition(":")
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+        try:
+            function = getattr(importlib.import_module(name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"--teacher-factory must be module:function, got {factory!r}: {error}") from error
+        finally:
+            sys.path.pop(0)
+    if path is not None:
+        return sdw.Teacher.load(path, factory=function)
+    made = None if function is None else function()
+    if function is not None and not isinstance(made, sdw.Teacher):
+        raise ValueError(f"--teacher-factory must return a sdw_fast.Teacher, got {type(made).__name__}")
+    return made
 
 
 def _absolute(source: str | Path) -> str:

@@ -21,7 +21,7 @@ import sdw_fast as sdw
 from sdw_fast import run as runs
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 from sdw_fast.density import DensityWeights
-from sdw_fast.disk import replacing
+from sdw_fast.disk import check_writable, replacing
 from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
 from sdw_fast.folder import read_metrics, read_run
@@ -168,9 +168,10 @@ def train_teacher(
     out: Annotated[Path, typer.Option(help="Where to write the teacher (.safetensors).")],
     **settings: Any,
 ) -> None:
-    """Train a teacher (policy and Q) on a dataset by offline RL."""
+    """Train a teacher (policy and Q) on a dataset by offline RL; the same command goes on with an interrupted one."""
     with _readable_errors():
-        sdw.train_teacher(sdw.load_dataset(dataset), **settings).save(out)
+        check_writable(out)
+        sdw.train_teacher(sdw.load_dataset(dataset), out=out, **settings)
         typer.echo(out)
 
 
@@ -187,6 +188,8 @@ def density(
     """Estimate every state's log-density, and show the dataset's diversity and the weights it leads to."""
     with _readable_errors():
         config = DistillConfig(**settings)
+        if out is not None:
+            check_writable(out)
         data = sdw.load_dataset(dataset)
         options = {"k": config.k} if config.density_method == "knn" else {"seed": config.seed}
         logd = sdw.log_density(data, config.density_method, progress=not as_json, **options)

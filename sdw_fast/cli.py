@@ -38,7 +38,9 @@ app = typer.Typer(
     f"variable {_TRACEBACK} is set); 2 a wrong command line; 130 interrupted by Ctrl-C.",
 )
 
-Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, or .npz")]
+Dataset = Annotated[
+    str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, .npz, .parquet, .csv or .arrow")
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -224,7 +226,9 @@ def _write_density(
 )
 @settings_of(DistillConfig)
 def distill(
-    dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5 or .npz")] = None,
+    dataset: Annotated[
+        str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5, .npz, .parquet, .csv or .arrow")
+    ] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher (.safetensors); objective dbc needs none.")] = None,
     teacher_factory: Annotated[
         str | None,

@@ -135,6 +135,7 @@ def evaluate_synthetic(
     env_id: str | None = None,
     *,
     clones: int = 5,
+    ensemble: int = 1,
     episodes: int = 10,
     seed: int = 0,
     progress: bool = False,
@@ -148,6 +149,7 @@ def evaluate_synthetic(
         synthetic: the set; clones are trained with its own settings, from the seeds seed, seed + 1, …
         env_id: Gymnasium id; None: the set's own.
         clones: policies, at most `episodes`.
+        ensemble: members of each policy, which acts by their mean (see `behavior_clone`).
         episodes: in all; episode i is reset with seed + i.
         seed: of the first clone and the first episode.
         progress: show a progress bar for each clone.
@@ -163,7 +165,7 @@ def evaluate_synthetic(
     scores = synthetic.units.returns_in(env_id)
     results = [
         evaluate(
-            behavior_clone(synthetic, seed=seed + clone),
+            behavior_clone(synthetic, ensemble=ensemble, seed=seed + clone * ensemble),
             env_id,
             episodes=len(share),
             seed=seed + int(share[0]),

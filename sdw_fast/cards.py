@@ -1,4 +1,4 @@
-"""Cards: what an object is, in a few facts, as one line (`repr`), as a table (notebooks) and as a page (dataset cards)."""
+"""Cards: what an object is, in a few facts: as a line (`repr`), as a table (notebooks), in Markdown (dataset cards)."""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ class Card:
         """A table for pages in Markdown."""
         rows = "".join(f"| {name} | {value.replace('|', '&#124;')} |\n" for name, value in self.known().items())
         return f"| {self.title} | |\n| --- | --- |\n{rows}"
+
+
+class Shown:
+    """An object that shows itself by its card."""
+
+    def card(self) -> Card:
+        """What the object is, for people."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return str(self.card())
+
+    def _repr_html_(self) -> str:
+        return self.card().html()
 
 
 def short_hash(*arrays: np.ndarray) -> str:

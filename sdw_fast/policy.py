@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdw_fast import ops
-from sdw_fast.cards import Card, short_hash
+from sdw_fast.cards import Card, Shown, short_hash
 from sdw_fast.config import DistillConfig
 from sdw_fast.files import read_safetensors, reading, to_json, write_safetensors
 from sdw_fast.networks import MeanMLP, orthogonal_parameters, refuse_non_finite
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMAT = "sdw_fast.policy/1"
 
 
-class MLPPolicy(nn.Module):
+class MLPPolicy(Shown, nn.Module):
     """A deterministic policy: tanh(MLP(s)) on normalized states, with ReLU between layers; or the mean of E of them.
 
     Takes observations (…, D), float32, in the environment's units; returns actions (…, A) in the environment's units,
@@ -124,12 +124,6 @@ class MLPPolicy(nn.Module):
                 "hash": short_hash(*(x.detach().cpu().numpy() for x in self.state_dict().values())),
             },
         )
-
-    def __repr__(self) -> str:
-        return str(self.card())
-
-    def _repr_html_(self) -> str:
-        return self.card().html()
 
 
 def behavior_clone(

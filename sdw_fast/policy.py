@@ -69,7 +69,7 @@ class MLPPolicy(Shown, nn.Module):
         """Writes the policy as `.safetensors`, whole or not at all: `state_dict()` in float32, and what it is.
 
         Tensors: net.layers.{0, 2, …}.weight (E, out, in) and .bias (E, out), state_offset, state_scale, action_offset,
-        action_scale. Units, sizes and provenance are in the metadata. docs/deploy.md runs a policy from such a file
+        action_scale. Units, sizes and provenance are in the metadata. docs/howto/deploy.md runs a policy from such a file
         with NumPy alone.
 
         Returns:

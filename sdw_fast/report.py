@@ -1,4 +1,4 @@
-"""One self-contained HTML page about runs: what was asked, how it went, what came of it, and what to do if it is bad."""
+"""One self-contained HTML page about runs: the settings, the course, the result, and what to do about a bad one."""
 
 from __future__ import annotations
 

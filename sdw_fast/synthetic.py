@@ -192,7 +192,7 @@ class SyntheticDataset(Shown):
         return cls.load(shipped.path("set", name, "use distill"))
 
     def dataset_card(self) -> str:
-        """A page in Markdown that says what the set is, for the place where it is shared (see docs/share.md).
+        """A page in Markdown that says what the set is, for the place where it is shared (see docs/howto/share.md).
 
         It holds what was distilled, by which settings, and what policies cloned on it return, if `evaluation` is known.
         """

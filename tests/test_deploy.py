@@ -95,8 +95,8 @@ def test_onnx(policy: MLPPolicy, tmp_path: Path) -> None:
 
 
 def test_a_policy_runs_without_this_package(policy: MLPPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines that docs/deploy.md prints."""
-    page = (DOCS / "deploy.md").read_text(encoding="utf-8")
+    """The lines that docs/howto/deploy.md prints."""
+    page = (DOCS / "howto/deploy.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "safetensors.numpy" in block)
     assert len(code.split("\n")) - code.split("\n").count("") == 10
     assert "sdw" not in code

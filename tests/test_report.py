@@ -57,8 +57,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, toy_env: str) -> Path:
     """Runs "one", evaluated, and "two", of two sets."""
     rng = np.random.default_rng(0)
     arrays = {
-        "observations": rng.normal(size=(299, 11)),
-        "actions": rng.uniform(-1, 1, size=(299, 3)),
+        "observations": rng.normal(size=(300, 11)),
+        "actions": rng.uniform(-1, 1, size=(300, 3)),
         "rewards": rng.normal(size=300),
         "terminations": np.zeros(300, bool),
         "truncations": np.arange(300) % 20 == 19,

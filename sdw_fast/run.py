@@ -210,6 +210,7 @@ class Best:
             for one, seed in zip(sets, distiller.seeds, strict=True)
         ]
         scores = [result.mean if result.normalized_mean is None else result.normalized_mean for result in results]
+        spread = [result.std if result.normalized_std is None else result.normalized_std for result in results]
         for number, score in enumerate(scores):
             if score > self.returns[number]:
                 self.returns[number] = score
@@ -217,6 +218,7 @@ class Best:
         return {
             "return": distiller.of_runs(np.array([result.mean for result in results])),
             "score": distiller.of_runs(np.array(scores)),
+            "score_std": distiller.of_runs(np.array(spread)),
         }
 
     def final(self, distiller: Distiller) -> list[SyntheticDataset]:

@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Module
 
+from sdw_fast import shipped
+from sdw_fast.cards import Card, Shown, short_hash
 from sdw_fast.files import read_safetensors, reading, to_json, write_safetensors
 from sdw_fast.networks import MLP, MinCritic, ask, below, evaluating, refuse_non_finite
 from sdw_fast.units import Affine, Units
@@ -25,7 +28,7 @@ _CORL_HINT = " A CORL checkpoint is read by Teacher.from_corl(path, mean, std)"
 DEAD_ROWS = 100  # from this many rows on, outputs that are all the same are taken for a fault, not for a coincidence
 
 
-class Teacher:
+class Teacher(Shown):
     """A near-optimal policy π* and its value function Q, in the environment's own units.
 
     Args:
@@ -162,6 +165,21 @@ class Teacher:
         _refuse_dead(q, [observations, chosen], "values")
         return chosen, q
 
+    def card(self) -> Card:
+        """What the teacher is, for people."""
+        networks = [self.actor, self.critic]
+        known = [x.detach().cpu().numpy() for n in networks if isinstance(n, Module) for x in n.state_dict().values()]
+        return Card(
+            "Teacher",
+            {
+                "environment": self.units and self.units.env_id,
+                "actor": _described(self.actor),
+                "critic": "none" if self.critic is None else _described(self.critic),
+                **{name: self.provenance.get(name) for name in ("algorithm", "dataset", "source")},
+                "hash": short_hash(*known) if known else None,
+            },
+        )
+
     def _state_size(self) -> int | None:
         if isinstance(self.actor, MLP):
             return self.actor.sizes[0]
@@ -233,13 +251,7 @@ class Teacher:
         Raises:
             ValueError: there is none for that dataset; the message lists those that there are.
         """
-        folder = Path(__file__).parent / "assets"
-        path = folder / f"{name.removeprefix('sdw/').removesuffix('-v0').replace('/', '-')}-teacher.safetensors"
-        if not path.is_file():
-            shipped = sorted(p.name.removesuffix("-teacher.safetensors") for p in folder.glob("*-teacher.safetensors"))
-            names = [f"{env}/{quality}" for env, _, quality in (stem.partition("-") for stem in shipped)]
-            raise ValueError(f"no teacher for {name!r} comes with the package; there are {names}, or use train_teacher")
-        return cls.load(path)
+        return cls.load(shipped.path("teacher", name, "use train_teacher"))
 
     @classmethod
     def from_corl(cls, path: str | os.PathLike[str], mean: Sequence[float], std: Sequence[float]) -> Teacher:
@@ -267,6 +279,15 @@ class Teacher:
         units = Units(states=state_map(mean, std, actor.sizes[0], Path(path).name))
         provenance = {"source": "CORL checkpoint", "file": Path(path).name}
         return cls(actor, MinCritic(critics) if critics else None, units=units, provenance=provenance)
+
+
+def _described(function: Callable[..., Tensor]) -> str:
+    """Of the package's networks the widths, of a user's own function the name."""
+    if isinstance(function, MinCritic):
+        return f"min of {len(function.networks)} × {_described(cast('MLP', function.networks[0]))}"
+    if isinstance(function, MLP):
+        return " → ".join(map(str, function.sizes))
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _tensor(x: Array) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import os
 import sys
@@ -20,7 +21,7 @@ import sdw_fast as sdw
 from sdw_fast import run as runs
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 from sdw_fast.density import DensityWeights
-from sdw_fast.disk import replacing
+from sdw_fast.disk import check_writable, replacing
 from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
 from sdw_fast.folder import find_runs, read_metrics, read_run
@@ -204,10 +205,11 @@ def train_teacher(
     out: Annotated[Path, typer.Option(help="Where to write the teacher (.safetensors).")],
     **settings: Any,
 ) -> None:
-    """Train a teacher (policy and Q) on a dataset by offline RL."""
+    """Train a teacher (policy and Q) on a dataset by offline RL; the same command goes on with an interrupted one."""
     with _readable_errors():
         _refuse_unused(TeacherConfig(**settings), settings)
-        sdw.train_teacher(sdw.load_dataset(dataset), **settings).save(out)
+        check_writable(out)
+        sdw.train_teacher(sdw.load_dataset(dataset), out=out, **settings)
         typer.echo(out)
 
 
@@ -225,6 +227,8 @@ def density(
     with _readable_errors():
         config = DistillConfig(**settings)
         _refuse_unused(config, settings)
+        if out is not None:
+            check_writable(out)
         data = sdw.load_dataset(dataset)
         options = {"k": config.k} if config.density_method == "knn" else {"seed": config.seed}
         logd = sdw.log_density(data, config.density_method, progress=not as_json, **options)
@@ -261,6 +265,13 @@ def _write_density(
 def distill(
     dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5 or .npz")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher (.safetensors); objective dbc needs none.")] = None,
+    teacher_factory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A function of yours that returns a teacher, or with --teacher the modules for the file's weights.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder; no other option is needed.")
@@ -298,13 +309,36 @@ def distill(
                 "n_runs": n_runs,
                 "env": env,
             }
-        loaded = sdw.Teacher.load(source["teacher"]) if source.get("teacher") is not None else None
+        loaded = _teacher(source.get("teacher"), teacher_factory)
         data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
         distiller = runs.new_distiller(
             data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
         )
         runs.run(distiller, out, source=source)
         _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
+
+
+def _teacher(path: str | None, factory: str | None) -> sdw.Teacher | None:
+    """The teacher of a file, of a function of the user's, or of both: the file's weights in the function's modules.
+
+    The function is named on the command line, every time: a file never says which code to run.
+    """
+    function = None
+    if factory is not None:
+        name, _, attribute = factory.partition(":")
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+        try:
+            function = getattr(importlib.import_module(name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"--teacher-factory must be module:function, got {factory!r}: {error}") from error
+        finally:
+            sys.path.pop(0)
+    if path is not None:
+        return sdw.Teacher.load(path, factory=function)
+    made = None if function is None else function()
+    if function is not None and not isinstance(made, sdw.Teacher):
+        raise ValueError(f"--teacher-factory must return a sdw_fast.Teacher, got {type(made).__name__}")
+    return made
 
 
 def _absolute(source: str | Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,11 +20,13 @@ from sdw_fast.tables import NAMES, episodes_of, join_episodes, lacks, read_table
 if TYPE_CHECKING:
     import minari
 
+    from sdw_fast.environments import Environment
+
 _METADATA_CACHE = 1 << 20  # bytes of HDF5's metadata kept while reading a Minari dataset
 
 
 def load_dataset(
-    source: Any, *, env_id: str | None = None, columns: Mapping[str, str | Sequence[str]] | None = None
+    source: Any, *, env_id: Environment | None = None, columns: Mapping[str, str | Sequence[str]] | None = None
 ) -> TransitionDataset:
     """Loads an offline RL dataset.
 
@@ -45,11 +48,14 @@ def load_dataset(
             next observation is not the following row's observation, or where episode_index changes or frame_index does
             not go on by one; rows out of order are sorted by the two. A last row that ends no episode is marked
             truncated. Observations and actions alone are demonstrations: every pair is kept.
-        env_id: Gymnasium id of the environment, where the source does not say it (D4RL files) or another is wanted; an
-            .npz or a dict may also hold it under "env_id", and action bounds under "action_low" and "action_high".
-            Where the source does not say the bounds they are the environment's, if it is named and can be made here;
-            else −1 and 1 if every action lies there, else unknown, and such a dataset cannot be distilled.
-
+        env_id: the environment, where the source does not say it (D4RL files) or another is wanted: a Gymnasium id
+            ("Hopper-v5", or "module:Env-v0" to import the module first), an EnvSpec, an environment, or a function
+            that makes one. Its id and its EnvSpec are kept with the data. A Minari dataset says its own, with
+            arguments, wrappers and time limit, and the one to evaluate in comes first; a file or a dict may hold an id
+            under "env_id".
+            Action bounds are the environment's, if it is known and can be made here, with a warning where the source
+            says others (a file or a dict under "action_low" and "action_high"); else the source's; else −1 and 1 if
+            every action lies there, else unknown, and such a dataset cannot be distilled.
         columns: names of the source's columns where they are others: {"observations": "state", "actions": ["u", "v"]}.
             A list stands for columns side by side, a name also for those numbered under it (state_0, state_1, …).
 
@@ -83,7 +89,7 @@ def load_dataset(
             f"cannot load a dataset from {type(source).__name__}: expected a Minari id or dataset, a path to an .hdf5, "
             ".npz, .parquet, .csv or .arrow file, a dict of arrays, a table, or a list of episodes"
         )
-    held.env_id = env_id or held.env_id
+    held.env = env_id
     try:
         return build_dataset(held)
     except ValueError as error:
@@ -244,10 +250,20 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
         jumps=(np.array(ends, dtype=np.int64), np.array(last_observations, np.float32).reshape(-1, width)),
         action_bounds=(low, high) if bounded else None,
         reference_scores=None if random is None or expert is None else (float(random), float(expert)),
-        env_id=dataset.env_spec.id if dataset.env_spec else None,
+        **_recorded_environment(metadata),
         name=dataset.id,
         path=Path(dataset.storage.data_path).parent,
     )
+
+
+def _recorded_environment(metadata: Mapping[str, Any]) -> dict[str, str | None]:
+    """The environment of a Minari dataset: the one to evaluate in, or else the one that it was recorded in."""
+    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    if text is None:
+        return {}
+    from sdw_fast.environments import specification
+
+    return {"env_id": json.loads(text)["id"], "env_spec": specification(text)}
 
 
 def _minari_episodes(dataset: minari.MinariDataset) -> Iterator[tuple[np.ndarray, ...]]:

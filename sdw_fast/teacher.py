@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Module
 
-from sdw_fast import adapters
+from sdw_fast import adapters, shipped
 from sdw_fast.answers import actions_of, refuse_dead, some_of, tell_of_habits, tell_of_units, values_of
+from sdw_fast.cards import Card, Shown, short_hash
 from sdw_fast.corl import parts_of_corl
-from sdw_fast.networks import MLP, evaluating
+from sdw_fast.networks import MLP, MinCritic, evaluating
 from sdw_fast.teacher_file import read_teacher, write_teacher
 from sdw_fast.units import Affine, Units
 
@@ -24,7 +25,7 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 BATCH_ROWS = 16_384  # rows per forward pass: 256-wide activations stay near 16 MB however many states are asked for
 
 
-class Teacher:
+class Teacher(Shown):
     """A near-optimal policy π* and its value function Q, in the environment's own units.
 
     Args:
@@ -170,6 +171,21 @@ class Teacher:
         refuse_dead(q, [observations, chosen], "values")
         return chosen, q
 
+    def card(self) -> Card:
+        """What the teacher is, for people."""
+        networks = [self.actor, self.critic]
+        known = [x.detach().cpu().numpy() for n in networks if isinstance(n, Module) for x in n.state_dict().values()]
+        return Card(
+            "Teacher",
+            {
+                "environment": self.units and self.units.env_id,
+                "actor": _described(self.actor),
+                "critic": "none" if self.critic is None else _described(self.critic),
+                **{name: self.provenance.get(name) for name in ("algorithm", "dataset", "source")},
+                "hash": short_hash(*known) if known else None,
+            },
+        )
+
     def save(self, path: str | os.PathLike[str], *, half: bool = False) -> None:
         """Writes the networks as `.safetensors`, with architecture, units and provenance in the metadata.
 
@@ -205,33 +221,24 @@ class Teacher:
         Raises:
             ValueError: there is none for that dataset; the message lists those that there are.
         """
-        folder = Path(__file__).parent / "assets"
-        path = folder / f"{name.removeprefix('sdw/').removesuffix('-v0').replace('/', '-')}-teacher.safetensors"
-        if not path.is_file():
-            shipped = sorted(p.name.removesuffix("-teacher.safetensors") for p in folder.glob("*-teacher.safetensors"))
-            names = [f"{env}/{quality}" for env, _, quality in (stem.partition("-") for stem in shipped)]
-            raise ValueError(f"no teacher for {name!r} comes with the package; there are {names}, or use train_teacher")
-        return cls.load(path)
+        return cls.load(shipped.path("teacher", name, "use train_teacher"))
 
     @classmethod
     def from_corl(cls, path: str | os.PathLike[str], mean: Sequence[float], std: Sequence[float]) -> Teacher:
         """Reads a checkpoint of CORL's TD3+BC, IQL, CQL or Cal-QL, the format of the OBD authors' own teachers.
 
-        Args:
-            path: the `.pt` file. Only tensors and plain containers are unpickled (`weights_only=True`), and the
-                one-number module `Scalar` of CQL, for which an empty stand-in is allowed.
-            mean: (D,) mean of the training dataset's states, which the file does not hold.
-            std: (D,) standard deviation of the same; the networks see (s − mean) / (std + 1e-3), as CORL does.
+        Only tensors and plain containers are unpickled. The action is tanh(μ(s)), for environments whose actions lie in
+        [−1, 1], the value the minimum over the file's critics; a file without one gives a teacher for `pbc` only.
 
-        Returns:
-            A teacher that takes observations in the environment's units. Its action is the mean action tanh(μ(s)), for
-            environments whose actions lie in [−1, 1]; its value is the minimum over the critics in the file. A file
-            with no critic gives a teacher that serves `pbc` only.
+        Args:
+            path: the `.pt` file.
+            mean, std: (D,) of the training dataset's states, which the file does not hold; its networks see
+                (s − mean) / (std + 1e-3).
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, would run code of its own, has no actor of a known layout, holds weights
-                that are not finite, or mean and std do not fit its networks.
+            ValueError: the file is damaged, would run code, has no actor of a known layout, holds weights that are not
+                finite, or mean and std do not fit its networks.
         """
         return cls(**parts_of_corl(path, mean, std))
 
@@ -280,6 +287,15 @@ def _width(actor: Callable[[Tensor], Tensor], states: Affine | None) -> int | No
     if isinstance(actor, MLP):
         return actor.sizes[0]
     return None if states is None else len(states.offset)
+
+
+def _described(function: Callable[..., Tensor]) -> str:
+    """Of the package's networks the widths, of a user's own function the name."""
+    if isinstance(function, MinCritic):
+        return f"min of {len(function.networks)} × {_described(cast('MLP', function.networks[0]))}"
+    if isinstance(function, MLP):
+        return " → ".join(map(str, function.sizes))
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _tensor(x: Array) -> Tensor:

@@ -32,10 +32,12 @@ def nothing():
 def test_every_setting_reaches_the_training(dataset: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchrl")
     teacher = tmp_path / "teacher.safetensors"
-    result = run("train-teacher", dataset, *as_options(OTHER_TEACHER), "--out", teacher)
-    assert result.exit_code == 0, result.output
-    provenance = sdw.Teacher.load(teacher).provenance
-    assert {name: provenance[name] for name in OTHER_TEACHER} == OTHER_TEACHER
+    for algorithm, others in (("td3bc", ["alpha"]), ("iql", ["expectile", "temperature"])):
+        given = {name: OTHER_TEACHER[name] for name in ("steps", "seed", *others)} | {"algorithm": algorithm}
+        result = run("train-teacher", dataset, *as_options(given), "--out", teacher)
+        assert result.exit_code == 0, result.output
+        provenance = sdw.Teacher.load(teacher).provenance
+        assert {name: provenance[name] for name in given} == given
     assert sdw.Teacher.load(teacher).actions(np.zeros((1, 11), np.float32)).shape == (1, 3)
     result = run("distill", dataset, *TINY, "--objective", "pbc", "--teacher", teacher, "--steps", 2, "--out", tmp_path)
     assert result.exit_code == 0, result.output

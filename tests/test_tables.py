@@ -103,6 +103,7 @@ def test_demonstrations_keep_every_pair() -> None:
         np.testing.assert_array_equal(data.episode_ends, ends)
         assert data.rewards is None
         assert len(data.subset([0, 1])) == 2
+    assert "unknown: no rewards" in repr(data)
     summary = data.summary()
     assert (summary["transitions"], summary["episodes"], summary["return_mean"]) == (7, 3, None)
     with pytest.raises(ValueError, match=r"of demonstrations, .* need rewards; objective 'dbc' needs none"):

@@ -20,13 +20,13 @@ import sdw_fast as sdw
 
 ROWS, STATES, ACTIONS = 6_000, 11, 3
 SETTINGS = {
+    "value_weights": "shifted",
     "density": None,
     "density_method": "knn",
     "k": 10,
     "tau": None,
     "ess": 0.5,
     "clip": 0.99,
-    "beta": 0.02,
     "size": 64,
     "init": "random",
     "hidden": (256, 256, 256),

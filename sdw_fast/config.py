@@ -13,6 +13,7 @@ from typing import Annotated, Any
 OBJECTIVES = ("dbc", "pbc", "av-pbc", "sdw")
 DENSITY_METHODS = ("knn", "flow")
 INITIALIZATIONS = ("random", "kmeans++", "top-q")
+VALUE_WEIGHTS = ("shifted", "paper")
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine")
 TAPES = ("full", "recompute")
@@ -30,13 +31,16 @@ class DistillConfig:
 
     # the outer problem
     objective: Annotated[str, "dbc, pbc, av-pbc or sdw: targets and weights, see sdw_fast.objectives."] = "sdw"
+    value_weights: Annotated[str, "Of av-pbc and sdw: shifted, whatever Q's scale and zero; or paper: beta * Q."] = (
+        "shifted"
+    )
+    beta: Annotated[float | None, "Scale of Q with value_weights=paper; default: 0.02."] = None
     density: Annotated[bool | None, "Weights carry d(s)^(-tau); default: as the objective says."] = None
     density_method: Annotated[str, "Estimator of the density: knn, or flow (the paper's, slower)."] = "knn"
     k: Annotated[int, "Neighbors of the k-NN density."] = 10
     tau: Annotated[float | None, "Exponent of the density; default: set by ess."] = None
     ess: Annotated[float, "Effective sample size of the density weights, a share of the dataset, if tau is none."] = 0.5
     clip: Annotated[float, "Quantile at which the density weights are clipped."] = 0.99
-    beta: Annotated[float, "Scale of Q in the weights."] = 0.02
 
     # the synthetic set
     size: Annotated[int, "Synthetic pairs, N."] = 256
@@ -76,6 +80,7 @@ class DistillConfig:
             self,
             objective=OBJECTIVES,
             density_method=DENSITY_METHODS,
+            value_weights=VALUE_WEIGHTS,
             init=INITIALIZATIONS,
             optimizer=OPTIMIZERS,
             schedule=SCHEDULES,
@@ -83,7 +88,11 @@ class DistillConfig:
             precision=PRECISIONS,
         )
         _check_at_least_one(self, "size", "inner_steps", "steps", "batch_size", "eval_clones", "checkpoint_every", "k")
-        _check_positive(self, "lr", "inner_lr", "clip_norm", "gain", "beta")
+        _check_positive(self, "lr", "inner_lr", "clip_norm", "gain")
+        if self.beta is not None:
+            _check_positive(self, "beta")
+            if self.value_weights != "paper":
+                raise ValueError(f"beta={self.beta} is the scale of value_weights='paper' and means nothing without it")
         if self.tau is not None and not 0 <= self.tau < math.inf:
             raise ValueError(f"tau must be 0 or more and finite, or None to be set by ess, got {self.tau}")
         for name in ("ess", "clip"):
@@ -140,6 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "published": {"inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95},
     "paper": {
+        "value_weights": "paper",
         "inner_width": None,
         "gain": math.sqrt(2),
         "inner_momentum": 0.0,

@@ -104,13 +104,14 @@ def test_collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Of every setting a value that is not its default.
 OTHER = {
     "objective": "dbc",
+    "value_weights": "paper",
+    "beta": 0.03,
     "density": False,
     "density_method": "flow",
     "k": 7,
     "tau": 0.25,
     "ess": 0.6,
     "clip": 0.8,
-    "beta": 0.03,
     "size": 9,
     "init": "kmeans++",
     "hidden": [32, 16],

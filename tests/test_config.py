@@ -13,13 +13,14 @@ from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 
 DEFAULTS = {
     "objective": "sdw",
+    "value_weights": "shifted",
+    "beta": None,
     "density": None,
     "density_method": "knn",
     "k": 10,
     "tau": None,
     "ess": 0.5,
     "clip": 0.99,
-    "beta": 0.02,
     "size": 256,
     "init": "random",
     "hidden": (256, 256, 256),
@@ -64,6 +65,7 @@ def test_defaults(config: type, defaults: dict[str, Any]) -> None:
 
 PUBLISHED = {"inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95}
 PAPER = {
+    "value_weights": "paper",
     "inner_width": None,
     "gain": math.sqrt(2),
     "inner_momentum": 0.0,
@@ -85,7 +87,7 @@ def test_presets(name: str, changes: dict[str, Any]) -> None:
 
 def test_the_paper_s_settings_that_are_ours_too() -> None:
     config = DistillConfig.preset("paper")
-    assert (config.size, config.hidden, config.batch_size, config.beta) == (256, (256, 256, 256), 2_560, 0.02)
+    assert (config.size, config.hidden, config.batch_size) == (256, (256, 256, 256), 2_560)
     assert (config.inner_steps, config.inner_lr, config.momentum) == (100, 0.1, 0.9)
 
 
@@ -122,6 +124,7 @@ NAN, INF = float("nan"), float("inf")
             (DistillConfig, name, "best", rf"{name} must be one of \[.*{allowed}.*\], got 'best'")
             for name, allowed in [
                 ("objective", "av-pbc"),
+                ("value_weights", "paper"),
                 ("density_method", "flow"),
                 ("init", "top-q"),
                 ("optimizer", "sgd"),

@@ -17,6 +17,7 @@ VALUE_WEIGHTS = ("shifted", "paper")
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine")
 TAPES = ("full", "recompute")
+SELECTIONS = ("held-out", "return", "last")
 PRECISIONS = ("tf32", "ieee")
 ALGORITHMS = ("td3bc", "iql")
 
@@ -53,6 +54,7 @@ class DistillConfig:
     inner_steps: Annotated[int, "Steps of behavior cloning, T."] = 100
     inner_lr: Annotated[float, "Step size of behavior cloning."] = 0.1
     inner_momentum: Annotated[float, "Momentum of behavior cloning; 0 is plain SGD, which wants a larger step."] = 0.9
+    adapt_inner_lr: Annotated[bool, "Lower inner_lr where inner training is unstable, see sdw_fast.stability."] = True
     window: Annotated[int | None, "Differentiate the last so many inner steps only; default: all."] = None
     tape: Annotated[str, "full, or recompute: less memory, a third more time, the same bits."] = "full"
     precision: Annotated[str, "Of the products on a GPU: tf32 or ieee (float32)."] = "tf32"
@@ -68,6 +70,11 @@ class DistillConfig:
     clip_norm: Annotated[float, "Bound on the norm of the hypergradient; SGD, which it slows down, wants more."] = 0.02
 
     # the run
+    select: Annotated[
+        str | None,
+        "The set returned: held-out (lowest loss on a tenth of the states, which is not learned from), "
+        "return (needs eval_every) or last; default: return with eval_every, else held-out.",
+    ] = None
     seed: Annotated[int, "Seed of every random draw."] = 0
     eval_every: Annotated[int, "Outer steps between evaluations in the environment; 0: never."] = 0
     eval_clones: Annotated[int, "Policies cloned for an evaluation, from different initializations."] = 5
@@ -98,6 +105,10 @@ class DistillConfig:
         for name in ("ess", "clip"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        if self.select is not None and self.select not in SELECTIONS:
+            raise ValueError(f"select must be one of {list(SELECTIONS)} or None, got {self.select!r}")
+        if self.select == "return" and not self.eval_every:
+            raise ValueError("select='return' chooses by evaluations in the environment: set eval_every")
         if self.eval_every < 0:
             raise ValueError(f"eval_every must be 0 (never) or more, got {self.eval_every}")
         if self.eval_episodes < self.eval_clones:
@@ -111,6 +122,11 @@ class DistillConfig:
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
         if self.inner_width is not None and self.inner_width < 1:
             raise ValueError(f"inner_width must be at least 1, or None for those of hidden, got {self.inner_width}")
+
+    @property
+    def selected_by(self) -> str:
+        """What the returned set is chosen by: held-out, return or last."""
+        return self.select or ("return" if self.eval_every else "held-out")
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> DistillConfig:
@@ -151,6 +167,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "value_weights": "paper",
         "inner_width": None,
+        "adapt_inner_lr": False,
         "gain": math.sqrt(2),
         "inner_momentum": 0.0,
         "steps": 50_000,

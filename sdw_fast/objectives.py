@@ -78,6 +78,15 @@ class OuterProblem:
     def __len__(self) -> int:
         return len(self.observations)
 
+    def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows to learn from and those held out: a tenth, none of fewer than twenty.
+
+        They are drawn by the number of rows alone, so that sets of several seeds are compared on the same states.
+        """
+        rows = np.random.default_rng(len(self)).permutation(len(self))
+        held = len(self) // 10 if len(self) >= 20 else 0
+        return np.sort(rows[held:]), np.sort(rows[:held])
+
     def fingerprint(self) -> dict[str, str]:
         """A hash of each part that a distillation's bits depend on, by which a checkpoint knows its problem."""
         parts = {name: getattr(self, name) for name in ("observations", "targets", "weights")}

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sdw_fast as sdw
-from sdw_fast import run as run_module
+from sdw_fast import selection
 from sdw_fast.evaluation import Evaluation
 from sdw_fast.files import write_torch
 from sdw_fast.folder import RunFolder, load_checkpoint, read_metrics
@@ -84,7 +84,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, float]]:
         given.append((synthetic.config["iteration"], seed, score))
         return Evaluation("Any-v0", seed, np.full(episodes, score), np.ones(episodes, np.int64), None)
 
-    monkeypatch.setattr(run_module, "evaluate_synthetic", evaluate)
+    monkeypatch.setattr(selection, "evaluate_synthetic", evaluate)
     return given
 
 
@@ -184,9 +184,9 @@ def test_a_state_goes_on_with_what_does_not_matter(small_data, small_teacher) ->
 OTHER: dict[str, Any] = {
     "objective": "av-pbc", "value_weights": "paper", "beta": 0.04, "density": True, "density_method": "flow", "k": 11,
     "tau": 0.1, "ess": 0.9, "clip": 0.8, "size": 13, "init": "kmeans++", "hidden": (16, 8), "inner_width": 8,
-    "gain": 1.3, "inner_steps": 6, "inner_lr": 0.2, "inner_momentum": 0.5, "window": 2, "precision": "ieee",
-    "steps": 21, "batch_size": 65, "optimizer": "sgd", "lr": 0.02, "schedule": "constant", "momentum": 0.5,
-    "average": 0.5, "clip_norm": 1e-3, "seed": 1,
+    "gain": 1.3, "inner_steps": 6, "inner_lr": 0.2, "inner_momentum": 0.5, "adapt_inner_lr": False, "window": 2,
+    "precision": "ieee", "steps": 21, "batch_size": 65, "optimizer": "sgd", "lr": 0.02, "schedule": "constant",
+    "momentum": 0.5, "average": 0.5, "clip_norm": 1e-3, "select": "last", "seed": 1,
 }  # fmt: skip
 FREE = {"tape": "recompute", "eval_every": 5, "eval_clones": 1, "eval_episodes": 11, "checkpoint_every": 3}
 
@@ -314,6 +314,11 @@ def test_more_than_rounding_is_another_problem(small_data, small_teacher, reques
         {"generators": [torch.zeros(3, dtype=torch.uint8)]},
         {"optimizer": {}},
         {"arithmetic": None},
+        {"inner_lr": [0.2]},
+        {"inner_lr": [float("nan")]},
+        {"inner_lr": []},
+        {"rough": torch.zeros(3, 2, dtype=torch.bool)},
+        {"rough": None},
     ],
     ids=str,
 )

@@ -29,6 +29,7 @@ DEFAULTS = {
     "inner_steps": 100,
     "inner_lr": 0.1,
     "inner_momentum": 0.9,
+    "adapt_inner_lr": True,
     "window": None,
     "tape": "full",
     "precision": "tf32",
@@ -40,6 +41,7 @@ DEFAULTS = {
     "momentum": 0.9,
     "average": 0.9,
     "clip_norm": 0.02,
+    "select": None,
     "seed": 0,
     "eval_every": 0,
     "eval_clones": 5,
@@ -69,6 +71,7 @@ PAPER = {
     "inner_width": None,
     "gain": math.sqrt(2),
     "inner_momentum": 0.0,
+    "adapt_inner_lr": False,
     "steps": 50_000,
     "optimizer": "sgd",
     "lr": 0.1,
@@ -156,6 +159,14 @@ NAN, INF = float("nan"), float("inf")
             (DistillConfig, "tau", value, f"tau must be 0 or more and finite.*got {value}")
             for value in (-0.1, NAN, INF)
         ],
+        (
+            DistillConfig,
+            "select",
+            "best",
+            r"select must be one of \['held-out', 'return', 'last'\] or None, got 'best'",
+        ),
+        (DistillConfig, "select", "return", "select='return' chooses by evaluations.*set eval_every"),
+        (DistillConfig, "beta", 0.02, "beta=0.02 is the scale of value_weights='paper' and means nothing without it"),
         (DistillConfig, "eval_clones", 0, "eval_clones must be at least 1, got 0"),
         (DistillConfig, "eval_every", -1, "eval_every must be 0 .* or more, got -1"),
         (DistillConfig, "eval_episodes", 4, "eval_episodes=4 must be at least eval_clones=5"),

@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "inner_steps": 6,
     "inner_lr": 0.2,
     "inner_momentum": 0.5,
+    "adapt_inner_lr": False,
     "window": 2,
     "steps": 9,
     "batch_size": 65,
@@ -42,6 +43,7 @@ OTHER: dict[str, Any] = {
     "momentum": 0.5,
     "average": 0.5,
     "clip_norm": 1e-3,
+    "select": "last",
     "seed": 1,
 }
 NEEDED = {"beta": {"value_weights": "paper"}}  # without which a setting means nothing

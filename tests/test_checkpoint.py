@@ -355,8 +355,8 @@ def test_sets_are_written_anew_from_the_checkpoint(small_data, small_teacher, tm
 def test_a_run_killed_between_checkpoint_and_set_writes_it_on_the_next_start(
     small_data, small_teacher, tmp_path, monkeypatch
 ) -> None:
-    settings = {**TINY, "out": tmp_path, "progress": False}
-    whole = sdw.distill(small_data, small_teacher, **TINY, progress=False)
+    settings = {**TINY, "select": "last", "out": tmp_path, "progress": False}
+    whole = sdw.distill(small_data, small_teacher, **TINY, select="last", progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(sdw.SyntheticDataset, "save", lambda *_: 1 / 0)
         for _ in range(3):  # at steps 7, 14, 20

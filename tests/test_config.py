@@ -98,7 +98,7 @@ def test_presets_are_three_and_others_are_refused() -> None:
     assert set(PRESETS) == {"default", "published", "paper"}
     with pytest.raises(ValueError, match=r"preset must be one of \['default', 'published', 'paper'\], got 'best'"):
         DistillConfig.preset("best")
-    with pytest.raises(ValueError, match=r"unknown settings \['wdith'\]; the settings are \['average'"):
+    with pytest.raises(ValueError, match=r"unknown settings \['wdith'\]; the settings are \['adapt_inner_lr'"):
         DistillConfig.preset("paper", wdith=3)
 
 

@@ -35,6 +35,7 @@ SETTINGS = {
     "inner_steps": 100,
     "inner_lr": 0.1,
     "inner_momentum": 0.9,
+    "adapt_inner_lr": True,
     "window": None,
     "steps": 50,
     "batch_size": 512,
@@ -44,6 +45,7 @@ SETTINGS = {
     "momentum": 0.9,
     "average": 0.9,
     "clip_norm": 0.02,
+    "select": "held-out",
     "seed": 0,
 }
 

@@ -76,7 +76,7 @@ class Run:
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a figure, where it was measured and finite."""
         points = [(step["step"], step[name]) for step in self.metrics if math.isfinite(step.get(name, math.nan))]
-        return tuple(np.array(points, dtype=float).reshape(-1, 2).T)  # type: ignore[return-value]
+        return tuple(np.array(points, dtype=float).reshape(-1, 2).T)
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
@@ -19,7 +21,7 @@ import sdw_fast as sdw
 from sdw_fast import run as runs
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 from sdw_fast.density import DensityWeights
-from sdw_fast.disk import replacing
+from sdw_fast.disk import check_writable, replacing
 from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
 from sdw_fast.folder import find_runs, read_metrics, read_run
@@ -37,6 +39,22 @@ app = typer.Typer(
 
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, or .npz")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+
+
+def _importable(env: str | None) -> str | None:
+    """Lets module:Env-v0 find a module of the user's in the working directory, which a script does not search."""
+    if env is not None and ":" in env and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return env
+
+
+Env = Annotated[
+    str | None,
+    typer.Option(
+        callback=_importable,
+        help="Gymnasium id, or module:Env-v0 to import the module first; default: the environment recorded.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -187,10 +205,11 @@ def train_teacher(
     out: Annotated[Path, typer.Option(help="Where to write the teacher (.safetensors).")],
     **settings: Any,
 ) -> None:
-    """Train a teacher (policy and Q) on a dataset by offline RL."""
+    """Train a teacher (policy and Q) on a dataset by offline RL; the same command goes on with an interrupted one."""
     with _readable_errors():
         _refuse_unused(TeacherConfig(**settings), settings)
-        sdw.train_teacher(sdw.load_dataset(dataset), **settings).save(out)
+        check_writable(out)
+        sdw.train_teacher(sdw.load_dataset(dataset), out=out, **settings)
         typer.echo(out)
 
 
@@ -208,6 +227,8 @@ def density(
     with _readable_errors():
         config = DistillConfig(**settings)
         _refuse_unused(config, settings)
+        if out is not None:
+            check_writable(out)
         data = sdw.load_dataset(dataset)
         options = {"k": config.k} if config.density_method == "knn" else {"seed": config.seed}
         logd = sdw.log_density(data, config.density_method, progress=not as_json, **options)
@@ -244,14 +265,19 @@ def _write_density(
 def distill(
     dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5 or .npz")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher (.safetensors); objective dbc needs none.")] = None,
+    teacher_factory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A function of yours that returns a teacher, or with --teacher the modules for the file's weights.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder; no other option is needed.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}. [default]")] = None,
-    env: Annotated[
-        str | None, typer.Option(help="Gymnasium id of the environment, if the dataset does not say it.")
-    ] = None,
+    env: Env = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [cpu]")] = None,
     n_runs: Annotated[
         int | None, typer.Option(help="Distill this many sets side by side, seeds from --seed on; see OUT/run-000, …")
@@ -283,13 +309,36 @@ def distill(
                 "n_runs": n_runs,
                 "env": env,
             }
-        loaded = sdw.Teacher.load(source["teacher"]) if source.get("teacher") is not None else None
-        data = sdw.load_dataset(source["dataset"], env_id=source.get("env"))
+        loaded = _teacher(source.get("teacher"), teacher_factory)
+        data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
         distiller = runs.new_distiller(
             data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
         )
         runs.run(distiller, out, source=source)
         _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
+
+
+def _teacher(path: str | None, factory: str | None) -> sdw.Teacher | None:
+    """The teacher of a file, of a function of the user's, or of both: the file's weights in the function's modules.
+
+    The function is named on the command line, every time: a file never says which code to run.
+    """
+    function = None
+    if factory is not None:
+        name, _, attribute = factory.partition(":")
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+        try:
+            function = getattr(importlib.import_module(name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"--teacher-factory must be module:function, got {factory!r}: {error}") from error
+        finally:
+            sys.path.pop(0)
+    if path is not None:
+        return sdw.Teacher.load(path, factory=function)
+    made = None if function is None else function()
+    if function is not None and not isinstance(made, sdw.Teacher):
+        raise ValueError(f"--teacher-factory must return a sdw_fast.Teacher, got {type(made).__name__}")
+    return made
 
 
 def _absolute(source: str | Path) -> str:
@@ -303,7 +352,7 @@ def evaluate(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="Synthetic set (RUN/best.npz), or policy (.safetensors)")
     ],
-    env: Annotated[str | None, typer.Option(help="Gymnasium id; default: the file's own.")] = None,
+    env: Env = None,
     episodes: Annotated[int, typer.Option(help="Episodes to run, in all.")] = 10,
     clones: Annotated[
         int | None, typer.Option(help="Policies to train on a set, from different initializations. [5]")
@@ -311,7 +360,9 @@ def evaluate(
     ensemble: Annotated[
         int | None, typer.Option(help="Members of each policy, which acts by their mean action. [1]")
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first policy and episode; below 2^30 none of those that chose best.npz.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Train policies on a synthetic set by behavior cloning, or take a saved one, and run them in the environment."""
@@ -320,10 +371,7 @@ def evaluate(
             given = [name for name, value in {"--clones": clones, "--ensemble": ensemble}.items() if value is not None]
             if given:
                 raise ValueError(f"{' and '.join(given)} would have no effect: {file} is one trained policy")
-            policy = sdw.MLPPolicy.load(file)
-            if (env := env or policy.units.env_id) is None:
-                raise ValueError(f"{file} names no environment: pass --env, such as Hopper-v5")
-            result = sdw.evaluate(policy, env, episodes=episodes, seed=seed, returns=policy.units.returns_in(env))
+            result = sdw.evaluate(sdw.MLPPolicy.load(file), env, episodes=episodes, seed=seed)
         else:
             pairs = sdw.SyntheticDataset.load(file)
             clones = min(5, episodes) if clones is None else clones

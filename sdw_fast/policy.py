@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdw_fast import ops
@@ -50,17 +48,21 @@ class MLPPolicy(Shown, nn.Module):
         ValueError: the action bounds are not known.
     """
 
+    if TYPE_CHECKING:  # torch.jit.script would look up the names of their types
+        state_offset: Tensor
+        state_scale: Tensor
+        action_offset: Tensor
+        action_scale: Tensor
+
     def __init__(self, params: Sequence[Tensor], units: Units, *, provenance: dict[str, Any] | None = None) -> None:
         super().__init__()
+        maps = {"state": units.states, "action": units.require_actions()}
         batched = params[0].ndim == 3
         self.net = MeanMLP([p if batched else p.unsqueeze(0) for p in params])
-
-        def constant(values: NDArray[np.floating]) -> nn.Buffer:
-            return nn.Buffer(torch.as_tensor(values, dtype=torch.float32, device=params[0].device))
-
-        states, actions = units.states, units.require_actions()
-        self.state_offset, self.state_scale = constant(states.offset), constant(states.scale)
-        self.action_offset, self.action_scale = constant(actions.offset), constant(actions.scale)
+        for name, affine in maps.items():
+            for part in ("offset", "scale"):
+                constant = torch.as_tensor(getattr(affine, part), dtype=torch.float32, device=params[0].device)
+                self.register_buffer(f"{name}_{part}", constant)
         self.units = units
         self.members = self.net.members
         self.provenance = dict(provenance or {})
@@ -73,8 +75,8 @@ class MLPPolicy(Shown, nn.Module):
         """Writes the policy as `.safetensors`, whole or not at all: `state_dict()` in float32, and what it is.
 
         Tensors: net.layers.{0, 2, …}.weight (E, out, in) and .bias (E, out), state_offset, state_scale, action_offset,
-        action_scale. Units, sizes and provenance are in the metadata. docs/howto/deploy.md runs a policy from
-        such a file with NumPy alone.
+        action_scale. Units, sizes and provenance are in the metadata. docs/howto/deploy.md runs a policy from such a
+        file with NumPy alone.
 
         Returns:
             The path written.

@@ -76,7 +76,8 @@ class Run:
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a figure, where it was measured and finite."""
         points = [(step["step"], step[name]) for step in self.metrics if math.isfinite(step.get(name, math.nan))]
-        return tuple(np.array(points, dtype=float).reshape(-1, 2).T)
+        steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+        return steps, values
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> None:

@@ -131,6 +131,7 @@ class SyntheticDataset(Shown):
         header = {
             "format": FORMAT,
             "env_id": self.units.env_id,
+            "env_spec": self.units.env_spec,
             "returns": self.units.returns and self.units.returns.to_dict(),
             "config": self.config,
             "dataset_name": self.dataset_name,
@@ -175,6 +176,7 @@ class SyntheticDataset(Shown):
                 actions=Affine.between(arrays["action_low"], arrays["action_high"]),
                 returns=header["returns"] and Affine(**header["returns"]),
                 env_id=header["env_id"],
+                env_spec=header.get("env_spec"),  # files of older versions hold the id alone
             )
             rest = {name: header[name] for name in ("config", "dataset_name", "dataset_hash", "version")}
             rest["evaluation"] = header.get("evaluation")
@@ -215,10 +217,15 @@ class SyntheticDataset(Shown):
 
         Returns:
             The Minari dataset, as `minari.load_dataset(dataset_id)` would.
+
+        Raises:
+            ValueError: the set names an environment, and there is none of that id here.
         """
         import gymnasium
         import minari
         from minari.data_collector import EpisodeBuffer
+
+        from sdw_fast.environments import recorded
 
         low, high = self.units.action_bounds
         actions = np.clip(self.actions, low, high)
@@ -234,6 +241,7 @@ class SyntheticDataset(Shown):
             for i, (observation, action) in enumerate(zip(self.observations, actions, strict=True))
         ]
         infinity = np.float32(np.inf)
+        env = None if self.env_id is None else recorded(self.units)
         scores = {}
         if self.units.returns is not None:
             random, expert = self.units.returns.denormalize(np.array([0.0, 100.0])).tolist()
@@ -241,8 +249,8 @@ class SyntheticDataset(Shown):
         return minari.create_dataset_from_buffers(
             dataset_id,
             buffers,
-            env=self.env_id,
-            eval_env=self.env_id,
+            env=env,
+            eval_env=env,
             author="sdw_fast",
             author_email="none",
             observation_space=gymnasium.spaces.Box(-infinity, infinity, self.observations.shape[1:], np.float32),

@@ -81,7 +81,9 @@ def test_code_blocks_run_in_order(page: Path, place: Path) -> None:
 
 
 def public(module: ModuleType) -> set[str]:
-    return {name for name in module.__all__ if name != "__version__" and not isinstance(getattr(module, name), ModuleType)}
+    return {
+        name for name in module.__all__ if name != "__version__" and not isinstance(getattr(module, name), ModuleType)
+    }
 
 
 def test_every_public_name_has_an_entry() -> None:

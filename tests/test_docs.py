@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 from types import ModuleType
@@ -56,7 +57,7 @@ def d4rl_and_corl(place: Path) -> None:
     layers = {"actor": (11, 16, 16, 3), "critic1": (14, 16, 16, 1)}
     content = {}
     for name, sizes in layers.items():
-        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = list(itertools.pairwise(sizes))
         state = {f"net.{2 * i}.weight": torch.randn(o, n) / 4 for i, (n, o) in enumerate(pairs)}
         content[name] = state | {f"net.{2 * i}.bias": torch.zeros(o) for i, (_, o) in enumerate(pairs)}
     torch.save(content, place / "checkpoint.pt")

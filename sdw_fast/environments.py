@@ -177,6 +177,8 @@ def specification(spec: EnvSpec | str | None) -> str | None:
         values = dataclasses.asdict(spec)
         for derived in ("namespace", "name", "version"):
             del values[derived]
+        for wrapper in values["additional_wrappers"]:  # Gymnasium's versions have them in modules of different names
+            wrapper["entry_point"] = re.sub(r"^gymnasium\.[^:]*", "gymnasium.wrappers", wrapper["entry_point"])
         return json.dumps(values, default=lambda array: array.tolist())
     except Exception as error:  # an argument of any type may refuse in its own way
         warnings.warn(
@@ -240,11 +242,11 @@ def _parse(text: str) -> EnvSpec:
         fields = {field.name for field in dataclasses.fields(EnvSpec) if field.init} - {"additional_wrappers"}
         known = {name: values[name] for name in fields & set(values)}
         wrappers = tuple(WrapperSpec(**wrapper) for wrapper in values.get("additional_wrappers") or ())
-        for wrapper in wrappers:  # Gymnasium's versions keep them in modules of different names
-            wrapper.entry_point = re.sub(r"^gymnasium\.[^:]*", "gymnasium.wrappers", wrapper.entry_point)
-            for name, value in (wrapper.kwargs or {}).items():
+        for wrapper in wrappers:
+            arguments = wrapper.kwargs or {}
+            for name, value in arguments.items():
                 if isinstance(value, list) and all(isinstance(x, float) for x in value):
-                    wrapper.kwargs[name] = np.array(value)  # JSON has no arrays
+                    arguments[name] = np.array(value)  # JSON has no arrays
         spec = EnvSpec(**known | {"entry_point": None, "vector_entry_point": None}, additional_wrappers=wrappers)
         if not isinstance(spec.kwargs, dict):
             raise TypeError(f"arguments must be a dict, got {spec.kwargs!r}")

@@ -125,7 +125,14 @@ def check_spaces(env: gym.Env) -> None:
 
 
 def bounds_of(env: gym.Env) -> Affine | None:
-    """The map of an environment's actions to −1 … 1, or None where they are not a bounded vector."""
+    """The map of an environment's actions to −1 … 1, or None where they are not a bounded vector.
+
+    ClipAction takes every number, and clips it to the bounds of the environment inside.
+    """
+    while isinstance(env, gym.Wrapper) and (
+        isinstance(env, gym.wrappers.ClipAction) or env.action_space == env.env.action_space
+    ):
+        env = env.env
     space = env.action_space
     bounded = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
     return Affine.between(space.low, space.high) if bounded else None  # type: ignore[attr-defined]
@@ -179,7 +186,7 @@ def specification(spec: EnvSpec | str | None) -> str | None:
             del values[derived]
         for wrapper in values["additional_wrappers"]:  # Gymnasium's versions have them in modules of different names
             wrapper["entry_point"] = re.sub(r"^gymnasium\.[^:]*", "gymnasium.wrappers", wrapper["entry_point"])
-        return json.dumps(values, default=lambda array: array.tolist())
+        return json.dumps(values, default=_plain)
     except Exception as error:  # an argument of any type may refuse in its own way
         warnings.warn(
             f"the arguments of the environment {spec.id} cannot be kept with the data ({error}): its id alone is kept",
@@ -253,6 +260,12 @@ def _parse(text: str) -> EnvSpec:
         return spec
     except (TypeError, ValueError, AttributeError, KeyError, gym.error.Error) as error:
         raise ValueError(f"the recorded specification of the environment is damaged: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{value!r} is neither number nor text")
 
 
 def _obstacle(wrapper: WrapperSpec) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import three_episodes
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.wrappers import RescaleAction, TimeLimit
+from gymnasium.wrappers import ClipAction, RescaleAction, TimeLimit
 from toys import Steps, one, registered, units  # noqa: F401
 from typer.testing import CliRunner
 
@@ -238,6 +238,15 @@ def test_an_environment_that_does_not_fit_is_told_before_the_first_step(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_environment(units(**changes), env)
+
+
+def test_bounds_are_found_behind_a_wrapper_that_clips_and_their_lack_is_told() -> None:
+    clipped = TimeLimit(ClipAction(gym.make("Steps-v0")), 5)
+    assert sdw.load_dataset(three_episodes(), env_id=clipped).action_bounds == (-2, 2)
+    unbounded = gym.make("Steps-v0")
+    unbounded.action_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+    with pytest.warns(UserWarning, match="'Steps-v0' does not bound 1 actions: action bounds are taken to be -1 and 1"):
+        assert sdw.load_dataset(three_episodes(), env_id=unbounded).action_bounds == (-1, 1)
 
 
 @pytest.mark.filterwarnings("error")

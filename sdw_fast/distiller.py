@@ -31,6 +31,8 @@ Metrics = dict[str, Any]  # a float each; of several sets an array (R,) each
 
 # Outer states, targets and weights up to this size lie on the device; a larger problem stays in host memory.
 RESIDENT_BYTES = 8 << 30
+# Share of equal probabilities that the start of discrete actions is mixed with.
+SMOOTHING = 0.1
 # A step whose hypergradient is not finite is left out; as many in a row end the run.
 MAX_LEFT_OUT = 10
 
@@ -40,7 +42,8 @@ class Distiller:
 
     An outer step draws θ_0 and a batch of states, unrolls T steps of behavior cloning on the synthetic set, takes the
     weighted matching loss at θ_T, and follows its hypergradient (design of Lei et al.; see `sdw_fast.ops.unrolled_bc`).
-    The synthetic states and actions are optimized in normalized units.
+    The synthetic states and actions are optimized in normalized units; the probabilities of discrete actions as the
+    softmax of free numbers, since the unrolled loss is linear in its targets and would push them without end.
 
     On a GPU everything that a step needs lies there; a problem beyond 8 GiB stays in host memory, where each batch is
     gathered and sent ahead.
@@ -53,7 +56,8 @@ class Distiller:
         device: Where the problem, the sets and the kernels live.
 
     Attributes:
-        observations, actions: The sets in normalized units, (R, N, D) and (R, N, A).
+        observations, actions: What is optimized, (R, N, D) and (R, N, A): the sets in normalized units, and of discrete
+            actions the logits.
         iteration: Outer steps taken.
         rounding: Where a run went on with other rounding, e.g. {"from_step": 100, "threads": [1, 2]}.
         seeds: Of each run.
@@ -81,7 +85,7 @@ class Distiller:
         self.seeds = [config.seed + run for run in range(self.n_runs)]
         self._batches = OuterBatches(problem, self.device)
         states, actions = zip(*(one.normalized() for one in self._start), strict=True)
-        self.observations, self.actions = self._leaf(states), self._leaf(actions)
+        self.observations, self.actions = self._leaf(states), self._leaf([self._free(x) for x in actions])
         widths = [min(width, config.inner_width or width) for width in config.hidden]
         self._sizes = (self.observations.shape[-1], *widths, self.actions.shape[-1])
         self._generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
@@ -96,6 +100,16 @@ class Distiller:
 
     def _leaf(self, arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.tensor(np.stack(arrays), dtype=torch.float32, device=self.device, requires_grad=True)
+
+    def _free(self, targets: np.ndarray) -> np.ndarray:
+        """What is optimized for targets: the logits of probabilities, mixed with equal ones to be finite."""
+        if self.problem.units.head != "softmax":
+            return targets
+        return np.log((1 - SMOOTHING) * targets + SMOOTHING / targets.shape[-1])
+
+    def _targets(self, free: Tensor) -> Tensor:
+        """The targets of the inner loop, from what is optimized."""
+        return torch.softmax(free, -1) if self.problem.units.head == "softmax" else free
 
     @property
     def runs_ahead(self) -> bool:
@@ -132,18 +146,21 @@ class Distiller:
             parameter.requires_grad_()
         final = ops.unrolled_bc(
             self.observations,
-            self.actions,
+            self._targets(self.actions),
             initial,
             steps=config.inner_steps,
             lr=config.inner_lr,
             momentum=config.inner_momentum,
             window=config.window,
+            head=self.problem.units.head,
             tape=config.tape,
             precision=config.precision,
         )
         for parameter in final:
             parameter.retain_grad()
-        losses = ops.behavior_matching(final, states, targets, weights, precision=config.precision)
+        losses = ops.behavior_matching(
+            final, states, targets, weights, head=self.problem.units.head, precision=config.precision
+        )
         self._optimizer.zero_grad()
         losses.sum().backward()
         norms = self._clip()
@@ -205,7 +222,8 @@ class Distiller:
     @property
     def sets(self) -> list[SyntheticDataset]:
         """The synthetic sets as they stand, one a run, in environment units; moving averages if so configured."""
-        states, actions = (x.detach().cpu().numpy() for x in self._averages or self._leaves)
+        free_states, free_actions = (x.detach() for x in self._averages or self._leaves)
+        states, actions = (x.cpu().numpy() for x in (free_states, self._targets(free_actions)))
         units, config = self.problem.units, {**self.config.to_dict(), "size": states.shape[1]}
         return [
             dataclasses.replace(

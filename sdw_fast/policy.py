@@ -1,4 +1,4 @@
-"""The policy that behavior cloning trains: a deterministic tanh MLP between an environment's units."""
+"""The policy that behavior cloning trains: a deterministic MLP between an environment's units."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sdw_fast import ops
 from sdw_fast.config import DistillConfig
 from sdw_fast.networks import MLP, orthogonal_parameters
-from sdw_fast.units import Units
+from sdw_fast.units import Discrete, Units
 
 if TYPE_CHECKING:
     from sdw_fast.synthetic import SyntheticDataset
@@ -21,7 +21,8 @@ class MLPPolicy(nn.Module):
     """A deterministic policy: tanh(MLP(s)) on normalized states, with ReLU between layers.
 
     Takes observations (B, D) or (D,), float32, in the environment's units; returns actions (B, A) or (A,) in the
-    environment's units, inside the action bounds.
+    environment's units, inside the action bounds. Of an environment with discrete actions MLP(s) are the logits of
+    their probabilities, and it returns the numbers of the most probable, (B,) or () int64.
 
     Args:
         params: [W1, b1, W2, b2, …] in nn.Linear layout; copied.
@@ -33,12 +34,24 @@ class MLPPolicy(nn.Module):
 
     def __init__(self, params: Sequence[Tensor], units: Units) -> None:
         super().__init__()
-        self.net = MLP.of(params, tanh=True)
+        self.net = MLP.of(params, tanh=units.head == "tanh")
         self.units = units
         self._actions = units.require_actions()
 
     def forward(self, observations: Tensor) -> Tensor:
+        if isinstance(self._actions, Discrete):
+            return self._actions.chosen(self.logits(observations))
         return self._actions.denormalize(self.net(self.units.states.normalize(observations)))
+
+    def logits(self, observations: Tensor) -> Tensor:
+        """The logits (…, n) of n discrete actions: their softmax is the policy's probabilities.
+
+        Raises:
+            ValueError: the actions are not discrete.
+        """
+        if not isinstance(self._actions, Discrete):
+            raise ValueError("logits are those of discrete actions, and this policy's actions are not: call it instead")
+        return self.net(self.units.states.normalize(observations))
 
 
 def behavior_clone(
@@ -54,7 +67,8 @@ def behavior_clone(
 ) -> MLPPolicy:
     """Trains a fresh policy on a synthetic set by full-batch gradient descent, as the distillation's inner loop did.
 
-    L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², `inner_steps` steps of SGD with momentum. What is not given is taken from
+    L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², of discrete actions −1/N Σ_i Σ_j a_ij log π_θ(j | s_i), `inner_steps` steps
+    of SGD with momentum. What is not given is taken from
     the configuration that the set was distilled with, and what that lacks from `DistillConfig`'s defaults.
 
     Args:
@@ -94,6 +108,7 @@ def behavior_clone(
             steps=settings.inner_steps,
             lr=settings.inner_lr,
             momentum=settings.inner_momentum,
+            head=synthetic.units.head,
         )
     if not all(torch.isfinite(p).all() for p in params):
         raise FloatingPointError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdw_fast.files import read_safetensors, reading, to_json, write_safetensors
 from sdw_fast.networks import MLP, MinCritic, ask, below, evaluating, refuse_non_finite
-from sdw_fast.units import Affine, Units
+from sdw_fast.units import Affine, Discrete, Units
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -33,6 +33,8 @@ class Teacher:
             Actor and critic, where they are modules, are asked in evaluation mode and put back as they were.
         critic: any callable from states (B, D) and actions (B, A) to values (B,) or (B, 1): min over twin critics if
             there are two. None leaves a teacher that serves `pbc`; `av-pbc` and `sdw` weight by Q and need one.
+            In an environment with n discrete actions the actor returns their probabilities (B, n) or action numbers
+            (B,) of an integer dtype, and the critic takes action numbers (B,) int64; numbers are the environment's.
         units: those that the callables compute in: normalized states and, where the action bounds are known, actions
             in [−1, 1]. None: the environment's own.
         provenance: where the teacher came from, any JSON-serializable dict; kept in the saved file.
@@ -63,7 +65,8 @@ class Teacher:
 
     @property
     def _actions(self) -> Affine | None:
-        return None if self.units is None else self.units.actions
+        actions = None if self.units is None else self.units.actions
+        return actions if isinstance(actions, Affine) else None
 
     def actions(self, observations: Array) -> Array:
         """Returns the deterministic actions π*(s).
@@ -74,7 +77,7 @@ class Teacher:
 
         Returns:
             (M, A) float32 actions in the environment's units: an array for an array, a tensor on the observations'
-            device for a tensor.
+            device for a tensor. Of discrete actions what the actor returns, (M, n) probabilities or (M,) numbers.
 
         Raises:
             ValueError: the observations are not a finite (M, D) array, or the teacher is dead: its actions are not
@@ -89,7 +92,8 @@ class Teacher:
         Args:
             observations: (M, D) in the environment's units, a NumPy array or a tensor; any M, worked through in
                 batches.
-            actions: (M, A) actions in the environment's units, of the same kind as the observations.
+            actions: (M, A) actions in the environment's units, of the same kind as the observations; discrete ones are
+                numbers (M,).
 
         Returns:
             (M,) float32 values in the units of the rewards that the critic was trained on: an array for an array, a
@@ -115,19 +119,26 @@ class Teacher:
         teacher's own.
 
         Returns:
-            (M, A) and (M,) float32 arrays; None in place of values that are not wanted.
+            (M, A) and (M,) float32 arrays; None in place of values that are not wanted. Discrete actions are labeled with
+            probabilities (M, n), and valued at the most probable.
 
         Raises:
-            ValueError: as `actions` and `values`, or the action bounds are not known.
+            ValueError: as `actions` and `values`, the action bounds are not known, or discrete actions are labeled with
+                something else than probabilities or numbers.
         """
         wanted = units.require_actions()
-        targets, q = self._label(_tensor(observations), None, values=values)
+        discrete = wanted if isinstance(wanted, Discrete) else None
+        targets, q = self._label(_tensor(observations), None, values=values, discrete=discrete)
+        if isinstance(wanted, Discrete):
+            return wanted.normalize(targets.cpu().numpy()), None if q is None else q.cpu().numpy()
         if self._actions != wanted:
             targets = wanted.normalize(targets if self._actions is None else self._actions.denormalize(targets))
         return targets.cpu().numpy(), None if q is None else q.cpu().numpy()
 
     @torch.no_grad()
-    def _label(self, observations: Tensor, actions: Tensor | None, *, values: bool) -> tuple[Tensor, Tensor | None]:
+    def _label(
+        self, observations: Tensor, actions: Tensor | None, *, values: bool, discrete: Discrete | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Actions in the networks' units (the actor's if none are given) and, if wanted, values, batch by batch."""
         critic = self.critic if values else None
         if values and critic is None:
@@ -136,7 +147,7 @@ class Teacher:
                 "states by Q: give them a teacher with one (Teacher(actor=..., critic=...), train_teacher, or a CORL "
                 "checkpoint that holds critic1 or critic_1), or use objective 'pbc', which needs actions only."
             )
-        for tensor in (observations, *([] if actions is None else [actions])):
+        for tensor in (observations, *([] if actions is None or _numbers(actions) else [actions])):
             if tensor.ndim != 2:
                 raise ValueError(f"expected matrices (rows, dimensions), got shape {tuple(tensor.shape)}")
         size = self._state_size()
@@ -150,8 +161,9 @@ class Teacher:
                 if actions is None:
                     chosen = _shaped(ask(self.actor, states), "actions", len(states))
                 else:
-                    chosen = _batch(actions[rows], self._actions)
-                q = None if critic is None else _shaped(ask(critic, states, chosen), "values", len(states))
+                    chosen = actions[rows].long() if _numbers(actions) else _batch(actions[rows], self._actions)
+                valued = discrete.chosen(chosen) if discrete else chosen
+                q = None if critic is None else _shaped(ask(critic, states, valued), "values", len(states))
                 found.append((chosen.to(observations.device), None if q is None else q.to(observations.device)))
         chosen = torch.cat([a for a, _ in found])
         if actions is None:
@@ -285,8 +297,18 @@ def _batch(given: Tensor, units: Affine | None) -> Tensor:
     return batch if units is None else units.normalize(batch)
 
 
+def _numbers(actions: Tensor) -> bool:
+    """Whether they are numbers of discrete actions."""
+    return actions.ndim == 1 and not actions.is_floating_point()
+
+
 def _shaped(output: Tensor, what: str, rows: int) -> Tensor:
-    """Holds a callable to its contract: (rows, A) actions; (rows,) or (rows, 1) values, which become (rows,)."""
+    """Holds a callable to its contract: (rows, A) actions; (rows,) or (rows, 1) values, which become (rows,).
+
+    Numbers of discrete actions, (rows,), are taken as they are.
+    """
+    if what == "actions" and _numbers(output) and len(output) == rows:
+        return output.long()
     output = output.to(torch.float32)
     if what == "values" and output.shape == (rows, 1):
         output = output.squeeze(1)

@@ -47,12 +47,17 @@ def train_teacher(
 
     Raises:
         ImportError: torchrl is not installed.
-        ValueError: a setting out of range, unknown action bounds, or training ended in a dead teacher (see
+        ValueError: a setting out of range, discrete actions, unknown action bounds, or training ended in a dead teacher (see
             `Teacher.actions`).
         FloatingPointError: the losses stopped being finite.
         TypeError: there is no such setting.
     """
     config = TeacherConfig(algorithm, **settings)
+    if data.units.head == "softmax":
+        raise ValueError(
+            "td3bc and iql train teachers of continuous actions, and this dataset's are discrete: use objective='dbc', "
+            "which needs none, or a policy of your own, Teacher(actor=...)"
+        )
     data.units.require_actions()
     try:
         from torchrl.objectives import SoftUpdate, ValueEstimators

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
@@ -38,6 +39,22 @@ app = typer.Typer(
 
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, or .npz")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+
+
+def _importable(env: str | None) -> str | None:
+    """Lets module:Env-v0 find a module of the user's in the working directory, which a script does not search."""
+    if env is not None and ":" in env and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return env
+
+
+Env = Annotated[
+    str | None,
+    typer.Option(
+        callback=_importable,
+        help="Gymnasium id, or module:Env-v0 to import the module first; default: the environment recorded.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -226,9 +243,7 @@ def distill(
         Path | None, typer.Option(help="Continue the run in this folder; no other option is needed.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}. [default]")] = None,
-    env: Annotated[
-        str | None, typer.Option(help="Gymnasium id of the environment, if the dataset does not say it.")
-    ] = None,
+    env: Env = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [cpu]")] = None,
     n_runs: Annotated[
         int | None, typer.Option(help="Distill this many sets side by side, seeds from --seed on; see OUT/run-000, …")
@@ -258,7 +273,7 @@ def distill(
                 "env": env,
             }
         loaded = sdw.Teacher.load(source["teacher"]) if source.get("teacher") is not None else None
-        data = sdw.load_dataset(source["dataset"], env_id=source.get("env"))
+        data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
         distiller = runs.new_distiller(
             data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
         )
@@ -275,10 +290,12 @@ def _absolute(source: str | Path) -> str:
 @app.command(epilog="Example: `sdw-fast evaluate runs/hopper/best.npz --env Hopper-v5 --episodes 10 --json`")
 def evaluate(
     synthetic: Annotated[Path, typer.Argument(metavar="SET", help="Synthetic set (.npz), e.g. RUN/best.npz")],
-    env: Annotated[str | None, typer.Option(help="Gymnasium id; default: the set's own.")] = None,
+    env: Env = None,
     episodes: Annotated[int, typer.Option(help="Episodes to run, in all.")] = 10,
     clones: Annotated[int, typer.Option(help="Policies to train, from different initializations.")] = 5,
-    seed: Seed = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first policy and episode; below 2^30 none of those that chose best.npz.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Train policies on a synthetic set by behavior cloning and run them in the environment."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sdw_fast.units import Affine, Units
+
+if TYPE_CHECKING:
+    from sdw_fast.environments import Environment
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +36,7 @@ class TransitionDataset:
         truncations: (M,) bool, episodes cut short, by a time limit or by the end of the data.
         jumps: (J,) int64, ascending: rows whose next observation is not the following row's observation.
         jump_observations: (J, D) float32, the next observations of those rows.
-        units: how states, actions and returns are normalized, and the environment's id.
+        units: how states, actions and returns are normalized, and the environment.
         name: where the data came from, for people.
         path: the folder (Minari) or file that the data came from; caches are kept beside it.
     """
@@ -59,6 +64,16 @@ class TransitionDataset:
     def action_bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(low, high) of the environment's actions, each (A,). Raises ValueError where they are not known."""
         return self.units.action_bounds
+
+    def in_environment(self, env: Environment) -> TransitionDataset:
+        """The same data in another environment, as `load_dataset` takes it: its name, its bounds, its returns.
+
+        Raises:
+            ImportError, ValueError: it cannot be made here.
+        """
+        from sdw_fast.environments import place
+
+        return dataclasses.replace(self, units=place(self.units, self.actions.shape[1], env))
 
     def normalized_observations(self) -> NDArray[np.float32]:
         """A new array of all observations in normalized units, (M, D) float32."""
@@ -142,9 +157,8 @@ class TransitionDataset:
 
         Returns:
             name, env_id, transitions, episodes, observation_dim, action_dim (how many there are, of discrete actions),
-            mean_episode_length, return_mean,
-            return_std, return_min, return_max (over episodes, the cut ones included) and normalized_return_mean, which
-            is None where neither the dataset nor D4RL gives reference scores.
+            mean_episode_length, return_mean, return_std, return_min, return_max (over episodes, the cut ones included)
+            and normalized_return_mean, which is None where neither the dataset nor D4RL gives reference scores.
         """
         returns, scores = self.episode_returns, self.units.returns
         return {
@@ -166,8 +180,8 @@ class TransitionDataset:
 def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
     """Joins datasets, in order, into one whose states are normalized by all observations.
 
-    Episodes stay apart, because each dataset's last row ends one. The environment id and the reference scores are kept
-    where all agree.
+    Episodes stay apart, because each dataset's last row ends one. The environment and the reference scores are kept
+    where all agree; a warning tells where they agree on the environment's id, but not on its arguments or wrappers.
 
     Raises:
         ValueError: there is no dataset, or widths or action bounds differ.
@@ -182,6 +196,14 @@ def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
     if any(u.actions != first.actions for u in units):
         known = [u.actions for u in units]
         raise ValueError(f"datasets differ in their action bounds: {known}; load them with the same bounds")
+    env_id = first.env_id if all(u.env_id == first.env_id for u in units) else None
+    records = {u.env_spec for u in units if env_id and u.env_spec}
+    if len(records) > 1:
+        warnings.warn(
+            f"the datasets were recorded in {env_id} with different arguments, wrappers or time limits: the "
+            "environment of the joined dataset is the one registered under that id",
+            stacklevel=2,
+        )
     observations = np.concatenate([d.observations for d in datasets])
     starts = np.cumsum([0, *map(len, datasets[:-1])])
     return TransitionDataset(
@@ -196,7 +218,8 @@ def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
             states=Affine.fit(observations),
             actions=first.actions,
             returns=first.returns if all(u.returns == first.returns for u in units) else None,
-            env_id=first.env_id if all(u.env_id == first.env_id for u in units) else None,
+            env_id=env_id,
+            env_spec=records.pop() if len(records) == 1 else None,
         ),
         name=" + ".join(d.name or "unnamed" for d in datasets),
     )

@@ -103,6 +103,7 @@ class SyntheticDataset:
         header = {
             "format": FORMAT,
             "env_id": self.units.env_id,
+            "env_spec": self.units.env_spec,
             "discrete": actions.to_dict() if isinstance(actions, Discrete) else None,
             "returns": self.units.returns and self.units.returns.to_dict(),
             "config": self.config,
@@ -147,6 +148,7 @@ class SyntheticDataset:
                 actions=Discrete(**discrete) if discrete else Affine.between(*bounds),
                 returns=header["returns"] and Affine(**header["returns"]),
                 env_id=header["env_id"],
+                env_spec=header.get("env_spec"),  # files of older versions hold the id alone
             )
             rest = {name: header[name] for name in ("config", "dataset_name", "dataset_hash", "version")}
             return cls(arrays["observations"], arrays["actions"], units, **rest)
@@ -160,10 +162,15 @@ class SyntheticDataset:
 
         Returns:
             The Minari dataset, as `minari.load_dataset(dataset_id)` would.
+
+        Raises:
+            ValueError: the set names an environment, and there is none of that id here.
         """
         import gymnasium
         import minari
         from minari.data_collector import EpisodeBuffer
+
+        from sdw_fast.environments import recorded
 
         kind, actions = self.units.require_actions(), self.actions
         if isinstance(kind, Discrete):
@@ -185,11 +192,12 @@ class SyntheticDataset:
             for i, (observation, action) in enumerate(zip(self.observations, actions, strict=True))
         ]
         infinity = np.float32(np.inf)
+        env = None if self.env_id is None else recorded(self.units)
         return minari.create_dataset_from_buffers(
             dataset_id,
             buffers,
-            env=self.env_id,
-            eval_env=self.env_id,
+            env=env,
+            eval_env=env,
             author="sdw_fast",
             author_email="none",
             observation_space=gymnasium.spaces.Box(-infinity, infinity, self.observations.shape[1:], np.float32),

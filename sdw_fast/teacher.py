@@ -119,8 +119,8 @@ class Teacher:
         teacher's own.
 
         Returns:
-            (M, A) and (M,) float32 arrays; None in place of values that are not wanted. Discrete actions are labeled with
-            probabilities (M, n), and valued at the most probable.
+            (M, A) and (M,) float32 arrays; None in place of values that are not wanted. Discrete actions are labeled
+            with probabilities (M, n), and valued at the most probable.
 
         Raises:
             ValueError: as `actions` and `values`, the action bounds are not known, or discrete actions are labeled with

@@ -47,8 +47,8 @@ def train_teacher(
 
     Raises:
         ImportError: torchrl is not installed.
-        ValueError: a setting out of range, discrete actions, unknown action bounds, or training ended in a dead teacher (see
-            `Teacher.actions`).
+        ValueError: a setting out of range, discrete actions, unknown action bounds, or training ended in a dead teacher
+            (see `Teacher.actions`).
         FloatingPointError: the losses stopped being finite.
         TypeError: there is no such setting.
     """

@@ -7,6 +7,7 @@ probabilities of a finite number of actions. Which of the two decides the head o
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -170,8 +171,8 @@ class Discrete:
         if actions.ndim == 2 and actions.shape[1] == self.n and actions.dtype.kind == "f":
             if not ((actions >= 0).all() and (np.abs(actions.sum(axis=1) - 1) < 1e-3).all()):
                 raise ValueError(
-                    "probabilities of discrete actions must not be negative or NaN, and add up to 1 (of logits take the "
-                    f"softmax), got rows such as {actions[0]}"
+                    "probabilities of discrete actions must not be negative or NaN, and add up to 1 (of logits take "
+                    f"the softmax), got rows such as {actions[0]}"
                 )
             return actions.astype(np.float32, copy=False)
         if actions.ndim != 1 or actions.dtype.kind not in "iu":
@@ -194,7 +195,7 @@ class Discrete:
         return probabilities
 
     def chosen(self, outputs: Tensor) -> Tensor:
-        """The numbers (…,) int64 of the most probable actions, by probabilities or logits (…, n), or numbers as they are."""
+        """The numbers (…,) int64 of the most probable actions, by probabilities or logits (…, n); numbers stay."""
         return outputs.argmax(dim=-1) + self.start if outputs.is_floating_point() else outputs.long()
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,19 +205,31 @@ class Discrete:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of an environment: how its states, actions and returns are normalized, and its name.
+    """The units of an environment: how its states, actions and returns are normalized, and which one it is.
 
     Attributes:
         states: to mean 0 and about unit deviation, (D,).
         actions: the environment's bounds to [−1, 1], (A,), or its `Discrete` actions; None where they are not known.
         returns: the random policy's return to 0, the expert's to 100; None where they are not known.
-        env_id: Gymnasium id, such as "Hopper-v5", or None.
+        env_id: Gymnasium id, such as "Hopper-v5", or "module:Env-v0" where a module registers it, or None.
+        env_spec: the environment as it was recorded, with arguments, wrappers and time limit: Gymnasium's JSON of its
+            EnvSpec without entry points. None: it is the one registered under the id.
+
+    Raises:
+        ValueError: the specification is of another id.
     """
 
     states: Affine
     actions: Affine | Discrete | None = None
     returns: Affine | None = None
     env_id: str | None = None
+    env_spec: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.env_spec is not None and json.loads(self.env_spec)["id"] != (self.env_id or "").rpartition(":")[2]:
+            raise ValueError(
+                f"the recorded environment is not {self.env_id!r}: give env_spec=None beside another env_id, or its own"
+            )
 
     @property
     def head(self) -> str:
@@ -252,7 +265,8 @@ class Units:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, which hold every bit."""
         maps = {name: getattr(self, name) for name in ("states", "actions", "returns")}
-        return {**{name: map_ and map_.to_dict() for name, map_ in maps.items()}, "env_id": self.env_id}
+        values = {**{name: map_ and map_.to_dict() for name, map_ in maps.items()}, "env_id": self.env_id}
+        return values if self.env_spec is None else {**values, "env_spec": self.env_spec}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Units:
@@ -260,7 +274,7 @@ class Units:
         maps = {name: values[name] and Affine(**values[name]) for name in ("states", "returns")}
         actions = values["actions"]
         maps["actions"] = actions and (Discrete if "n" in actions else Affine)(**actions)
-        return cls(**maps, env_id=values["env_id"])
+        return cls(**maps, env_id=values["env_id"], env_spec=values.get("env_spec"))
 
 
 def d4rl_scores(env_id: str | None) -> tuple[float, float] | None:
@@ -275,4 +289,5 @@ def d4rl_returns(env_id: str | None) -> Affine | None:
 
 
 def _family(env_id: str) -> str:
-    return env_id.rsplit("-v", 1)[0]
+    """What an id has in common with those of its other versions, and with it after the module that registers it."""
+    return env_id.rpartition(":")[2].rsplit("-v", 1)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import os
 import sys
@@ -14,6 +15,7 @@ import torch
 from emulator.fixtures import cuda_on_cpu, emulated, kernel  # noqa: F401
 
 import sdw_fast as sdw
+from sdw_fast.units import Affine, Units, d4rl_returns
 
 # The tensors here are tiny: PyTorch's second thread costs more than it does. The kernels keep theirs.
 sdw.set_num_threads(torch.get_num_threads())
@@ -76,14 +78,10 @@ LOW, HIGH = np.array([-2, 0.1, -3], np.float32), np.array([1, 0.7, 5], np.float3
 
 @pytest.fixture
 def bounded_data(small_data: sdw.TransitionDataset) -> sdw.TransitionDataset:
-    """`small_data` with its actions stretched to the bounds LOW and HIGH."""
-    names = ("observations", "rewards", "terminations", "truncations")
-    return sdw.load_dataset(
-        {name: getattr(small_data, name) for name in names}
-        | {"next_observations": small_data.next_observations(), "action_low": LOW, "action_high": HIGH}
-        | {"actions": small_data.actions * ((HIGH - LOW) / 2) + (HIGH + LOW) / 2},
-        env_id="Hopper-v5",
-    )
+    """`small_data` with its actions stretched to LOW and HIGH, under the name of Hopper, whose bounds are others."""
+    actions = Affine.between(LOW, HIGH)
+    units = Units(small_data.units.states, actions, d4rl_returns("Hopper-v5"), "Hopper-v5")
+    return dataclasses.replace(small_data, actions=actions.denormalize(small_data.actions), units=units)
 
 
 @pytest.fixture(scope="session")

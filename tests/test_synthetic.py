@@ -155,7 +155,7 @@ def test_export_to_minari(synthetic: SyntheticDataset, tmp_path: Path, monkeypat
     assert (description["dataset"], description["dataset_hash"]) == ("somewhere", synthetic.dataset_hash)
     back = sdw.load_dataset("sdw/test/synthetic-v0")
     assert (len(back), back.env_id) == (9, "Hopper-v5")
-    for bound, expected in zip(back.action_bounds, (LOW, HIGH), strict=True):
+    for bound, expected in zip((exported.action_space.low, exported.action_space.high), (LOW, HIGH), strict=True):
         np.testing.assert_array_equal(bound, expected)
 
 

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sdw_fast.cards import Card, Shown
 from sdw_fast.units import Affine, Units
 
 if TYPE_CHECKING:
     from sdw_fast.environments import Environment
 
+_ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations", "jumps", "jump_observations")
 
-@dataclass(frozen=True, eq=False)
-class TransitionDataset:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TransitionDataset(Shown):
     """Transitions (s, a, r, s') of whole episodes, one after another, in environment units; made by `load_dataset`.
 
     An episode ends at a row whose termination or truncation is set; the last row sets one of them. The arrays are the
@@ -51,6 +54,33 @@ class TransitionDataset:
     units: Units = field(repr=False)
     name: str | None = None
     path: Path | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Whether transitions and units are the same, wherever they came from."""
+        return isinstance(other, TransitionDataset) and (
+            self is other
+            or (self.units == other.units and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in _ARRAYS))
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash)
+
+    def card(self) -> Card:
+        """What the dataset is, for people."""
+        returns, scores = self.episode_returns, self.units.returns
+        shown = f"{returns.mean():.0f} ± {returns.std():.0f}"
+        return Card(
+            "TransitionDataset",
+            {
+                "name": self.name,
+                "environment": self.env_id,
+                "transitions": len(self),
+                "episodes": len(returns),
+                "dimensions": f"{self.observations.shape[1]} → {self.actions.shape[1]}",
+                "return": shown if scores is None else f"{shown} (normalized {scores.normalize(returns).mean():.1f})",
+                "hash": self.content_hash[:8],
+            },
+        )
 
     def __len__(self) -> int:
         return len(self.observations)
@@ -104,7 +134,7 @@ class TransitionDataset:
         Computed anew at each call (a second for 10⁷ rows), so that it is never that of arrays changed since.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for name in ("observations", "actions", "rewards", "terminations", "truncations", "jumps", "jump_observations"):
+        for name in _ARRAYS:
             array = getattr(self, name)
             digest.update(f"{name}{array.shape}{array.dtype.str}".encode())
             digest.update(array.data if array.size else b"")

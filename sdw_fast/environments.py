@@ -250,9 +250,10 @@ def _parse(text: str) -> EnvSpec:
         wrappers = tuple(WrapperSpec(**wrapper) for wrapper in values.get("additional_wrappers") or ())
         for wrapper in wrappers:  # Gymnasium's versions keep them in modules of different names
             wrapper.entry_point = re.sub(r"^gymnasium\.[^:]*", "gymnasium.wrappers", wrapper.entry_point)
-            for name, value in (wrapper.kwargs or {}).items():
+            kwargs = wrapper.kwargs or {}
+            for name, value in kwargs.items():
                 if isinstance(value, list) and all(isinstance(x, float) for x in value):
-                    wrapper.kwargs[name] = np.array(value)  # JSON has no arrays
+                    kwargs[name] = np.array(value)  # JSON has no arrays
         spec = EnvSpec(**known | {"entry_point": None, "vector_entry_point": None}, additional_wrappers=wrappers)
         if not isinstance(spec.kwargs, dict):
             raise TypeError(f"arguments must be a dict, got {spec.kwargs!r}")

@@ -85,7 +85,7 @@ class Evaluation:
 
 def evaluate(
     policy: Callable[[torch.Tensor], Any],
-    env: Environment,
+    env: Environment | None = None,
     *,
     episodes: int = 10,
     seed: int = 0,
@@ -106,11 +106,12 @@ def evaluate(
         env: the environment, with one-dimensional Box observations and Box or Discrete actions: a Gymnasium id such as
             "Hopper-v5", or "module:Env-v0" to import the module first; an EnvSpec; a function without arguments that
             makes a new environment; or an environment, which runs one episode after the other and is not closed.
-            Episodes of one without a time limit are cut after 10,000 steps, with a warning.
+            Episodes of one without a time limit are cut after 10,000 steps, with a warning. None: the one that a policy
+            of this package was cloned for, as it was recorded.
         episodes: number of episodes, at least 1.
         seed: of the first episode.
-        returns: how returns are normalized, as a dataset's `units.returns`; None: as D4RL does, where it knows the
-            environment.
+        returns: how returns are normalized, as a dataset's `units.returns`; None: as the policy's units say, else as
+            D4RL does, where it knows the environment.
         progress: show a progress bar over episodes.
 
     Raises:
@@ -125,7 +126,9 @@ def evaluate(
 
     units = getattr(getattr(policy, "__self__", policy), "units", None)
     if isinstance(units, Units):  # a policy or a teacher of this package
-        check_environment(units, env)
+        env = check_environment(units, env)
+    elif env is None:
+        raise ValueError("the policy names no environment: pass env, such as 'Hopper-v5'")
     slots = min(episodes, side_by_side(env))
     envs = SeededEnvs(env, [range(seed + slot, seed + episodes, slots) for slot in range(slots)])
     totals = np.zeros(episodes)
@@ -140,7 +143,7 @@ def evaluate(
             ended = terminations | truncations
             current[ended] += slots
             bar.update(int(ended.sum()))
-    scores = returns or d4rl_returns(envs.name)
+    scores = returns or (units.returns_in(envs.name) if isinstance(units, Units) else d4rl_returns(envs.name))
     return Evaluation(envs.name, seed, totals, lengths, None if scores is None else scores.normalize(totals))
 
 
@@ -149,6 +152,7 @@ def evaluate_synthetic(
     env: Environment | None = None,
     *,
     clones: int = 5,
+    ensemble: int = 1,
     episodes: int = 10,
     seed: int = 0,
     progress: bool = False,
@@ -164,6 +168,7 @@ def evaluate_synthetic(
         env: the environment, as `evaluate` takes it; None: the set's own, as it was recorded, with its arguments,
             wrappers and time limit.
         clones: policies, at most `episodes`.
+        ensemble: members of each policy, which acts by their mean (see `behavior_clone`).
         episodes: in all; episode i is reset with seed + i.
         seed: of the first clone and the first episode.
         progress: show a progress bar for each clone.
@@ -178,7 +183,7 @@ def evaluate_synthetic(
     env = check_environment(synthetic.units, env)
     results = [
         evaluate(
-            behavior_clone(synthetic, seed=seed + clone),
+            behavior_clone(synthetic, ensemble=ensemble, seed=seed + clone * ensemble),
             env,
             episodes=len(share),
             seed=seed + int(share[0]),

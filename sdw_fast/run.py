@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -21,6 +18,7 @@ from sdw_fast.data import TransitionDataset
 from sdw_fast.distiller import Distiller, Metrics
 from sdw_fast.evaluation import SELECTION_SEED, evaluate_synthetic
 from sdw_fast.folder import RunFolder
+from sdw_fast.interruption import deferred_interrupt
 from sdw_fast.objectives import outer_problem
 from sdw_fast.progress import progress_bar
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
@@ -150,7 +148,7 @@ def run(
         return distiller.iteration % every == 0 or distiller.iteration == config.steps
 
     with contextlib.ExitStack() as opened:
-        interrupted = opened.enter_context(_deferred_interrupt())
+        interrupted = opened.enter_context(deferred_interrupt())
         folder = opened.enter_context(RunFolder(out, distiller, source)) if out is not None else None
         best = Best(distiller.n_runs, folder)
         bar = opened.enter_context(
@@ -210,6 +208,7 @@ class Best:
             for one, seed in zip(sets, distiller.seeds, strict=True)
         ]
         scores = [result.mean if result.normalized_mean is None else result.normalized_mean for result in results]
+        spread = [result.std if result.normalized_std is None else result.normalized_std for result in results]
         for number, score in enumerate(scores):
             if score > self.returns[number]:
                 self.returns[number] = score
@@ -217,6 +216,7 @@ class Best:
         return {
             "return": distiller.of_runs(np.array([result.mean for result in results])),
             "score": distiller.of_runs(np.array(scores)),
+            "score_std": distiller.of_runs(np.array(spread)),
         }
 
     def final(self, distiller: Distiller) -> list[SyntheticDataset]:
@@ -230,28 +230,3 @@ class Best:
         self._sets[number] = synthetic
         if self._folder:
             self._folder.save_best(number, synthetic)
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that a step is never cut in two; the second acts at once.
-
-    Python delivers signals to the main thread only; elsewhere nothing changes. Nor does it where the handler is not
-    Python's, which could not be put back.
-    """
-    flag = False
-
-    def remember(signum: int, frame: FrameType | None) -> None:
-        nonlocal flag
-        flag = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is None or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield lambda: flag
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -99,6 +99,9 @@ class Affine:
             and np.array_equal(self.scale, other.scale)
         )
 
+    def __hash__(self) -> int:
+        return hash((self.offset.tobytes(), self.scale.tobytes()))
+
     def normalize(self, x: Array) -> Array:
         """Maps x (…, n) to normalized units: array or tensor, of the same type, device and, where floating, dtype."""
         offset, scale = self._constants(x)

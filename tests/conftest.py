@@ -7,6 +7,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,25 @@ def toy_env() -> Iterator[str]:
     gym.register("Toy-v0", Toy, disable_env_checker=True)
     yield "Toy-v0"
     gym.registry.pop("Toy-v0")
+
+
+@pytest.fixture(scope="session")
+def dataset(toy_env: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 transitions of the toy environment in a file, whose actions follow the states."""
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(401, 11)).astype(np.float32)
+    path = tmp_path_factory.mktemp("data") / "data.npz"
+    np.savez(
+        path,
+        observations=observations[:-1],
+        next_observations=observations[1:],
+        actions=np.tanh(observations[:-1, :3]),
+        rewards=rng.normal(size=400),
+        terminations=np.zeros(400, bool),
+        truncations=np.arange(400) % 20 == 19,
+        env_id=toy_env,
+    )
+    return path
 
 
 # Three episodes of a two-number state: [0 1 2] terminated, [10 11] truncated, [20 21] cut by the end of the data.

@@ -135,12 +135,15 @@ def test_a_set_holds_probabilities_and_its_policies_act_in_the_environment(
     again = sdw.SyntheticDataset.load(syn.save(tmp_path / "set"))
     assert again.units == syn.units
     np.testing.assert_array_equal(again.actions, syn.actions)
-    policy = sdw.behavior_clone(again)
+    policy = sdw.behavior_clone(again, ensemble=2)
     observations = torch.from_numpy(data.observations)
     actions = policy(observations)
     assert actions.dtype == torch.int64
     torch.testing.assert_close(actions, policy.logits(observations).argmax(1))
     assert policy(observations[0]).shape == ()
+    torch.testing.assert_close(policy.logits(observations).exp().sum(1), torch.ones(600))
+    for other in (sdw.MLPPolicy.load(policy.save(tmp_path / "policy.safetensors")), torch.jit.script(policy)):
+        assert torch.equal(other(observations), actions)
     assert sdw.evaluate(policy, ENV, episodes=1).mean > 0
     exported = syn.to_minari("toy/set-v0")
     assert isinstance(exported.action_space, gym.spaces.Discrete)
@@ -226,8 +229,16 @@ def test_what_needs_continuous_actions_says_so(data: sdw.TransitionDataset) -> N
 def test_the_same_from_the_shell(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
     path, out = tmp_path / "data.npz", tmp_path / "run"
     np.savez(path, **arrays, env_id=ENV)
-    options = "--objective dbc --size 8 --inner-steps 5 --batch-size 32 --steps 2 --eval-every 0".split()
-    done = run("distill", path, *options, "--out", out)
+    options = {
+        "objective": "dbc",
+        "size": 8,
+        "inner-steps": 5,
+        "batch-size": 32,
+        "steps": 2,
+        "eval-every": 0,
+        "out": out,
+    }
+    done = run("distill", path, *(f"--{name}={value}" for name, value in options.items()))
     assert done.exit_code == 0, done.output
     done = run("evaluate", out / "last.npz", "--episodes", 1, "--clones", 1)
     assert done.exit_code == 0, done.output

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdw_fast import ops
 from sdw_fast.batches import OuterBatches
 from sdw_fast.config import DistillConfig
 from sdw_fast.files import damage_named
@@ -31,6 +30,8 @@ from sdw_fast.version import __version__
 
 Metrics = dict[str, Any]  # a float each; of several sets an array (R,) each
 
+# Share of equal probabilities that the start of discrete actions is mixed with.
+SMOOTHING = 0.1
 # A step whose hypergradient is not finite is left out; as many in a row end the run.
 MAX_LEFT_OUT = 10
 
@@ -40,7 +41,8 @@ class Distiller:
 
     An outer step draws θ_0 and a batch of states, unrolls T steps of behavior cloning on the synthetic set, takes the
     weighted matching loss at θ_T, and follows its hypergradient (design of Lei et al.; see `sdw_fast.ops.unrolled_bc`).
-    The synthetic states and actions are optimized in normalized units.
+    The synthetic states and actions are optimized in normalized units; the probabilities of discrete actions as the
+    softmax of free numbers, since the unrolled loss is linear in its targets and would push them without end.
 
     On a GPU everything that a step needs lies there; a problem beyond 8 GiB stays in host memory, where each batch is
     gathered and sent ahead.
@@ -53,7 +55,8 @@ class Distiller:
         device: Where the problem, the sets and the kernels live.
 
     Attributes:
-        observations, actions: The sets in normalized units, (R, N, D) and (R, N, A).
+        observations, actions: What is optimized, (R, N, D) and (R, N, A): the sets in normalized units, and of discrete
+            actions the logits.
         inner_loop: What an outer step unrolls.
         iteration: Outer steps taken.
         rounding: Where a run went on with other rounding, e.g. {"from_step": 100, "threads": [1, 2]}.
@@ -86,9 +89,9 @@ class Distiller:
         rows = None if config.select == "last" else problem.split()[0]
         self._batches = OuterBatches(problem, self.device, rows)
         states, actions = zip(*(one.normalized() for one in self._start), strict=True)
-        self.observations, self.actions = self._leaf(states), self._leaf(actions)
+        self.observations, self.actions = self._leaf(states), self._leaf([self._free(x) for x in actions])
         self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
-        self.inner_loop = InnerLoop(config, self.observations.shape[-1], self.actions.shape[-1])
+        self.inner_loop = InnerLoop(config, self.observations.shape[-1], self.actions.shape[-1], problem.units.head)
         rates = usual = [config.inner_lr] * self.n_runs
         if config.adapt_inner_lr:
             rates = bearable_lr(self.inner_loop, *self.normalized, self.seeds)
@@ -106,6 +109,16 @@ class Distiller:
     def _leaf(self, arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.tensor(np.stack(arrays), dtype=torch.float32, device=self.device, requires_grad=True)
 
+    def _free(self, targets: np.ndarray) -> np.ndarray:
+        """What is optimized for targets: the logits of probabilities, mixed with equal ones to be finite."""
+        if self.problem.units.head != "softmax":
+            return targets
+        return np.log((1 - SMOOTHING) * targets + SMOOTHING / targets.shape[-1])
+
+    def _targets(self, free: Tensor) -> Tensor:
+        """The targets of the inner loop, from what is optimized."""
+        return torch.softmax(free, -1) if self.problem.units.head == "softmax" else free
+
     @property
     def runs_ahead(self) -> bool:
         """Whether steps are only enqueued, so that the host must not ask what came of them."""
@@ -119,7 +132,7 @@ class Distiller:
     def normalized(self) -> tuple[Tensor, Tensor]:
         """The sets as they stand in normalized units, (R, N, D) and (R, N, A); moving averages if so configured."""
         states, actions = self._averages or [x.detach() for x in self._leaves]
-        return states, actions
+        return states, self._targets(actions)
 
     @property
     def inner_lr(self) -> list[float]:
@@ -152,14 +165,14 @@ class Distiller:
         for parameter in initial:
             parameter.requires_grad_()
         rates = self._watch.tensor
-        final = self.inner_loop.unroll(self.observations, self.actions, initial, rates)
+        final = self.inner_loop.unroll(self.observations, self._targets(self.actions), initial, rates)
         for parameter in final:
             parameter.retain_grad()
-        losses = ops.behavior_matching(final, states, targets, weights, precision=self.config.precision)
+        losses = self.inner_loop.match(final, states, targets, weights)
         self._optimizer.zero_grad()
         losses.sum().backward()
         norms = _clip(self._leaves, self.config.clip_norm)
-        sets = [leaf.detach() for leaf in self._leaves]
+        sets = self.observations.detach(), self._targets(self.actions.detach())
         before, after = (self.inner_loop.loss(params, *sets) for params in (initial, final))
         figures = torch.stack([losses.detach(), norms, _norms(initial) / _norms(final), after, rates])
         self.iteration += 1

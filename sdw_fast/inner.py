@@ -20,11 +20,13 @@ class InnerLoop:
     Attributes:
         config: hidden, inner_width, gain, inner_steps, inner_momentum, window, tape and precision are read.
         states, actions: D and A, the policy's inputs and outputs.
+        head: Of the policy, see `sdw_fast.ops.unrolled_bc`.
     """
 
     config: DistillConfig
     states: int
     actions: int
+    head: str
 
     def initial(self, generators: Sequence[torch.Generator]) -> list[Tensor]:
         """Draws θ_0 for each of R sets, on its generator's device."""
@@ -43,12 +45,16 @@ class InnerLoop:
             lr=lr,
             momentum=config.inner_momentum,
             window=config.window,
+            head=self.head,
             tape=config.tape,
             precision=config.precision,
         )
 
+    def match(self, params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """The weighted matching loss H of each policy on its batch, (R,)."""
+        return ops.behavior_matching(params, states, targets, weights, head=self.head, precision=self.config.precision)
+
     def loss(self, params: Sequence[Tensor], observations: Tensor, actions: Tensor) -> Tensor:
         """L_BC of each policy on its set, (R,), without a graph."""
-        ones = observations.new_ones(observations.shape[:2])
         with torch.no_grad():
-            return ops.behavior_matching(params, observations, actions, ones, precision=self.config.precision)
+            return self.match(params, observations, actions, observations.new_ones(observations.shape[:2]))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sdw_fast import ops
 from sdw_fast.batches import OuterBatches
 from sdw_fast.distiller import Distiller, Metrics
 from sdw_fast.evaluation import SELECTION_SEED, evaluate_synthetic
@@ -52,7 +51,7 @@ class HeldOut:
         rates = torch.tensor(distiller.inner_lr, device=distiller.device)
         with torch.no_grad():
             finals = (loop.unroll(*distiller.normalized, initial, rates) for initial in self._initials)
-            losses = [ops.behavior_matching(final, *self._batch, precision=loop.config.precision) for final in finals]
+            losses = [loop.match(final, *self._batch) for final in finals]
         return torch.stack(losses).mean(0).cpu().numpy()
 
 

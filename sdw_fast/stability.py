@@ -31,7 +31,7 @@ INITIALIZATIONS, ITERATIONS = 4, 10  # θ_0 looked at, and steps of the power it
 
 
 def largest_curvature(
-    observations: Tensor, actions: Tensor, params: Sequence[Tensor], *, iterations: int = ITERATIONS
+    observations: Tensor, actions: Tensor, params: Sequence[Tensor], *, head: str = "tanh", iterations: int = ITERATIONS
 ) -> Tensor:
     """The largest curvature of behavior cloning's loss, |eigenvalue| of ∇²L_BC(θ), by power iteration.
 
@@ -42,6 +42,7 @@ def largest_curvature(
         observations: (R, N, D), normalized.
         actions: (R, N, A), normalized.
         params: θ of R policies, each with a leading dimension R.
+        head: Of the policies.
         iterations: Of the power iteration, from a fixed direction; ten come within a few percent, from below.
 
     Returns:
@@ -51,7 +52,7 @@ def largest_curvature(
     vector = [torch.randn(param.shape[1:], generator=generator).to(param).expand_as(param) for param in params]
     observations, actions = observations.detach(), actions.detach()
     theta = [param.detach().requires_grad_() for param in params]
-    stepped = ops.unrolled_bc(observations, actions, theta, steps=1, lr=1.0, precision="ieee")
+    stepped = ops.unrolled_bc(observations, actions, theta, steps=1, lr=1.0, head=head, precision="ieee")
     norms = _norms(vector)
     for _ in range(iterations):
         unit = [part / norms.reshape(-1, *[1] * (part.ndim - 1)) for part in vector]
@@ -79,7 +80,12 @@ def bearable_lr(loop: InnerLoop, observations: Tensor, actions: Tensor, seeds: S
     rates = torch.full((len(seeds),), config.inner_lr, dtype=torch.float64)
 
     def largest(policies: Sequence[Sequence[Tensor]]) -> Tensor:
-        return torch.stack([largest_curvature(observations, actions, p) for p in policies]).amax(0).double().cpu()
+        return (
+            torch.stack([largest_curvature(observations, actions, p, head=loop.head) for p in policies])
+            .amax(0)
+            .double()
+            .cpu()
+        )
 
     start = largest(initials)
     while True:

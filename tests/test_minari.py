@@ -133,13 +133,6 @@ def test_minari_reference_scores_come_first_and_suite_names_may_be_short() -> No
 def test_unsupported_minari_spaces_are_reported() -> None:
     step = {"rewards": [0.0], "terminations": [True], "truncations": [False]}
     states = np.zeros((2, 2), np.float32)
-    discrete = make_minari(
-        "toy/discrete-v0",
-        [{"observations": states, "actions": np.zeros(1, np.int64), **step}],
-        action_space=gym.spaces.Discrete(3),
-    )
-    with pytest.raises(ValueError, match=r"action space Discrete\(3\)"):
-        load_dataset(discrete)
     box = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     nested = make_minari(
         "toy/dict-v0",

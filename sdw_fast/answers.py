@@ -25,13 +25,18 @@ _WIDE = 1.5  # bounds from here on are wide enough that an actor which stays wit
 def actions_of(actor: Callable[..., Any], states: Tensor) -> Tensor:
     """The actor's actions, (B, A) float32: a distribution's mean, a TensorDict's "action", the first of a tuple.
 
+    Discrete actions are probabilities (B, n), a Categorical's too, or numbers (B,) of an integer dtype, int64.
+
     Raises:
         ValueError: the answer is none of these, or has another shape.
     """
     answer = _entry(ask(actor, states), "action")
     if isinstance(answer, (tuple, list)) and answer:
         answer = answer[0]
-    answer = _tensor("actions", _mean(answer))
+    answer = _mean(answer)
+    if isinstance(answer, (Tensor, np.ndarray)) and answer.shape == (len(states),) and "int" in str(answer.dtype):
+        return torch.as_tensor(answer).long()
+    answer = _tensor("actions", answer)
     if answer.ndim != 2 or len(answer) != len(states):
         raise ValueError(_shape_wanted("actions", f"({len(states)}, action dimensions)", answer, len(states)))
     return answer
@@ -70,6 +75,8 @@ def _mean(answer: Any) -> Any:
         for transform in answer.transforms:
             action = transform(action)
         return action
+    if isinstance(answer, torch.distributions.Categorical):
+        return answer.probs
     return answer.mean if isinstance(answer, torch.distributions.Distribution) else answer
 
 

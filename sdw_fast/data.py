@@ -33,7 +33,7 @@ class TransitionDataset(Shown):
 
     Attributes:
         observations: (M, D) float32.
-        actions: (M, A) float32.
+        actions: (M, A) float32; discrete ones (M,) int64, the environment's numbers.
         rewards: (M,) float32; None of demonstrations, which are observations and actions alone.
         terminations: (M,) bool, true ends of an episode (nothing follows).
         truncations: (M,) bool, episodes cut short, by a time limit or by the end of the data.
@@ -45,7 +45,7 @@ class TransitionDataset(Shown):
     """
 
     observations: NDArray[np.float32] = field(repr=False)
-    actions: NDArray[np.float32] = field(repr=False)
+    actions: NDArray[Any] = field(repr=False)
     rewards: NDArray[np.float32] | None = field(repr=False)
     terminations: NDArray[np.bool_] = field(repr=False)
     truncations: NDArray[np.bool_] = field(repr=False)
@@ -202,9 +202,10 @@ class TransitionDataset(Shown):
         """Describes the dataset in plain values (JSON-serializable).
 
         Returns:
-            name, env_id, transitions, episodes, observation_dim, action_dim, mean_episode_length, return_mean,
-            return_std, return_min, return_max (over episodes, the cut ones included) and normalized_return_mean, which
-            is None where neither the dataset nor D4RL gives reference scores. All of returns is None without rewards.
+            name, env_id, transitions, episodes, observation_dim, action_dim (how many there are, of discrete actions),
+            mean_episode_length, return_mean, return_std, return_min, return_max (over episodes, the cut ones included)
+            and normalized_return_mean, which is None where neither the dataset nor D4RL gives reference scores.
+            All of returns is None without rewards.
         """
         returns, scores = None if self.rewards is None else self.episode_returns, self.units.returns
         episodes = len(self.episode_ends)
@@ -214,7 +215,7 @@ class TransitionDataset(Shown):
             "transitions": len(self),
             "episodes": episodes,
             "observation_dim": self.observations.shape[1],
-            "action_dim": self.actions.shape[1],
+            "action_dim": _width(self),
             "mean_episode_length": len(self) / episodes,
             **{
                 f"return_{name}": None if returns is None else float(getattr(returns, name)())
@@ -237,13 +238,13 @@ def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
     """
     if not datasets:
         raise ValueError("concatenate needs at least one dataset")
-    widths = {(d.observations.shape[1], d.actions.shape[1]) for d in datasets}
+    widths = {(d.observations.shape[1], _width(d)) for d in datasets}
     if len(widths) > 1:
         raise ValueError(f"datasets differ in (observation, action) widths: {sorted(widths)}")
     units = [d.units for d in datasets]
     first = units[0]
     if any(u.actions != first.actions for u in units):
-        known = [u.actions and u.action_bounds for u in units]
+        known = [u.actions for u in units]
         raise ValueError(f"datasets differ in their action bounds: {known}; load them with the same bounds")
     rewards = [d.rewards for d in datasets if d.rewards is not None]
     if 0 < len(rewards) < len(datasets):
@@ -275,3 +276,8 @@ def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
         ),
         name=" + ".join(d.name or "unnamed" for d in datasets),
     )
+
+
+def _width(data: TransitionDataset) -> int:
+    """Numbers of an action, or how many discrete ones there are."""
+    return data.actions.shape[1] if data.units.actions is None else data.units.actions.width

@@ -19,7 +19,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-from sdw_fast.units import Affine, Units
+from sdw_fast.units import Affine, Discrete, Units
 
 # An id ("Hopper-v5"), one whose module is imported first ("module:Env-v0"), a specification, a function without
 # arguments that makes a new environment at each call (a class is one), or an environment.
@@ -98,9 +98,10 @@ def check_environment(units: Units, env: Environment | None = None) -> Environme
     with _borrowed(env) as made:
         check_spaces(made)
         name, space = name_of(made), made.action_space
+        mine, own = units.actions, actions_of(made)
         widths = [("observations", units.states, made.observation_space)]
-        if units.actions is not None:
-            widths.append(("actions", units.actions, space))
+        if isinstance(mine, Affine):
+            widths.append(("actions", mine, space))
         for kind, map_, there in widths:
             if there.shape != map_.offset.shape:
                 raise ValueError(
@@ -108,7 +109,12 @@ def check_environment(units: Units, env: Environment | None = None) -> Environme
                     f"{len(map_.offset)} numbers. Were they recorded in another version of it, or with other arguments "
                     "or wrappers?"
                 )
-        _compare_bounds(name, bounds_of(made), units.actions)
+        if isinstance(mine, Discrete) and mine != own:
+            raise ValueError(
+                f"{name} does not fit: its actions are {space}, and those of the data {mine.n} discrete ones, numbered "
+                f"from {mine.start}. Were they recorded in another version of it, or with other arguments or wrappers?"
+            )
+        _compare_bounds(name, own, mine)
         limited(made)
     return env
 
@@ -124,9 +130,18 @@ def check_spaces(env: gym.Env) -> None:
             )
 
 
-def bounds_of(env: gym.Env) -> Affine | None:
-    """The map of an environment's actions to −1 … 1, or None where they are not a bounded vector."""
+def actions_of(env: gym.Env) -> Affine | Discrete | None:
+    """The map of an environment's actions: bounds to −1 and 1, or discrete ones; None where a vector is not bounded.
+
+    ClipAction takes every number, and clips it to the bounds of the environment inside.
+    """
+    while isinstance(env, gym.Wrapper) and (
+        isinstance(env, gym.wrappers.ClipAction) or env.action_space == env.env.action_space
+    ):
+        env = env.env
     space = env.action_space
+    if isinstance(space, gym.spaces.Discrete):
+        return Discrete(int(space.n), int(space.start))
     bounded = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
     return Affine.between(space.low, space.high) if bounded else None  # type: ignore[attr-defined]
 
@@ -138,7 +153,7 @@ def place(units: Units, width: int, env: Environment | None = None) -> Units:
 
     Args:
         units: the units, whose environment may be known.
-        width: of the actions, A; bounds of another width are not taken.
+        width: of the actions, A, or 0 of discrete ones; bounds of another width are not taken.
         env: the environment, in place of the one that the units name.
 
     Raises:
@@ -150,11 +165,11 @@ def place(units: Units, width: int, env: Environment | None = None) -> Units:
             env_spec = None if isinstance(env, str) else specification(made.spec)
             returns = units.returns if units.env_id is None else units.returns_in(name_of(made))
             units = dataclasses.replace(units, env_id=env_id, env_spec=env_spec, returns=returns)
-        bounds = bounds_of(made)
-        if bounds is None or len(bounds.offset) != width:
+        own = actions_of(made)
+        if own is None or (isinstance(own, Affine) and own.width != width):
             return units
-        _compare_bounds(name_of(made), bounds, units.actions)
-        return dataclasses.replace(units, actions=bounds)
+        _compare_bounds(name_of(made), own, units.actions)
+        return dataclasses.replace(units, actions=own)
 
 
 def specification(spec: EnvSpec | str | None) -> str | None:
@@ -177,7 +192,9 @@ def specification(spec: EnvSpec | str | None) -> str | None:
         values = dataclasses.asdict(spec)
         for derived in ("namespace", "name", "version"):
             del values[derived]
-        return json.dumps(values, default=lambda array: array.tolist())
+        for wrapper in values["additional_wrappers"]:  # Gymnasium's versions have them in modules of different names
+            wrapper["entry_point"] = re.sub(r"^gymnasium\.[^:]*", "gymnasium.wrappers", wrapper["entry_point"])
+        return json.dumps(values, default=_plain)
     except Exception as error:  # an argument of any type may refuse in its own way
         warnings.warn(
             f"the arguments of the environment {spec.id} cannot be kept with the data ({error}): its id alone is kept",
@@ -240,18 +257,23 @@ def _parse(text: str) -> EnvSpec:
         fields = {field.name for field in dataclasses.fields(EnvSpec) if field.init} - {"additional_wrappers"}
         known = {name: values[name] for name in fields & set(values)}
         wrappers = tuple(WrapperSpec(**wrapper) for wrapper in values.get("additional_wrappers") or ())
-        for wrapper in wrappers:  # Gymnasium's versions keep them in modules of different names
-            wrapper.entry_point = re.sub(r"^gymnasium\.[^:]*", "gymnasium.wrappers", wrapper.entry_point)
-            kwargs = wrapper.kwargs or {}
-            for name, value in kwargs.items():
+        for wrapper in wrappers:
+            arguments = wrapper.kwargs or {}
+            for name, value in arguments.items():
                 if isinstance(value, list) and all(isinstance(x, float) for x in value):
-                    kwargs[name] = np.array(value)  # JSON has no arrays
+                    arguments[name] = np.array(value)  # JSON has no arrays
         spec = EnvSpec(**known | {"entry_point": None, "vector_entry_point": None}, additional_wrappers=wrappers)
         if not isinstance(spec.kwargs, dict):
             raise TypeError(f"arguments must be a dict, got {spec.kwargs!r}")
         return spec
     except (TypeError, ValueError, AttributeError, KeyError, gym.error.Error) as error:
         raise ValueError(f"the recorded specification of the environment is damaged: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{value!r} is neither number nor text")
 
 
 def _obstacle(wrapper: WrapperSpec) -> str | None:
@@ -267,8 +289,8 @@ def _obstacle(wrapper: WrapperSpec) -> str | None:
     return None
 
 
-def _compare_bounds(name: str, own: Affine | None, stated: Affine | None) -> None:
-    if own is None or stated is None or own.offset.shape != stated.offset.shape:
+def _compare_bounds(name: str, own: Affine | Discrete | None, stated: Affine | Discrete | None) -> None:
+    if not (isinstance(own, Affine) and isinstance(stated, Affine)) or own.width != stated.width:
         return
     (low, high), (stated_low, stated_high) = ((x.offset - x.scale, x.offset + x.scale) for x in (own, stated))
     if not np.allclose([low, high], [stated_low, stated_high], rtol=1e-4, atol=1e-6):

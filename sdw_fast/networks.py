@@ -7,6 +7,7 @@ touched by one thing only, `MLP(sizes)`, which draws its parameters from it as e
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,22 +61,28 @@ class Linear(nn.Module):
 
 
 class MeanMLP(nn.Module):
-    """The mean output of E ReLU networks of one shape with tanh outputs, all computed in batched products."""
+    """The mean output of E ReLU networks of one shape, all computed in batched products.
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    With head "tanh" outputs are those of tanh; with "softmax" probabilities, of whose mean it returns the logarithm.
+    """
+
+    def __init__(self, params: Sequence[Tensor], head: str) -> None:
         """Takes copies of [W1, b1, W2, b2, …], W (E, out, in), b (E, out)."""
         super().__init__()
         self.layers = nn.Sequential()
         for weight, bias in zip(params[::2], params[1::2], strict=True):
             self.layers.extend([Linear(weight, bias), nn.ReLU()])
-        self.layers[-1] = nn.Tanh()
+        self.layers[-1] = nn.Tanh() if head == "tanh" else nn.LogSoftmax(dim=-1)
+        self.logarithms = head == "softmax"
         self.sizes = [params[0].shape[2], *(bias.shape[1] for bias in params[1::2])]
         self.members = params[0].shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (…, D) to (…, A)."""
         h = x.reshape(-1, self.sizes[0]).expand(self.members, -1, -1)
-        return self.layers(h).mean(0).reshape(list(x.shape[:-1]) + self.sizes[-1:])
+        outputs = self.layers(h)
+        mean = outputs.logsumexp(0) - math.log(self.members) if self.logarithms else outputs.mean(0)
+        return mean.reshape(list(x.shape[:-1]) + self.sizes[-1:])
 
 
 class MinCritic(nn.Module):

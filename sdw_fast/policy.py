@@ -19,7 +19,7 @@ from sdw_fast.cards import Card, Shown, short_hash
 from sdw_fast.config import DistillConfig
 from sdw_fast.files import read_safetensors, reading, to_json, write_safetensors
 from sdw_fast.networks import MeanMLP, orthogonal_parameters, refuse_non_finite
-from sdw_fast.units import Units
+from sdw_fast.units import Discrete, Units
 
 if TYPE_CHECKING:
     from sdw_fast.synthetic import SyntheticDataset
@@ -31,7 +31,9 @@ class MLPPolicy(Shown, nn.Module):
     """A deterministic policy: tanh(MLP(s)) on normalized states, with ReLU between layers; or the mean of E of them.
 
     Takes observations (…, D), float32, in the environment's units; returns actions (…, A) in the environment's units,
-    inside the action bounds. All members of an ensemble are computed in one batched product a layer.
+    inside the action bounds. Where actions are discrete MLP(s) are the logits of probabilities; it returns the numbers
+    (…,) int64 of the most probable actions, by the mean of the members' probabilities. All members of an ensemble are
+    computed in one batched product a layer.
 
     Args:
         params: [W1, b1, W2, b2, …] in nn.Linear layout, W (out, in) and b (out,), or those of E members with a leading
@@ -40,13 +42,16 @@ class MLPPolicy(Shown, nn.Module):
         provenance: Where the policy came from, any JSON-serializable dict; kept in the saved file.
 
     Attributes:
-        net: The networks, from normalized states (…, D) to normalized actions (…, A).
+        net: The networks, from normalized states (…, D) to normalized actions (…, A), or to the logarithms of
+            probabilities.
         units: The environment's. The module computes with the buffers made of them, which travel in its `state_dict`.
         members: E, 1 for a single policy.
 
     Raises:
         ValueError: the action bounds are not known.
     """
+
+    __constants__ = ("discrete",)  # decides for torch.jit.script which buffers there are
 
     if TYPE_CHECKING:  # torch.jit.script would look up the names of their types
         state_offset: Tensor
@@ -56,9 +61,12 @@ class MLPPolicy(Shown, nn.Module):
 
     def __init__(self, params: Sequence[Tensor], units: Units, *, provenance: dict[str, Any] | None = None) -> None:
         super().__init__()
-        maps = {"state": units.states, "action": units.require_actions()}
+        actions = units.require_actions()
+        self.discrete = isinstance(actions, Discrete)
+        self.first = actions.start if isinstance(actions, Discrete) else 0
+        maps = {"state": units.states} if isinstance(actions, Discrete) else {"state": units.states, "action": actions}
         batched = params[0].ndim == 3
-        self.net = MeanMLP([p if batched else p.unsqueeze(0) for p in params])
+        self.net = MeanMLP([p if batched else p.unsqueeze(0) for p in params], units.head)
         for name, affine in maps.items():
             for part in ("offset", "scale"):
                 constant = torch.as_tensor(getattr(affine, part), dtype=torch.float32, device=params[0].device)
@@ -68,15 +76,27 @@ class MLPPolicy(Shown, nn.Module):
         self.provenance = dict(provenance or {})
 
     def forward(self, observations: Tensor) -> Tensor:
-        actions = self.net((observations - self.state_offset) / self.state_scale)
-        return actions * self.action_scale + self.action_offset
+        outputs = self.net((observations - self.state_offset) / self.state_scale)
+        if self.discrete:
+            return outputs.argmax(-1) + self.first
+        return outputs * self.action_scale + self.action_offset
+
+    def logits(self, observations: Tensor) -> Tensor:
+        """The logarithms (…, n) of the probabilities of n discrete actions.
+
+        Raises:
+            ValueError: the actions are not discrete.
+        """
+        if not self.discrete:
+            raise ValueError("logits are those of discrete actions, and this policy's actions are not: call it instead")
+        return self.net((observations - self.state_offset) / self.state_scale)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the policy as `.safetensors`, whole or not at all: `state_dict()` in float32, and what it is.
 
-        Tensors: net.layers.{0, 2, …}.weight (E, out, in) and .bias (E, out), state_offset, state_scale, action_offset,
-        action_scale. Units, sizes and provenance are in the metadata. docs/howto/deploy.md runs a policy from such a
-        file with NumPy alone.
+        Tensors: net.layers.{0, 2, …}.weight (E, out, in) and .bias (E, out), state_offset, state_scale, and, unless
+        actions are discrete, action_offset, action_scale. Units, sizes and provenance are in the metadata.
+        docs/howto/deploy.md runs a policy from such a file with NumPy alone.
 
         Returns:
             The path written.
@@ -85,7 +105,7 @@ class MLPPolicy(Shown, nn.Module):
             "format": FORMAT,
             "sizes": self.net.sizes,
             "members": self.members,
-            "activations": {"hidden": "relu", "output": "tanh", "members": "mean"},
+            "activations": {"hidden": "relu", "output": self.units.head, "members": "mean"},
             "units": self.units.to_dict(),
             "provenance": self.provenance,
         }
@@ -146,7 +166,8 @@ def behavior_clone(
 ) -> MLPPolicy:
     """Trains a fresh policy on a synthetic set by full-batch gradient descent, as the distillation's inner loop did.
 
-    L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², `inner_steps` steps of SGD with momentum. What is not given is taken from
+    L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², of discrete actions −1/N Σ_i Σ_j a_ij log π_θ(j | s_i), `inner_steps` steps
+    of SGD with momentum. What is not given is taken from
     the configuration that the set was distilled with, and what that lacks from `DistillConfig`'s defaults.
 
     Args:
@@ -190,6 +211,7 @@ def behavior_clone(
             steps=settings.inner_steps,
             lr=settings.inner_lr,
             momentum=settings.inner_momentum,
+            head=synthetic.units.head,
         )
     if not all(torch.isfinite(p).all() for p in params):
         raise FloatingPointError(

@@ -16,6 +16,7 @@ from sdw_fast.columns import Columns, build_dataset
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import check_memory, damage_named, read_npz, reading
 from sdw_fast.tables import NAMES, episodes_of, join_episodes, lacks, read_table, select, table_of
+from sdw_fast.units import Discrete
 
 if TYPE_CHECKING:
     import minari
@@ -41,13 +42,14 @@ def load_dataset(
             a dict of arrays;
             a list of episodes, or an object that holds one as d3rlpy's datasets do: dicts or objects of observations
             (T, D) or (T + 1, D), actions (T, A) and maybe rewards (T,), and whether the episode terminated.
-            All hold observations (M, D) and actions (M, A), and, to train on or to weigh by, rewards (M,), terminations
-            or terminals (M,), truncations or timeouts (M,); they may hold next_observations (M, D). Without next
-            observations they are the following row's; at a truncated end nothing is known to follow, so that row is
-            left out and its predecessor marked truncated (D4RL's own rule). Without truncations they are found where a
-            next observation is not the following row's observation, or where episode_index changes or frame_index does
-            not go on by one; rows out of order are sorted by the two. A last row that ends no episode is marked
-            truncated. Observations and actions alone are demonstrations: every pair is kept.
+            All hold observations (M, D) and actions (M, A), or integers (M,) where these are discrete, and, to train a
+            teacher on, rewards (M,), terminations or terminals (M,), truncations or timeouts (M,); they may hold
+            next_observations (M, D). Without next observations they are the following row's; at a truncated end nothing
+            is known to follow, so that row is left out and its predecessor marked truncated (D4RL's own rule). Without
+            truncations they are found where a next observation is not the following row's observation, or where
+            episode_index changes or frame_index does not go on by one; rows out of order are sorted by the two. A last
+            row that ends no episode is marked truncated. Observations and actions alone are demonstrations: every pair
+            is kept.
         env_id: the environment, where the source does not say it (D4RL files) or another is wanted: a Gymnasium id
             ("Hopper-v5", or "module:Env-v0" to import the module first), an EnvSpec, an environment, or a function
             that makes one. Its id and its EnvSpec are kept with the data. A Minari dataset says its own, with
@@ -55,15 +57,16 @@ def load_dataset(
             under "env_id".
             Action bounds are the environment's, if it is known and can be made here, with a warning where the source
             says others (a file or a dict under "action_low" and "action_high"); else the source's; else −1 and 1 if
-            every action lies there, else unknown, and such a dataset cannot be distilled.
+            every action lies there, else unknown, and such a dataset cannot be distilled. How many discrete actions
+            there are is said by the environment, too, or under "n_actions".
         columns: names of the source's columns where they are others: {"observations": "state", "actions": ["u", "v"]}.
             A list stands for columns side by side, a name also for those numbered under it (state_0, state_1, …).
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
         ImportError: if a table's file is read without pyarrow.
-        ValueError: on missing keys, Dict, Discrete or image spaces, wrong shapes, discrete actions, values that are not
-            finite in float32, an empty dataset, or a damaged file.
+        ValueError: on missing keys, Dict or image spaces, wrong shapes, discrete actions of unknown number, values
+            that are not finite in float32, an empty dataset, or a damaged file.
         TypeError: if `source` is none of the above.
     """
     if isinstance(source, Mapping):
@@ -113,7 +116,9 @@ def _from_arrays(arrays: Mapping[str, Any], where: str, columns: Mapping[str, An
     env_id = env_id.decode() if isinstance(env_id, bytes) else env_id
     if env_id is not None and not isinstance(env_id, str):
         raise ValueError(f"{where}: env_id must be a Gymnasium id such as 'Hopper-v5', got {env_id!r}")
-    return Columns(found, action_bounds=None if low is None else (low, high), env_id=env_id)
+    bounds = None if low is None else (low, high)
+    n = found.pop("n_actions", None)
+    return Columns(found, action_bounds=bounds, discrete=None if n is None else Discrete(n), env_id=env_id)
 
 
 def _read_hdf5(path: Path, columns: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -195,10 +200,11 @@ def _open_minari(dataset_id: str) -> minari.MinariDataset:
 def _from_minari(dataset: minari.MinariDataset) -> Columns:
     """Copies every selected episode into columns allocated once: the peak is the columns plus one episode."""
     for kind, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
-        if type(space).__name__ != "Box" or len(space.shape) != 1:
+        vector = type(space).__name__ == "Box" and len(space.shape) == 1
+        if not vector and (kind, type(space).__name__) != ("action", "Discrete"):
             raise ValueError(
-                f"Minari dataset {dataset.id!r} has {kind} space {space}; only one-dimensional Box spaces are "
-                "supported (flatten Dict spaces and encode images first; discrete actions have no matching loss here)"
+                f"Minari dataset {dataset.id!r} has {kind} space {space}; observations must be a one-dimensional Box, "
+                "and actions one, or Discrete (flatten Dict spaces and encode images first)"
             )
     with damage_named(dataset.id, "Minari dataset", ValueError):
         return _columns_of(dataset)
@@ -206,10 +212,12 @@ def _from_minari(dataset: minari.MinariDataset) -> Columns:
 
 def _columns_of(dataset: minari.MinariDataset) -> Columns:
     total, width = int(dataset.total_steps), dataset.observation_space.shape[0]
+    space = dataset.action_space
+    discrete = Discrete(space.n, space.start) if type(space).__name__ == "Discrete" else None
     with damage_named(dataset.id, "Minari dataset"):
-        check_memory(4 * total * (width + dataset.action_space.shape[0] + 1))
+        check_memory(4 * total * (width + (2 if discrete else space.shape[0]) + 1))
     observations = np.empty((total, width), np.float32)
-    actions = np.empty((total, dataset.action_space.shape[0]), np.float32)
+    actions = np.empty((total, *space.shape), np.int64 if discrete else np.float32)
     rewards = np.empty(total, np.float32)
     terminations, truncations = np.empty(total, bool), np.empty(total, bool)
     ends, last_observations = [], []
@@ -220,7 +228,7 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
         steps = len(rews)
         rows = slice(start, start + steps)
         shapes = [array.shape for array in (states, acts, rews, terminated, truncated)]
-        expected = [(steps + 1, width), (steps, actions.shape[1]), (steps,), (steps,), (steps,)]
+        expected = [(steps + 1, width), (steps, *space.shape), (steps,), (steps,), (steps,)]
         if shapes != expected or start + steps > total:
             raise ValueError(
                 f"Minari dataset {dataset.id!r}, episode {index}: its arrays have shapes {shapes}, expected {expected} "
@@ -237,8 +245,7 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
         raise ValueError(f"Minari dataset {dataset.id!r} holds {start} steps, but its metadata say {total}")
     metadata = dataset.storage.metadata
     random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    low, high = dataset.action_space.low, dataset.action_space.high
-    bounded = np.isfinite(low).all() and np.isfinite(high).all()
+    bounded = discrete is None and np.isfinite(space.low).all() and np.isfinite(space.high).all()
     return Columns(
         {
             "observations": observations,
@@ -248,7 +255,8 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
             "truncations": truncations,
         },
         jumps=(np.array(ends, dtype=np.int64), np.array(last_observations, np.float32).reshape(-1, width)),
-        action_bounds=(low, high) if bounded else None,
+        action_bounds=(space.low, space.high) if bounded else None,
+        discrete=discrete,
         reference_scores=None if random is None or expert is None else (float(random), float(expert)),
         **_recorded_environment(metadata),
         name=dataset.id,

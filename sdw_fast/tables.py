@@ -26,11 +26,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     "frame_index": ("frame_index",),
     "action_low": ("action_low",),
     "action_high": ("action_high",),
+    "n_actions": ("n_actions",),
     "env_id": ("env_id",),
 }
 _FLAGS = ("terminations", "truncations")
 _VECTORS = ("observations", "actions", "next_observations")
-_OF_THE_WHOLE = ("action_low", "action_high", "env_id", "episode_index", "frame_index")
+_OF_THE_WHOLE = ("action_low", "action_high", "n_actions", "env_id", "episode_index", "frame_index")
 Columns = Mapping[str, str | Sequence[str]]  # which of the source's columns each of ours is
 
 

@@ -16,9 +16,9 @@ from sdw_fast import adapters, shipped
 from sdw_fast.answers import actions_of, refuse_dead, some_of, tell_of_habits, tell_of_units, values_of
 from sdw_fast.cards import Card, Shown, short_hash
 from sdw_fast.corl import parts_of_corl
-from sdw_fast.networks import MLP, MinCritic, evaluating
+from sdw_fast.networks import MLP, MinCritic, ask, evaluating
 from sdw_fast.teacher_file import read_teacher, write_teacher
-from sdw_fast.units import Affine, Units
+from sdw_fast.units import Affine, Discrete, Units
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -34,6 +34,8 @@ class Teacher(Shown):
             Actor and critic, where they are modules, are asked in evaluation mode and put back as they were.
         critic: any callable from states (B, D) and actions (B, A) to values (B,) or (B, 1); of a tuple (twin critics)
             the smallest is taken. None leaves a teacher that serves `pbc`; `av-pbc` and `sdw` weight by Q and need one.
+            In an environment with n discrete actions the actor returns their probabilities (B, n), or action numbers
+            (B,) of an integer dtype, and the critic takes action numbers (B,) int64; numbers are the environment's.
         units: those that the callables compute in: normalized states and, where the action bounds are known, actions
             in [−1, 1]. None: the environment's own.
         provenance: where the teacher came from, any JSON-serializable dict; kept in the saved file.
@@ -69,7 +71,8 @@ class Teacher(Shown):
 
     @property
     def _actions(self) -> Affine | None:
-        return None if self.units is None else self.units.actions
+        actions = None if self.units is None else self.units.actions
+        return actions if isinstance(actions, Affine) else None
 
     def actions(self, observations: Array) -> Array:
         """Returns the deterministic actions π*(s).
@@ -80,7 +83,7 @@ class Teacher(Shown):
 
         Returns:
             (M, A) float32 actions in the environment's units: an array for an array, a tensor on the observations'
-            device for a tensor.
+            device for a tensor. Of discrete actions what the actor returns, (M, n) probabilities or (M,) numbers.
 
         Raises:
             ValueError: the observations are not a finite (M, D) array, or the teacher is dead: its actions are not
@@ -95,7 +98,8 @@ class Teacher(Shown):
         Args:
             observations: (M, D) in the environment's units, a NumPy array or a tensor; any M, worked through in
                 batches.
-            actions: (M, A) actions in the environment's units, of the same kind as the observations.
+            actions: (M, A) actions in the environment's units, of the same kind as the observations; discrete ones are
+                numbers (M,).
 
         Returns:
             (M,) float32 values in the units of the rewards that the critic was trained on: an array for an array, a
@@ -123,43 +127,54 @@ class Teacher(Shown):
         samples, actions beyond the bounds or never scaled to them, a tuple of which a part is taken.
 
         Returns:
-            (M, A) and (M,) float32 arrays; None in place of values that are not wanted.
+            (M, A) and (M,) float32 arrays; None in place of values that are not wanted. Discrete actions are labeled
+            with probabilities (M, n), and valued at the most probable.
 
         Raises:
-            ValueError: as `actions` and `values`, or the action bounds are not known.
+            ValueError: as `actions` and `values`, the action bounds are not known, or discrete actions are labeled with
+                something else than probabilities or numbers.
         """
         wanted = units.require_actions()
-        targets, q = self._label(_tensor(observations), None, values=values)
+        discrete = wanted if isinstance(wanted, Discrete) else None
+        targets, q = self._label(_tensor(observations), None, values=values, discrete=discrete)
+        critic = _of_numbers(self.critic, discrete) if values else None
+        with evaluating(self.actor, self.critic):
+            tell_of_habits(self.actor, critic, _batch(some_of(_tensor(observations)), self._states))
+        if isinstance(wanted, Discrete):
+            return wanted.normalize(targets.cpu().numpy()), None if q is None else q.cpu().numpy()
         if self._actions != wanted:
             targets = wanted.normalize(targets if self._actions is None else self._actions.denormalize(targets))
-        critic = self.critic if values else None
-        with evaluating(self.actor, critic):
-            tell_of_habits(self.actor, critic, _batch(some_of(_tensor(observations)), self._states))
         tell_of_units(targets, self._actions, wanted)
         return targets.cpu().numpy(), None if q is None else q.cpu().numpy()
 
     @torch.no_grad()
-    def _label(self, observations: Tensor, actions: Tensor | None, *, values: bool) -> tuple[Tensor, Tensor | None]:
+    def _label(
+        self, observations: Tensor, actions: Tensor | None, *, values: bool, discrete: Discrete | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Actions in the networks' units (the actor's if none are given) and, if wanted, values, batch by batch."""
-        critic = self.critic if values else None
+        critic = _of_numbers(self.critic, discrete) if values else None
         if values and critic is None:
             raise ValueError(
                 "this teacher has no critic, so it has no values Q(s, a). The objectives 'av-pbc' and 'sdw' weight "
                 "states by Q: give them a teacher with one (Teacher(actor=..., critic=...), train_teacher, or a CORL "
                 "checkpoint that holds critic1 or critic_1), or use objective 'pbc', which needs actions only."
             )
-        for tensor in (observations, *([] if actions is None else [actions])):
+        numbers = actions is not None and actions.ndim == 1 and not actions.is_floating_point()
+        for tensor in (observations, *([] if actions is None or numbers else [actions])):
             if tensor.ndim != 2:
                 raise ValueError(f"expected matrices (rows, dimensions), got shape {tuple(tensor.shape)}")
         size = _width(self.actor, self._states)
         if size is not None and observations.shape[1] != size:
             raise ValueError(f"this teacher takes states of {size} dimensions, got {observations.shape[1]}")
         found: list[tuple[Tensor, Tensor | None]] = []
-        with evaluating(self.actor, critic):
+        with evaluating(self.actor, self.critic):
             for start in range(0, max(len(observations), 1), BATCH_ROWS):  # no rows: one batch of none
                 rows = slice(start, start + BATCH_ROWS)
                 states = _batch(observations[rows], self._states)
-                chosen = actions_of(self.actor, states) if actions is None else _batch(actions[rows], self._actions)
+                if actions is None:
+                    chosen = actions_of(self.actor, states)
+                else:
+                    chosen = actions[rows].long() if numbers else _batch(actions[rows], self._actions)
                 q = None if critic is None else values_of(critic, states, chosen)
                 found.append((chosen.to(observations.device), None if q is None else q.to(observations.device)))
         chosen = torch.cat([a for a, _ in found])
@@ -287,6 +302,13 @@ def _width(actor: Callable[[Tensor], Tensor], states: Affine | None) -> int | No
     if isinstance(actor, MLP):
         return actor.sizes[0]
     return None if states is None else len(states.offset)
+
+
+def _of_numbers(critic: Callable[..., Any] | None, discrete: Discrete | None) -> Callable[..., Any] | None:
+    """A critic of action numbers, where actions are discrete, as one of what an actor answers."""
+    if critic is None or discrete is None:
+        return critic
+    return lambda states, actions: ask(critic, states, discrete.chosen(actions))
 
 
 def _described(function: Callable[..., Tensor]) -> str:

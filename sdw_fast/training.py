@@ -65,8 +65,8 @@ def train_teacher(
 
     Raises:
         ImportError: torchrl is not installed.
-        ValueError: a setting out of range, unknown action bounds, a checkpoint of another training, or training ended
-            in a dead teacher (see `Teacher.actions`).
+        ValueError: a setting out of range, discrete actions, unknown action bounds, a checkpoint of another training,
+            or training ended in a dead teacher (see `Teacher.actions`).
         FloatingPointError: the losses stopped being finite.
         TypeError: there is no such setting.
         OSError: `out` cannot be written; found before the first step.
@@ -74,6 +74,11 @@ def train_teacher(
         KeyboardInterrupt: Ctrl-C; the step under way is finished and saved first. A second Ctrl-C stops at once.
     """
     config = TeacherConfig(algorithm, **settings)
+    if data.units.head == "softmax":
+        raise ValueError(
+            "td3bc and iql train teachers of continuous actions, and this dataset's are discrete: use objective='dbc', "
+            "which needs none, or a policy of your own, Teacher(actor=...)"
+        )
     data.units.require_actions()
     data.require_rewards()
     try:

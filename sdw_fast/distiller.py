@@ -116,9 +116,10 @@ class Distiller:
         return [self.observations, self.actions]
 
     @property
-    def normalized(self) -> list[Tensor]:
+    def normalized(self) -> tuple[Tensor, Tensor]:
         """The sets as they stand in normalized units, (R, N, D) and (R, N, A); moving averages if so configured."""
-        return self._averages or [x.detach() for x in self._leaves]
+        states, actions = self._averages or [x.detach() for x in self._leaves]
+        return states, actions
 
     @property
     def inner_lr(self) -> list[float]:
@@ -163,7 +164,8 @@ class Distiller:
         figures = torch.stack([losses.detach(), norms, _norms(initial) / _norms(final), after, rates])
         self.iteration += 1
         if self.config.adapt_inner_lr:
-            self._watch.see(rough(*figures[:3], (before, after)), self.iteration)
+            losses, norms, growths, *_ = figures
+            self._watch.see(rough(losses, norms, growths, (before, after)), self.iteration)
         finite = figures[:2].isfinite().all()
         if self.runs_ahead:
             self._optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]

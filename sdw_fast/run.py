@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -20,11 +17,15 @@ from sdw_fast.config import DistillConfig
 from sdw_fast.data import TransitionDataset
 from sdw_fast.distiller import Distiller, Metrics
 from sdw_fast.folder import RunFolder
+from sdw_fast.interruption import deferred_interrupt
 from sdw_fast.objectives import outer_problem
 from sdw_fast.progress import progress_bar
 from sdw_fast.selection import HELD_OUT_EVERY, Best
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
 from sdw_fast.teacher import Teacher
+
+if TYPE_CHECKING:
+    from sdw_fast.environments import Environment
 
 Callback = Callable[[Distiller, Metrics], None]
 
@@ -50,6 +51,7 @@ def distill(
     *,
     n_runs: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    env: Environment | None = None,
     device: str | torch.device = "cpu",
     preset: str = "default",
     callback: Callback | None = None,
@@ -63,6 +65,7 @@ def distill(
         teacher: π* and Q; not needed by objective "dbc".
         n_runs: R: distill R sets with the seeds seed, seed + 1, … side by side, and return a list of them.
         out: Folder of the run (see `run`); one that holds a checkpoint is continued.
+        env: The environment to evaluate in, as `evaluate` takes it, in place of the dataset's own.
         device: Where to compute.
         preset: "default", "published" or "paper"; see `DistillConfig.preset`.
         callback: Called after every outer step with the distiller and the step's metrics.
@@ -78,8 +81,10 @@ def distill(
         ValueError: a setting is out of range, or as `outer_problem`, `real_pairs` and `run`.
     """
     config = DistillConfig.preset(preset, **settings)
+    if env is not None:
+        data = data.in_environment(env)
     distiller = new_distiller(data, teacher, config, device=device, n_runs=n_runs)
-    sets = run(distiller, out, callback=callback, progress=progress)
+    sets = run(distiller, out, env=env, callback=callback, progress=progress)
     return sets[0] if n_runs is None else sets
 
 
@@ -106,6 +111,7 @@ def run(
     distiller: Distiller,
     out: str | os.PathLike[str] | None = None,
     *,
+    env: Environment | None = None,
     source: dict[str, Any] | None = None,
     callback: Callback | None = None,
     progress: bool = True,
@@ -117,6 +123,7 @@ def run(
         out: Folder of the run: config.json, metrics.jsonl (a line a step), checkpoint, last.npz, and best.npz (the set
             chosen, see `DistillConfig.select`), for one run at a time. With several sets, metrics
             and sets lie in run-000, run-001, … inside it. None: nothing is written.
+        env: The environment to evaluate in; None: the one that the units of the problem name.
         source: Where dataset and teacher came from, kept in config.json for `sdw-fast distill --resume`.
         callback: Called after every step with the distiller and the step's metrics; a GPU then waits for it.
         progress: Whether to show the bar.
@@ -125,15 +132,17 @@ def run(
         The best set of every run, as best.npz.
 
     Raises:
-        ValueError: evaluations are wanted and the dataset names no environment, or the folder's checkpoint belongs to
-            another run (see `Distiller.load_state_dict`) or is damaged.
+        ValueError: evaluations are wanted and there is no environment, or it does not fit (see `check_environment`);
+            or the folder's checkpoint belongs to another run (see `Distiller.load_state_dict`) or is damaged.
         BlockingIOError: another run is at work in the folder.
         OSError: a file cannot be written: the disk is full, or the folder was deleted.
         KeyboardInterrupt: Ctrl-C; the step under way is finished and saved first. A second Ctrl-C stops at once.
     """
     config = distiller.config
-    if config.eval_every and distiller.problem.units.env_id is None:
-        raise ValueError("the dataset names no environment to evaluate in; set eval_every=0 or give it an env_id")
+    if config.eval_every:
+        from sdw_fast.environments import check_environment
+
+        env = check_environment(distiller.problem.units, env)
     pending: list[Tensor] = []  # figures not looked at yet
     last_return, seconds = math.nan, 0.0
 
@@ -141,7 +150,7 @@ def run(
         return distiller.iteration % every == 0 or distiller.iteration == config.steps
 
     with contextlib.ExitStack() as opened:
-        interrupted = opened.enter_context(_deferred_interrupt())
+        interrupted = opened.enter_context(deferred_interrupt())
         folder = opened.enter_context(RunFolder(out, distiller, source)) if out is not None else None
         best = Best(distiller, folder)
         bar = opened.enter_context(
@@ -166,7 +175,7 @@ def run(
             if looking:
                 steps[-1] |= best.look()
             if evaluating:
-                steps[-1] |= best.evaluate()
+                steps[-1] |= best.evaluate(env)
                 last_return = float(np.mean(steps[-1]["score"]))
             if folder:
                 folder.log(distiller.iteration, steps)
@@ -186,28 +195,3 @@ def run(
         if interrupted():
             raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}, the last; the run is complete")
     return sets
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that a step is never cut in two; the second acts at once.
-
-    Python delivers signals to the main thread only; elsewhere nothing changes. Nor does it where the handler is not
-    Python's, which could not be put back.
-    """
-    flag = False
-
-    def remember(signum: int, frame: FrameType | None) -> None:
-        nonlocal flag
-        flag = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is None or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield lambda: flag
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,15 +13,16 @@ from torch import Tensor
 from sdw_fast import ops
 from sdw_fast.batches import OuterBatches
 from sdw_fast.distiller import Distiller, Metrics
-from sdw_fast.evaluation import evaluate_synthetic
+from sdw_fast.evaluation import SELECTION_SEED, evaluate_synthetic
 from sdw_fast.folder import RunFolder
 from sdw_fast.synthetic import SyntheticDataset
+
+if TYPE_CHECKING:
+    from sdw_fast.environments import Environment
 
 HELD_OUT_EVERY = 50  # outer steps between two looks at the held-out loss; with those below, 3 % of the time
 POLICIES = 4  # θ_0 it is the mean over, the same at every look
 ROWS = 2_560  # held-out states looked at, at most
-# Evaluations that choose a set use seeds from here on, a thousand a run, which no other evaluation uses by default.
-SELECTION_SEED = 1_000_000
 
 
 class HeldOut:
@@ -82,15 +83,16 @@ class Best:
             self._compare(-losses, [{"loss": float(loss)} for loss in losses])
         return {"held_out_loss": self._distiller.of_runs(losses)}
 
-    def evaluate(self) -> Metrics:
+    def evaluate(self, env: Environment | None = None) -> Metrics:
         """Clones policies on every run's set and runs them in the environment; keeps the sets that beat all before."""
         distiller, config = self._distiller, self._distiller.config
-        options = {"clones": config.eval_clones, "episodes": config.eval_episodes}
-        seeds = [SELECTION_SEED + 1_000 * seed for seed in distiller.seeds]
+        options: dict[str, Any] = {"clones": config.eval_clones, "episodes": config.eval_episodes}
+        seeds = [SELECTION_SEED + 1_000 * (seed % 1_000_000) for seed in distiller.seeds]
         results = [
-            evaluate_synthetic(one, **options, seed=seed) for one, seed in zip(distiller.sets, seeds, strict=True)
+            evaluate_synthetic(one, env, **options, seed=seed) for one, seed in zip(distiller.sets, seeds, strict=True)
         ]
         scores = [result.mean if result.normalized_mean is None else result.normalized_mean for result in results]
+        spread = [result.std if result.normalized_std is None else result.normalized_std for result in results]
         if self.by == "return":
             self._compare(
                 np.array(scores),
@@ -99,6 +101,7 @@ class Best:
         return {
             "return": distiller.of_runs(np.array([result.mean for result in results])),
             "score": distiller.of_runs(np.array(scores)),
+            "score_std": distiller.of_runs(np.array(spread)),
         }
 
     def final(self) -> list[SyntheticDataset]:

@@ -175,7 +175,7 @@ def test_a_narrow_inner_loop_is_that_of_a_narrow_policy(small_data, small_teache
     wide = sdw.distill(small_data, small_teacher, **{**TINY, "hidden": (16, 8)}, inner_width=10, progress=False)
     narrow = sdw.distill(small_data, small_teacher, **{**TINY, "hidden": (10, 8)}, inner_width=None, progress=False)
     assert same_set(wide, narrow)
-    assert [p.shape[0] for p in sdw.behavior_clone(wide).parameters()] == [16, 16, 8, 8, 3, 3]
+    assert [p.shape[1] for p in sdw.behavior_clone(wide).parameters()] == [16, 16, 8, 8, 3, 3]
 
 
 def test_same_seed_same_bits_and_no_other_random_state(small_data, small_teacher) -> None:

@@ -13,6 +13,7 @@ import sdw_fast as sdw
 from sdw_fast import run as run_module
 from sdw_fast import selection
 from sdw_fast.batches import OuterBatches
+from sdw_fast.evaluation import SELECTION_SEED
 from sdw_fast.folder import load_checkpoint, read_metrics
 from sdw_fast.run import new_distiller
 from sdw_fast.selection import HeldOut
@@ -75,7 +76,7 @@ def test_the_held_out_loss_by_hand(small_data, small_teacher) -> None:
     rows = torch.from_numpy(distiller.problem.split()[1])
     states, targets, weights = OuterBatches(distiller.problem, torch.device("cpu")).take(rows)
     for run, (seed, synthetic) in enumerate(zip(distiller.seeds, distiller.sets, strict=True)):
-        generator = torch.Generator().manual_seed(selection.SELECTION_SEED + seed)
+        generator = torch.Generator().manual_seed(SELECTION_SEED + seed)
         losses = []
         for _ in range(selection.POLICIES):
             initial = [p[0] for p in distiller.inner_loop.initial([generator])]
@@ -161,7 +162,7 @@ def test_a_run_that_goes_on_with_evaluations_chooses_by_them(small_data, small_t
     second = sdw.distill(data, small_teacher, **{**settings, **evaluated, "steps": 20})
     assert set(second.config["selected"]) == {"by", "score", "clones", "episodes", "seed"}
     assert second.config["selected"]["by"] == "selected by these episodes"
-    assert second.config["selected"]["seed"] == selection.SELECTION_SEED
+    assert second.config["selected"]["seed"] == SELECTION_SEED
     assert second.config["iteration"] in (15, 20)
     metrics = read_metrics(tmp_path)
     assert [m["step"] for m in metrics if "score" in m] == [15, 20]

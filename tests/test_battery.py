@@ -11,7 +11,7 @@ import pytest
 
 import sdw_fast as sdw
 from benchmarks import table
-from benchmarks.studies import battery, recordings, report
+from benchmarks.studies import battery, recordings
 from sdw_fast.units import d4rl_returns
 
 
@@ -114,6 +114,6 @@ def test_the_table(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "| hopper | -100 | 70 | 95 | 100 | 0.50 | **0.93** (warned) | refused | missing |"
     )
     (tiny / "page.md").write_text("<!-- battery -->\n\nold\n\n<!-- /battery -->\n")
-    monkeypatch.setattr(report, "PAGE", tiny / "page.md")
+    monkeypatch.setattr(battery, "PAGE", tiny / "page.md")
     battery.write_page()
     assert "| hopper | -100 |" in (tiny / "page.md").read_text()

@@ -1,8 +1,8 @@
-"""The battery: one set of defaults on eleven environments, beside cloning on all data. Extra packages: ".[bench]".
+"""The battery: one set of defaults on thirteen environments, beside cloning on all data. Extra packages: ".[bench]".
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.battery                     # what is missing: recordings, then rows
     OMP_NUM_THREADS=1 python -m benchmarks.studies.battery --only 'ant/'       # some; a name is <task>/<method>
-    python -m benchmarks.studies.battery --tables                              # prints the table, fills docs/results.md
+    python -m benchmarks.studies.battery --tables                              # prints the table, fills docs/environments.md
 
 Policies are trained and datasets recorded first (`recordings.py`) into runs/battery; about half an hour of one core,
 and as much again for the rows. A row a recording, and a row a task and method, go to results/battery.jsonl; rows that
@@ -33,6 +33,7 @@ from benchmarks.studies.recordings import TASKS
 from sdw_fast import DistillConfig, MLPPolicy, SyntheticDataset, TransitionDataset
 
 TABLE, FOLDER = table.RESULTS / "battery.jsonl", table.ROOT / "runs/battery"
+PAGE = report.DOCS / "environments.md"
 METHODS = {
     "random": "random pairs",
     "bc": "cloning on all data",
@@ -194,15 +195,15 @@ def _score_figure(found: dict[Case, table.Entries], task: str, method: str) -> s
 
 
 def write_page() -> None:
-    """Fills the study's table of docs/results.md."""
-    report.fill("battery", results_table(results()))
+    """Fills the study's table of docs/environments.md."""
+    report.fill("battery", results_table(results()), PAGE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="only the rows whose name matches")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where models and datasets lie (%(default)s)")
-    parser.add_argument("--tables", action="store_true", help="print the table, fill docs/results.md, and stop")
+    parser.add_argument("--tables", action="store_true", help="print the table, fill docs/environments.md, and stop")
     options = parser.parse_args()
     if options.tables:
         print(results_table(results()))

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.battery                     # what is missing: recordings, then rows
     OMP_NUM_THREADS=1 python -m benchmarks.studies.battery --only 'ant/'       # some; a name is <task>/<method>
-    python -m benchmarks.studies.battery --tables                              # prints the table, fills docs/environments.md
+    python -m benchmarks.studies.battery --tables            # prints the table and fills docs/environments.md
 
 Policies are trained and datasets recorded first (`recordings.py`) into runs/battery; about half an hour of one core,
 and as much again for the rows. A row a recording, and a row a task and method, go to results/battery.jsonl; rows that

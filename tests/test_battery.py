@@ -28,6 +28,7 @@ def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "BC": {"steps": 6, "batch_size": 16, "lr": 1e-3},
         "LOOK_EVERY": 2,
         "POLICIES": 2,
+        "POLICIES_ON_ALL": 2,
         "EPISODES": 1,
         "teacher": lambda task, folder: small_teacher,
     }.items():

@@ -91,13 +91,13 @@ TASKS = {
     ),
     "reacher": Task("Reacher-v5", 50),
     "lunar-lander-continuous": Task(
-        "LunarLander-v3", 80, {"continuous": True}, settings={"learning_rate": 7.3e-4, "tau": 0.01}
+        "LunarLander-v3", 45, {"continuous": True}, settings={"learning_rate": 7.3e-4, "tau": 0.01}
     ),
-    "pusher": Task("Pusher-v5", 70),
-    "swimmer": Task("Swimmer-v5", 60, settings={"gamma": 0.9999}),
+    "pusher": Task("Pusher-v5", 40),
+    "swimmer": Task("Swimmer-v5", 35, settings={"gamma": 0.9999}),
     "lunar-lander": Task(
         "LunarLander-v3",
-        80,
+        45,
         algorithm="DQN",
         settings={
             **{"learning_rate": 6.3e-4, "batch_size": 128, "learning_starts": 1_000, "target_update_interval": 250},
@@ -105,10 +105,10 @@ TASKS = {
         },
         steps=100_000,
     ),
-    "ant": Task("Ant-v5", 90),
-    "humanoid": Task("Humanoid-v5", 90),
-    "maze": Task("gymnasium_robotics:PointMaze_UMazeDense-v3", 50),
-    "hand": Task("gymnasium_robotics:AdroitHandDoor-v1", 60),
+    "ant": Task("Ant-v5", 45),
+    "humanoid": Task("Humanoid-v5", 45),
+    "maze": Task("gymnasium_robotics:PointMaze_UMazeDense-v3", 30),
+    "hand": Task("gymnasium_robotics:AdroitHandDoor-v1", 30),
 }
 
 
@@ -179,11 +179,13 @@ Snapshot = tuple[float, int, dict[str, Tensor]]  # return, environment steps, st
 def train(task: Task) -> list[Snapshot]:
     """Trains a policy until its time is over; returns its snapshots in training order."""
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+    import jax
     import sbx
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # compute in this thread
     began = time.process_time()
     own = task.hyperparameters()
     envs = make_vec_env(task.make, STREAMS, seed=SEED)

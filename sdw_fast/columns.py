@@ -5,6 +5,7 @@ An array that already is contiguous float32 is taken over without a copy.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ class Columns:
             the following row's; None: found by comparing next_observations, or derived without them.
         action_bounds: (low, high), or None where the source does not say them.
         reference_scores: (random, expert) returns that the source carries.
-        env_id, name, path: as in `TransitionDataset`.
+        env_id, env_spec: the environment that the source names, as in `Units`.
+        env: the environment that the caller names in its place, an `Environment`.
+        name, path: as in `TransitionDataset`.
     """
 
     arrays: dict[str, Any]
@@ -39,6 +42,8 @@ class Columns:
     action_bounds: tuple[Any, Any] | None = None
     reference_scores: tuple[float, float] | None = None
     env_id: str | None = None
+    env_spec: str | None = None
+    env: Any = None
     name: str | None = None
     path: Path | None = None
 
@@ -80,13 +85,9 @@ def build_dataset(columns: Columns) -> TransitionDataset:
         observations = observations[kept]  # one after the other, so that the peak is the data and one column of it
         actions = actions[kept]
         rewards, terminations = rewards[kept], terminations[kept]
-    bounds = columns.action_bounds or _environment_bounds(columns.env_id, actions.shape[1])
-    if bounds is None and max(-actions.min(), actions.max()) <= 1:
-        bounds = -1.0, 1.0
-    scaling = None if bounds is None else Affine.between(*_per_action(bounds, actions.shape[1]))
-    if scaling is not None:
-        _tell_of_actions_beyond(actions, scaling)
-    own = columns.reference_scores
+    units = _units(columns, observations, actions)
+    if units.actions is not None:
+        _tell_of_actions_beyond(actions, units.actions)
     return TransitionDataset(
         observations=observations,
         actions=actions,
@@ -95,12 +96,7 @@ def build_dataset(columns: Columns) -> TransitionDataset:
         truncations=truncations,
         jumps=jumps[0],
         jump_observations=_finite("next_observations", jumps[1], numbers=jumps[0]),
-        units=Units(
-            states=Affine.fit(observations),
-            actions=scaling,
-            returns=d4rl_returns(columns.env_id) if own is None else Affine.scores(*own),
-            env_id=columns.env_id,
-        ),
+        units=units,
         name=columns.name,
         path=columns.path,
     )
@@ -150,22 +146,40 @@ def _tell_of_actions_beyond(actions: np.ndarray, scaling: Affine) -> None:
         )
 
 
-def _environment_bounds(env_id: str | None, width: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The action bounds of a named environment, where it can be made here and its actions are as wide."""
-    if env_id is None:
-        return None
-    try:
-        from sdw_fast.rollout import action_bounds
+def _units(columns: Columns, observations: np.ndarray, actions: np.ndarray) -> Units:
+    """The units of the columns: bounds are the environment's, else the source's, else ±1 where no action is beyond."""
+    stated, own, width = columns.action_bounds, columns.reference_scores, actions.shape[1]
+    units = Units(
+        states=Affine.fit(observations),
+        actions=None if stated is None else Affine.between(*_per_action(stated, width)),
+        env_id=columns.env_id,
+        env_spec=columns.env_spec,
+    )
+    if columns.env is not None or columns.env_id is not None:
+        units = _placed(units, width, columns.env)
+    returns = d4rl_returns(units.env_id) if own is None else Affine.scores(*own)
+    units = dataclasses.replace(units, returns=returns)
+    if units.actions is None and max(-actions.min(), actions.max()) <= 1:
+        return dataclasses.replace(units, actions=Affine.between(np.full(width, -1.0), np.full(width, 1.0)))
+    return units
 
-        bounds = action_bounds(env_id)
-    except Exception as error:  # gymnasium, MuJoCo or an environment of the user's: each raises its own
-        warnings.warn(
-            f"the environment {env_id!r} cannot be made here ({error}): its action bounds are taken to be -1 and 1 if "
-            "every action lies there; to say them, give action_low and action_high",
-            stacklevel=2,
-        )
-        return None
-    return bounds if bounds is not None and len(bounds[0]) == width else None
+
+def _placed(units: Units, width: int, env: Any) -> Units:
+    """Units in their environment; where it cannot be made here, without what only the environment can tell."""
+    from sdw_fast.environments import place
+
+    try:
+        return place(units, width, env)
+    except (ImportError, ValueError) as error:
+        if env is not None:
+            units = dataclasses.replace(units, env_id=env if isinstance(env, str) else None, env_spec=None)
+        if units.actions is None:
+            warnings.warn(
+                f"the environment {units.env_id!r} cannot be made here ({error}): its action bounds are taken to be -1 "
+                "and 1 if every action lies there; to say them, give action_low and action_high",
+                stacklevel=2,
+            )
+        return units
 
 
 def _per_action(bounds: tuple[Any, Any], width: int) -> list[np.ndarray]:

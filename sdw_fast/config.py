@@ -10,6 +10,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
+from sdw_fast.cards import Card, Shown
+
 OBJECTIVES = ("dbc", "pbc", "av-pbc", "sdw")
 DENSITY_METHODS = ("knn", "flow")
 INITIALIZATIONS = ("random", "kmeans++", "top-q")
@@ -20,8 +22,8 @@ PRECISIONS = ("tf32", "ieee")
 ALGORITHMS = ("td3bc", "iql")
 
 
-@dataclass(frozen=True)
-class DistillConfig:
+@dataclass(frozen=True, repr=False)
+class DistillConfig(Shown):
     """The settings of a distillation. `DistillConfig.preset` gives those that have a name.
 
     Raises:
@@ -122,6 +124,28 @@ class DistillConfig:
             raise ValueError(f"preset must be one of {list(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], **settings})
 
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and why."""
+        weighted = self.objective == "sdw" if self.density is None else self.density
+        reasons: dict[str, str] = {}
+        if not weighted:
+            names = ("density_method", "k", "tau", "ess", "clip")
+            reasons |= dict.fromkeys(names, f"objective {self.objective} has no density weights here")
+        elif self.density_method == "flow":
+            reasons["k"] = "density_method flow has no neighbors"
+        if self.tau is not None:
+            reasons.setdefault("ess", "tau is given, which it would set")
+        if self.objective in ("dbc", "pbc"):
+            reasons["beta"] = f"objective {self.objective} has no value weights"
+        if not self.eval_every:
+            reasons |= dict.fromkeys(("eval_clones", "eval_episodes"), "eval_every is 0, never")
+        return reasons
+
+    def card(self) -> Card:
+        """The settings that are not the defaults; `to_dict` gives all."""
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        return Card("DistillConfig", {name: _word(getattr(self, name)) for name in changed})
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return {**asdict(self), "hidden": list(self.hidden)}
@@ -168,12 +192,21 @@ class TeacherConfig:
     temperature: Annotated[float, "iql: inverse temperature of the advantage weights."] = 3.0
     seed: Annotated[int, "Seed of every random draw."] = 0
 
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and why."""
+        names = ("alpha",) if self.algorithm == "iql" else ("expectile", "temperature")
+        return dict.fromkeys(names, f"algorithm {self.algorithm} has none")
+
     def __post_init__(self) -> None:
         _check_choices(self, algorithm=ALGORITHMS)
         _check_at_least_one(self, "steps")
         _check_positive(self, "alpha", "temperature")
         if not 0.5 <= self.expectile < 1:
             raise ValueError(f"expectile must be in [0.5, 1), got {self.expectile}")
+
+
+def _word(value: Any) -> Any:
+    return "none" if value is None else value
 
 
 def _check_choices(config: Any, **choices: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,15 @@ from sdw_fast.files import (
     read_torch,
     reading,
     to_json,
+    write_npz,
     write_text,
     write_torch,
 )
+from sdw_fast.objectives import OuterProblem
 from sdw_fast.synthetic import SyntheticDataset
 from sdw_fast.version import __version__
 
+_STATES = 1000  # of the dataset, kept for reports
 _CHECKPOINT = {"distiller", "best_returns", "best_sets"}
 
 
@@ -71,6 +74,7 @@ class RunFolder:
                 _cut_metrics(path, distiller.iteration)
             self._write_sets(distiller)
             self._write_config(distiller, source)
+            self._write_states(distiller.problem)
             self._metrics = [
                 opened.enter_context((path / "metrics.jsonl").open("a", buffering=1, encoding="utf-8"))
                 for path in self._runs
@@ -124,6 +128,13 @@ class RunFolder:
             "rounding": distiller.rounding,
         }
         write_text(self.path / "config.json", to_json(content, indent=2) + "\n")
+
+    def _write_states(self, problem: OuterProblem) -> None:
+        """Writes states.npz: rows of the outer problem, evenly spread, in environment units, for reports."""
+        rows = np.linspace(0, len(problem) - 1, min(_STATES, len(problem))).astype(np.int64)
+        targets = problem.units.require_actions().denormalize(problem.targets[rows])
+        arrays = {"observations": problem.observations[rows], "targets": targets, "weights": problem.weights[rows]}
+        write_npz(self.path / "states.npz", **arrays)
 
     def save_best(self, number: int, synthetic: SyntheticDataset) -> None:
         """Writes the best set of a run."""
@@ -190,6 +201,27 @@ def read_run(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], DistillCon
     if source is None:
         raise ValueError(f"the run in {folder} was started from Python: continue it with sdw.distill(..., out=...)")
     return source, config
+
+
+def find_runs(folders: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
+    """Names and folders of the runs that lie in these folders: one each, or run-000, run-001, … of several sets.
+
+    A name is as much of the path as tells the runs apart.
+
+    Raises:
+        FileNotFoundError: a folder holds no run.
+    """
+    paths: list[Path] = []
+    for folder in map(Path, folders):
+        found = [folder] if (folder / "metrics.jsonl").exists() else sorted(folder.glob("run-*/"))
+        if not found:
+            raise FileNotFoundError(f"{folder} holds no run (no metrics.jsonl, and no run-000)")
+        paths += found
+    paths = list(dict.fromkeys(path.resolve() for path in paths))
+    parts = 1
+    while len({path.parts[-parts:] for path in paths}) < len(paths):
+        parts += 1
+    return {"/".join(path.parts[-parts:]): path for path in paths}
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[Metrics]:

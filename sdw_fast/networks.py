@@ -46,6 +46,38 @@ class MLP(nn.Sequential):
         return network
 
 
+class Linear(nn.Module):
+    """Linear layers of E networks side by side: inputs (E, B, in) to outputs (E, B, out)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """Takes copies of the weights (E, out, in) and the biases (E, out)."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+
+class MeanMLP(nn.Module):
+    """The mean output of E ReLU networks of one shape with tanh outputs, all computed in batched products."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        """Takes copies of [W1, b1, W2, b2, …], W (E, out, in), b (E, out)."""
+        super().__init__()
+        self.layers = nn.Sequential()
+        for weight, bias in zip(params[::2], params[1::2], strict=True):
+            self.layers.extend([Linear(weight, bias), nn.ReLU()])
+        self.layers[-1] = nn.Tanh()
+        self.sizes = [params[0].shape[2], *(bias.shape[1] for bias in params[1::2])]
+        self.members = params[0].shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (…, D) to (…, A)."""
+        h = x.reshape(-1, self.sizes[0]).expand(self.members, -1, -1)
+        return self.layers(h).mean(0).reshape(list(x.shape[:-1]) + self.sizes[-1:])
+
+
 class MinCritic(nn.Module):
     """Q(s, a) = min_j Q_j(s, a), the pessimistic reading of twin critics (TD3, Fujimoto et al. 2018)."""
 

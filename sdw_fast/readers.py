@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from sdw_fast.files import check_memory, damage_named, read_npz, reading
 if TYPE_CHECKING:
     import minari
 
+    from sdw_fast.environments import Environment
+
 _METADATA_CACHE = 1 << 20  # bytes of HDF5's metadata kept while reading a Minari dataset
 _REQUIRED = ("observations", "actions", "rewards", "terminations")
 _OPTIONAL = ("truncations", "next_observations", "action_low", "action_high", "env_id")
@@ -25,7 +28,7 @@ _D4RL_NAMES = {"terminations": "terminals", "truncations": "timeouts"}
 
 
 def load_dataset(
-    source: str | Path | Mapping[str, Any] | minari.MinariDataset, *, env_id: str | None = None
+    source: str | Path | Mapping[str, Any] | minari.MinariDataset, *, env_id: Environment | None = None
 ) -> TransitionDataset:
     """Loads an offline RL dataset.
 
@@ -41,10 +44,14 @@ def load_dataset(
             following row's; at a truncated end nothing is known to follow, so that row is left out and its predecessor
             marked truncated (D4RL's own rule). Without truncations they are found where a next observation is not the
             following row's observation. A last row that ends no episode is marked truncated.
-        env_id: Gymnasium id of the environment, where the source does not say it (D4RL files) or another is wanted; an
-            .npz or a dict may also hold it under "env_id", and action bounds under "action_low" and "action_high".
-            Where the source does not say the bounds they are the environment's, if it is named and can be made here;
-            else −1 and 1 if every action lies there, else unknown, and such a dataset cannot be distilled.
+        env_id: the environment, where the source does not say it (D4RL files) or another is wanted: a Gymnasium id
+            ("Hopper-v5", or "module:Env-v0" to import the module first), an EnvSpec, an environment, or a function
+            that makes one. Its id and its EnvSpec are kept with the data. A Minari dataset says its own, with
+            arguments, wrappers and time limit, and the one to evaluate in comes first; a file or a dict may hold an id
+            under "env_id".
+            Action bounds are the environment's, if it is known and can be made here, with a warning where the source
+            says others (a file or a dict under "action_low" and "action_high"); else the source's; else −1 and 1 if
+            every action lies there, else unknown, and such a dataset cannot be distilled.
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
@@ -69,7 +76,7 @@ def load_dataset(
             f"cannot load a dataset from {type(source).__name__}: expected a Minari id or dataset, a path to an .hdf5 "
             "or .npz file, or a dict of arrays"
         )
-    columns.env_id = env_id or columns.env_id
+    columns.env = env_id
     try:
         return build_dataset(columns)
     except ValueError as error:
@@ -232,10 +239,20 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
         jumps=(np.array(ends, dtype=np.int64), np.array(last_observations, np.float32).reshape(-1, width)),
         action_bounds=(low, high) if bounded else None,
         reference_scores=None if random is None or expert is None else (float(random), float(expert)),
-        env_id=dataset.env_spec.id if dataset.env_spec else None,
+        **_recorded_environment(metadata),
         name=dataset.id,
         path=Path(dataset.storage.data_path).parent,
     )
+
+
+def _recorded_environment(metadata: Mapping[str, Any]) -> dict[str, str | None]:
+    """The environment of a Minari dataset: the one to evaluate in, or else the one that it was recorded in."""
+    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    if text is None:
+        return {}
+    from sdw_fast.environments import specification
+
+    return {"env_id": json.loads(text)["id"], "env_spec": specification(text)}
 
 
 def _minari_episodes(dataset: minari.MinariDataset) -> Iterator[tuple[np.ndarray, ...]]:

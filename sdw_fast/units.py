@@ -6,6 +6,7 @@ Inside, a state has mean 0 and about unit deviation, an action lies in [−1, 1]
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -96,6 +97,9 @@ class Affine:
             and np.array_equal(self.scale, other.scale)
         )
 
+    def __hash__(self) -> int:
+        return hash((self.offset.tobytes(), self.scale.tobytes()))
+
     def normalize(self, x: Array) -> Array:
         """Maps x (…, n) to normalized units: array or tensor, of the same type, device and, where floating, dtype."""
         offset, scale = self._constants(x)
@@ -126,19 +130,31 @@ class Affine:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of an environment: how its states, actions and returns are normalized, and its name.
+    """The units of an environment: how its states, actions and returns are normalized, and which one it is.
 
     Attributes:
         states: to mean 0 and about unit deviation, (D,).
         actions: the environment's bounds to [−1, 1], (A,); None where they are not known.
         returns: the random policy's return to 0, the expert's to 100; None where they are not known.
-        env_id: Gymnasium id, such as "Hopper-v5", or None.
+        env_id: Gymnasium id, such as "Hopper-v5", or "module:Env-v0" where a module registers it, or None.
+        env_spec: the environment as it was recorded, with arguments, wrappers and time limit: Gymnasium's JSON of its
+            EnvSpec without entry points. None: it is the one registered under the id.
+
+    Raises:
+        ValueError: the specification is of another id.
     """
 
     states: Affine
     actions: Affine | None = None
     returns: Affine | None = None
     env_id: str | None = None
+    env_spec: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.env_spec is not None and json.loads(self.env_spec)["id"] != (self.env_id or "").rpartition(":")[2]:
+            raise ValueError(
+                f"the recorded environment is not {self.env_id!r}: give env_spec=None beside another env_id, or its own"
+            )
 
     def require_actions(self) -> Affine:
         """The map of the actions. Raises ValueError where the bounds are not known."""
@@ -165,13 +181,14 @@ class Units:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, which hold every bit."""
         maps = {name: getattr(self, name) for name in ("states", "actions", "returns")}
-        return {**{name: map_ and map_.to_dict() for name, map_ in maps.items()}, "env_id": self.env_id}
+        values = {**{name: map_ and map_.to_dict() for name, map_ in maps.items()}, "env_id": self.env_id}
+        return values if self.env_spec is None else {**values, "env_spec": self.env_spec}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Units:
         """Inverse of `to_dict`. Raises KeyError, TypeError or ValueError for something else."""
         maps = {name: values[name] and Affine(**values[name]) for name in ("states", "actions", "returns")}
-        return cls(**maps, env_id=values["env_id"])
+        return cls(**maps, env_id=values["env_id"], env_spec=values.get("env_spec"))
 
 
 def d4rl_scores(env_id: str | None) -> tuple[float, float] | None:
@@ -186,4 +203,5 @@ def d4rl_returns(env_id: str | None) -> Affine | None:
 
 
 def _family(env_id: str) -> str:
-    return env_id.rsplit("-v", 1)[0]
+    """What an id has in common with those of its other versions, and with it after the module that registers it."""
+    return env_id.rpartition(":")[2].rsplit("-v", 1)[0]

@@ -111,6 +111,7 @@ def test_a_checkpoint_cut_off_while_it_is_written_leaves_the_one_before(
         "checkpoint",
         "config.json",
         "metrics.jsonl",
+        "states.npz",
         "best.npz",
         "last.npz",
     }

@@ -18,7 +18,7 @@ import torch
 
 import sdw_fast as sdw
 from sdw_fast import run as module
-from sdw_fast.evaluation import Evaluation
+from sdw_fast.evaluation import SELECTION_SEED, Evaluation
 from sdw_fast.folder import RunFolder, load_checkpoint, read_metrics, read_run
 from sdw_fast.run import new_distiller
 
@@ -178,14 +178,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], sdw.Synthetic
     seen = {}
     scripts = {0: {8: 20.0, 16: 50.0, 24: 30.0, 30: 40.0}, 1: {8: -1.0, 16: -3.0, 24: -2.0, 30: -1.0}}
 
-    def evaluate(synthetic: sdw.SyntheticDataset, *, clones: int, episodes: int, seed: int) -> Evaluation:
-        assert (clones, episodes) == (2, 4)
+    def evaluate(synthetic: sdw.SyntheticDataset, env: str, *, clones: int, episodes: int, seed: int) -> Evaluation:
+        assert (env, clones, episodes) == ("checked", 2, 4)
+        seed -= SELECTION_SEED
         step = synthetic.config["iteration"]
         seen[seed, step] = synthetic
         score = scripts[seed][step]
         returns = np.full(episodes, 1000 - score)
         return Evaluation("Any-v0", seed, returns, np.ones(episodes, np.int64), np.full(episodes, score))
 
+    monkeypatch.setattr("sdw_fast.environments.check_environment", lambda units, env: "checked")
     monkeypatch.setattr(module, "evaluate_synthetic", evaluate)
     return seen
 

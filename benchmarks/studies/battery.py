@@ -31,6 +31,7 @@ from benchmarks import table
 from benchmarks.studies import recordings, report, work
 from benchmarks.studies.recordings import TASKS
 from sdw_fast import DistillConfig, MLPPolicy, SyntheticDataset, TransitionDataset
+from sdw_fast.environments import recorded
 
 TABLE, FOLDER = table.RESULTS / "battery.jsonl", table.ROOT / "runs/battery"
 PAGE = report.DOCS / "environments.md"
@@ -85,6 +86,7 @@ def record(task: str, folder: Path) -> None:
 def measure(case: Case, folder: Path) -> None:
     """Makes one row: distills or clones, and runs each policy for EPISODES episodes."""
     task, method = case
+    TASKS[task].make().close()  # imports the package that registers it
     data = sdw.load_dataset(recordings.dataset_id(task))
     began = time.process_time()
     figures: dict[str, Any] = {"error": None}
@@ -155,8 +157,7 @@ def teacher(task: str, folder: Path) -> sdw.Teacher:
 
 def _returns(policy: Any, data: TransitionDataset, clone: int) -> np.ndarray:
     """Returns of a policy's episodes, whose seeds are its own."""
-    assert data.env_id is not None
-    return sdw.evaluate(policy, data.env_id, episodes=EPISODES, seed=TEST_SEED + clone * EPISODES).returns
+    return sdw.evaluate(policy, recorded(data.units), episodes=EPISODES, seed=TEST_SEED + clone * EPISODES).returns
 
 
 def _append(case: Case, figures: table.Entries) -> None:

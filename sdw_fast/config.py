@@ -161,7 +161,8 @@ class DistillConfig(Shown):
         if self.tau is not None:
             reasons.setdefault("ess", "tau is given, which it would set")
         if self.objective in ("dbc", "pbc"):
-            reasons["beta"] = f"objective {self.objective} has no value weights"
+            names = ("value_weights", "beta")
+            reasons |= dict.fromkeys(names, f"objective {self.objective} has no value weights")
         if not self.eval_every:
             reasons |= dict.fromkeys(("eval_clones", "eval_episodes"), "eval_every is 0, never")
         return reasons
@@ -187,7 +188,7 @@ class DistillConfig(Shown):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "published": {"inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95},
+    "published": {"value_weights": "paper", "inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95, "select": "last"},
     "paper": {
         "value_weights": "paper",
         "inner_width": None,

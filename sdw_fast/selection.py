@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sdw_fast.batches import OuterBatches
 from sdw_fast.distiller import Distiller, Metrics
@@ -33,7 +34,7 @@ class HeldOut:
     def __init__(self, distiller: Distiller) -> None:
         rows = torch.from_numpy(distiller.problem.split()[1])
         self._distiller = distiller
-        self._batch = None
+        self._batch: list[Tensor] | None = None  # states, targets and weights, the same for each set
         if len(rows):
             chosen = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), dtype=torch.float64).long()
             batches = OuterBatches(distiller.problem, distiller.device)

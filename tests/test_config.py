@@ -65,7 +65,7 @@ def test_defaults(config: type, defaults: dict[str, Any]) -> None:
 
 # --- presets ---------------------------------------------------------------------------------------------------------
 
-PUBLISHED = {"inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95}
+PUBLISHED = {"inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95, "value_weights": "paper", "select": "last"}
 PAPER = {
     "value_weights": "paper",
     "inner_width": None,

@@ -183,7 +183,7 @@ def test_a_run_and_an_evaluation_share_no_seed(monkeypatch: pytest.MonkeyPatch) 
     settings = {**TINY, "steps": 1, "eval_every": 1}
     syn = sdw.distill(data, **settings, n_runs=2)[0]
     chosen = {kind: set(used) for kind, used in seeds.items()}
-    assert {kind: len(used) for kind, used in chosen.items()} == {"episodes": 11, "clones": 6}
+    assert {kind: len(used) for kind, used in chosen.items()} == {"episodes": 20, "clones": 10}
     assert all(0 <= seed < 2**31 for used in chosen.values() for seed in used)
     for used in seeds.values():
         used.clear()

@@ -70,7 +70,7 @@ def settings_of(config: type, *names: str) -> Callable[[Callable[..., None]], Ca
             kind, help_text = get_args(hints[setting.name])
             default = setting.default
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-            if kind == bool | None:
+            if kind in (bool, bool | None):
                 options[setting.name] = Annotated[bool | None, typer.Option(help=help_text)]
                 continue
             option = typer.Option(

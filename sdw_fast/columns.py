@@ -187,17 +187,18 @@ def _placed(units: Units, width: int, env: Any) -> Units:
     from sdw_fast.environments import place
 
     try:
-        return place(units, width, env)
+        units, reason = place(units, width, env), f"does not bound {width} actions"
     except (ImportError, ValueError) as error:
+        reason = f"cannot be made here ({error})"
         if env is not None:
             units = dataclasses.replace(units, env_id=env if isinstance(env, str) else None, env_spec=None)
-        if units.actions is None:
-            warnings.warn(
-                f"the environment {units.env_id!r} cannot be made here ({error}): its action bounds are taken to be -1 "
-                "and 1 if every action lies there; to say them, give action_low and action_high",
-                stacklevel=2,
-            )
-        return units
+    if units.actions is None:
+        warnings.warn(
+            f"the environment {units.env_id!r} {reason}: action bounds are taken to be -1 and 1 if every action lies "
+            "there; to say them, give action_low and action_high",
+            stacklevel=2,
+        )
+    return units
 
 
 def _per_action(bounds: tuple[Any, Any], width: int) -> list[np.ndarray]:

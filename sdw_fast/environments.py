@@ -131,7 +131,14 @@ def check_spaces(env: gym.Env) -> None:
 
 
 def actions_of(env: gym.Env) -> Affine | Discrete | None:
-    """The map of an environment's actions: bounds to −1 and 1, or discrete ones; None where a vector is not bounded."""
+    """The map of an environment's actions: bounds to −1 and 1, or discrete ones; None where a vector is not bounded.
+
+    ClipAction takes every number, and clips it to the bounds of the environment inside.
+    """
+    while isinstance(env, gym.Wrapper) and (
+        isinstance(env, gym.wrappers.ClipAction) or env.action_space == env.env.action_space
+    ):
+        env = env.env
     space = env.action_space
     if isinstance(space, gym.spaces.Discrete):
         return Discrete(int(space.n), int(space.start))
@@ -185,7 +192,9 @@ def specification(spec: EnvSpec | str | None) -> str | None:
         values = dataclasses.asdict(spec)
         for derived in ("namespace", "name", "version"):
             del values[derived]
-        return json.dumps(values, default=lambda array: array.tolist())
+        for wrapper in values["additional_wrappers"]:  # Gymnasium's versions have them in modules of different names
+            wrapper["entry_point"] = re.sub(r"^gymnasium\.[^:]*", "gymnasium.wrappers", wrapper["entry_point"])
+        return json.dumps(values, default=_plain)
     except Exception as error:  # an argument of any type may refuse in its own way
         warnings.warn(
             f"the arguments of the environment {spec.id} cannot be kept with the data ({error}): its id alone is kept",
@@ -248,18 +257,23 @@ def _parse(text: str) -> EnvSpec:
         fields = {field.name for field in dataclasses.fields(EnvSpec) if field.init} - {"additional_wrappers"}
         known = {name: values[name] for name in fields & set(values)}
         wrappers = tuple(WrapperSpec(**wrapper) for wrapper in values.get("additional_wrappers") or ())
-        for wrapper in wrappers:  # Gymnasium's versions keep them in modules of different names
-            wrapper.entry_point = re.sub(r"^gymnasium\.[^:]*", "gymnasium.wrappers", wrapper.entry_point)
-            kwargs = wrapper.kwargs or {}
-            for name, value in kwargs.items():
+        for wrapper in wrappers:
+            arguments = wrapper.kwargs or {}
+            for name, value in arguments.items():
                 if isinstance(value, list) and all(isinstance(x, float) for x in value):
-                    kwargs[name] = np.array(value)  # JSON has no arrays
+                    arguments[name] = np.array(value)  # JSON has no arrays
         spec = EnvSpec(**known | {"entry_point": None, "vector_entry_point": None}, additional_wrappers=wrappers)
         if not isinstance(spec.kwargs, dict):
             raise TypeError(f"arguments must be a dict, got {spec.kwargs!r}")
         return spec
     except (TypeError, ValueError, AttributeError, KeyError, gym.error.Error) as error:
         raise ValueError(f"the recorded specification of the environment is damaged: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{value!r} is neither number nor text")
 
 
 def _obstacle(wrapper: WrapperSpec) -> str | None:

@@ -36,7 +36,7 @@ from sdw_fast.synthetic import SyntheticDataset
 from sdw_fast.version import __version__
 
 _STATES = 1000  # of the dataset, kept for reports
-_CHECKPOINT = {"distiller", "best_returns", "best_sets"}
+_CHECKPOINT = {"distiller", "best_by", "best_scores", "best_sets"}
 
 
 class RunFolder:
@@ -47,7 +47,8 @@ class RunFolder:
     it closes what is open.
 
     Attributes:
-        best_returns: The best return so far of every run, −inf before the first evaluation.
+        best_by: What sets are chosen by, see `DistillConfig.selected_by`; None before the first checkpoint.
+        best_scores: The best score so far of every run, −inf before the first.
         best_sets: The sets that reached them, by the number of the run.
 
     Raises:
@@ -64,7 +65,8 @@ class RunFolder:
         for path in self._runs:
             path.mkdir(parents=True, exist_ok=True)
         self._checkpoint = self.path / "checkpoint"
-        self.best_returns = [-math.inf for _ in numbers]
+        self.best_by: str | None = None
+        self.best_scores = [-math.inf for _ in numbers]
         self.best_sets: dict[int, SyntheticDataset] = {}
         with contextlib.ExitStack() as opened:
             opened.enter_context(locked(self.path))
@@ -94,7 +96,8 @@ class RunFolder:
         state = load_checkpoint(self._checkpoint)
         with damage_named(self._checkpoint, "checkpoint", ValueError):
             distiller.load_state_dict(state["distiller"])
-            self.best_returns = [float(best) for best in state["best_returns"]]
+            self.best_by = str(state["best_by"])
+            self.best_scores = [float(best) for best in state["best_scores"]]
             for number, (last, best) in enumerate(zip(distiller.sets, state["best_sets"], strict=True)):
                 if best is not None:
                     arrays = {name: best[name].numpy() for name in ("observations", "actions")}
@@ -103,7 +106,7 @@ class RunFolder:
     def _write_sets(self, distiller: Distiller) -> None:
         """Writes last.npz and best.npz as the checkpoint has them, and takes away those that it does not have.
 
-        A finished run without evaluations keeps its best.npz, which is its last set.
+        A finished run that never measured its sets keeps its best.npz, which is its last set.
         """
         for number, (path, last) in enumerate(zip(self._runs, distiller.sets, strict=True)):
             for name, one in (("last", last if distiller.iteration else None), ("best", self.best_sets.get(number))):
@@ -151,7 +154,7 @@ class RunFolder:
                 for name, value in own.items() if tensorboard is not None else ():
                     tensorboard.add_scalar(name, value, step)
 
-    def checkpoint(self, distiller: Distiller, best_returns: Sequence[float]) -> None:
+    def checkpoint(self, distiller: Distiller, best_by: str, best_scores: Sequence[float]) -> None:
         """Writes the checkpoint and the sets as they stand.
 
         Raises:
@@ -164,7 +167,8 @@ class RunFolder:
         best = [self.best_sets.get(number) for number in range(distiller.n_runs)]
         state = {
             "distiller": distiller.state_dict(),
-            "best_returns": list(best_returns),
+            "best_by": best_by,
+            "best_scores": list(best_scores),
             "best_sets": [one and _as_tensors(one) for one in best],
         }
         write_torch(self._checkpoint, state)

@@ -87,13 +87,15 @@ def _draw_histogram(axes: Axes, logd: np.ndarray, weights: DensityWeights) -> No
 
 
 def plot_metrics(runs: Mapping[str, Metrics]) -> Figure:
-    """Draws the learning curves of runs: outer loss, hypergradient norm, adjoint growth, and score where measured.
+    """Draws the learning curves of runs: outer loss, hypergradient norm, adjoint growth, and what is measured now
+    and then: the loss on states held out, and the score.
 
     Args:
         runs: for each run its name and its metrics, one dict an outer step, as `read_metrics` gives them.
     """
     panels = {
         "loss": "outer loss",
+        "held_out_loss": "outer loss on states held out",
         "gradient_norm": "hypergradient norm",
         "adjoint_growth": "adjoint growth ‖λ_0‖ / ‖λ_T‖",
         "score": "score (normalized return)",

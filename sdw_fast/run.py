@@ -16,11 +16,11 @@ from torch import Tensor
 from sdw_fast.config import DistillConfig
 from sdw_fast.data import TransitionDataset
 from sdw_fast.distiller import Distiller, Metrics
-from sdw_fast.evaluation import SELECTION_SEED, evaluate_synthetic
 from sdw_fast.folder import RunFolder
 from sdw_fast.interruption import deferred_interrupt
 from sdw_fast.objectives import outer_problem
 from sdw_fast.progress import progress_bar
+from sdw_fast.selection import HELD_OUT_EVERY, Best
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
 from sdw_fast.teacher import Teacher
 
@@ -73,7 +73,9 @@ def distill(
         **settings: Fields of `DistillConfig`, e.g. objective="sdw", size=256, steps=5_000, seed=0.
 
     Returns:
-        The synthetic set: the one with the best return where eval_every is set, else the last. With n_runs a list.
+        The synthetic set with the lowest loss on the states held out, or with the best return where eval_every is set,
+        or the last: see `DistillConfig.select`. Its configuration says under "selected" what it was chosen by. With
+        n_runs a list.
 
     Raises:
         ValueError: a setting is out of range, or as `outer_problem`, `real_pairs` and `run`.
@@ -119,7 +121,7 @@ def run(
     Args:
         distiller: The distillation; a folder with a checkpoint puts it where that was taken.
         out: Folder of the run: config.json, metrics.jsonl (a line a step), checkpoint, last.npz, and best.npz (the set
-            with the highest return; without evaluations, the last), for one run at a time. With several sets, metrics
+            chosen, see `DistillConfig.select`), for one run at a time. With several sets, metrics
             and sets lie in run-000, run-001, … inside it. None: nothing is written.
         env: The environment to evaluate in; None: the one that the units of the problem name.
         source: Where dataset and teacher came from, kept in config.json for `sdw-fast distill --resume`.
@@ -150,7 +152,7 @@ def run(
     with contextlib.ExitStack() as opened:
         interrupted = opened.enter_context(deferred_interrupt())
         folder = opened.enter_context(RunFolder(out, distiller, source)) if out is not None else None
-        best = Best(distiller.n_runs, folder)
+        best = Best(distiller, folder)
         bar = opened.enter_context(
             progress_bar(total=config.steps, initial=distiller.iteration, unit="step", smoothing=0.05, show=progress)
         )
@@ -158,8 +160,10 @@ def run(
             began = time.perf_counter()
             pending.append(distiller.advance())
             evaluating = bool(config.eval_every) and due(config.eval_every)
+            looking = config.select != "last" and due(HELD_OUT_EVERY)
             saving = folder is not None and due(config.checkpoint_every)
-            wait = not distiller.runs_ahead or callback is not None or evaluating or saving or interrupted()
+            wait = not distiller.runs_ahead or callback is not None or interrupted()
+            wait = wait or evaluating or looking or saving
             if not wait and len(pending) < FETCH_EVERY and distiller.iteration < config.steps:
                 seconds += time.perf_counter() - began
                 continue
@@ -168,8 +172,10 @@ def run(
             for metrics in steps:
                 metrics["seconds"] = seconds / len(steps)
             pending, seconds = [], 0.0
+            if looking:
+                steps[-1] |= best.look()
             if evaluating:
-                steps[-1] |= best.evaluate(distiller, env)
+                steps[-1] |= best.evaluate(env)
                 last_return = float(np.mean(steps[-1]["score"]))
             if folder:
                 folder.log(distiller.iteration, steps)
@@ -180,53 +186,12 @@ def run(
                 callback(distiller, steps[-1])
             stop = interrupted()
             if folder and (stop or saving):
-                folder.checkpoint(distiller, best.returns)
+                folder.checkpoint(distiller, best.by, best.scores)
             if stop:
                 resume = f"`sdw-fast distill --resume {out}`" if source else f"the same call with out={out}"
                 kept = f"; {resume} continues to the same result" if folder else ", nothing was kept"
                 raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}{kept}")
-        sets = best.final(distiller)
+        sets = best.final()
         if interrupted():
             raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}, the last; the run is complete")
     return sets
-
-
-class Best:
-    """The best set so far of every run, and its score; without evaluations, the last set."""
-
-    def __init__(self, n_runs: int, folder: RunFolder | None) -> None:
-        self.returns = list(folder.best_returns) if folder else [-math.inf] * n_runs
-        self._folder = folder
-        self._sets = dict(folder.best_sets) if folder else {}
-
-    def evaluate(self, distiller: Distiller, env: Environment | None = None) -> Metrics:
-        """Clones policies on every run's set and runs them in the environment; keeps the sets that beat all before."""
-        config, sets = distiller.config, distiller.sets
-        clones, episodes = config.eval_clones, config.eval_episodes
-        results = [
-            evaluate_synthetic(one, env, clones=clones, episodes=episodes, seed=SELECTION_SEED + seed)
-            for one, seed in zip(sets, distiller.seeds, strict=True)
-        ]
-        scores = [result.mean if result.normalized_mean is None else result.normalized_mean for result in results]
-        spread = [result.std if result.normalized_std is None else result.normalized_std for result in results]
-        for number, score in enumerate(scores):
-            if score > self.returns[number]:
-                self.returns[number] = score
-                self._keep(number, sets[number])
-        return {
-            "return": distiller.of_runs(np.array([result.mean for result in results])),
-            "score": distiller.of_runs(np.array(scores)),
-            "score_std": distiller.of_runs(np.array(spread)),
-        }
-
-    def final(self, distiller: Distiller) -> list[SyntheticDataset]:
-        """The best sets; of a run that was never evaluated, the last."""
-        for number, last in enumerate(distiller.sets):
-            if number not in self._sets or not distiller.config.eval_every:
-                self._keep(number, last)
-        return [self._sets[number] for number in range(distiller.n_runs)]
-
-    def _keep(self, number: int, synthetic: SyntheticDataset) -> None:
-        self._sets[number] = synthetic
-        if self._folder:
-            self._folder.save_best(number, synthetic)

@@ -1,86 +1,31 @@
-"""Environments: every way to name one, what a dataset recorded of its own, and the check before a run."""
+"""Environments: every way to name one, with a dataset and for a run, and the check before a run."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from conftest import three_episodes
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.wrappers import ClipAction, FlattenObservation, RescaleAction, TimeLimit
+from gymnasium.wrappers import ClipAction, RescaleAction, TimeLimit
+from toys import Steps, one, registered, units  # noqa: F401
+from typer.testing import CliRunner
 
 import sdw_fast as sdw
 from sdw_fast import environments
-from sdw_fast.environments import check_environment, limited, make_env, recorded, specification
-from sdw_fast.units import Affine, Units
-
-
-class Steps(gym.Env):
-    """Pays its first action, the number of the step and `bonus`; ends after `length` steps, never if None."""
-
-    observation_space: gym.Space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-    action_space: gym.Space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
-
-    def __init__(self, length: int | None = 4, bonus: float = 0.0, render_mode: str | None = None) -> None:
-        self.length, self.bonus, self.render_mode = length, bonus, render_mode
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
-        self.taken = 0
-        return np.zeros(2), {}  # float64, though the space says float32
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        self.taken += 1
-        pay = float(np.ravel(action)[0]) + self.taken + self.bonus
-        return np.full(2, self.taken, np.float32), pay, self.taken == self.length, False, {}
-
+from sdw_fast.cli import app
+from sdw_fast.environments import check_environment, limited, make_env
 
 SHARED = Steps()
 TINY: dict[str, Any] = {"objective": "dbc", "size": 3, "hidden": (4,), "inner_steps": 2, "progress": False}
-
-
-class Doubled(gym.RewardWrapper):
-    """A wrapper of the user's that does not record its arguments."""
-
-    def reward(self, reward: Any) -> float:
-        return 2 * float(reward)
-
-
-class Goal(Steps):
-    observation_space = gym.spaces.Dict({"goal": gym.spaces.Box(-1, 1, (2,)), "state": gym.spaces.Box(-1, 1, (2,))})
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    gym.register("Steps-v0", Steps, max_episode_steps=100, disable_env_checker=True)
-    gym.register("Endless-v0", Steps, kwargs={"length": None}, disable_env_checker=True)
-    gym.register("Goal-v0", Goal, max_episode_steps=100, disable_env_checker=True)
-    yield
-    for env_id in ("Steps-v0", "Endless-v0", "Goal-v0"):
-        gym.registry.pop(env_id)
-
-
-def one(x: torch.Tensor) -> torch.Tensor:
-    return torch.ones(len(x), 1)
-
-
-def units(states: int = 2, bound: float = 2.0, **names: Any) -> Units:
-    return Units(Affine(np.zeros(states), np.ones(states)), Affine.between([-bound], [bound]), **names)
-
-
-def units_of(env: gym.Env, **changes: Any) -> Units:
-    """Units that name an environment as a dataset that was recorded in it."""
-    return units(env_id=env.spec.id, env_spec=specification(env.spec), **changes)
 
 
 # --- making one ------------------------------------------------------------------------------------------------------
@@ -156,7 +101,7 @@ def test_an_environment_is_named_in_any_way() -> None:
 
 
 def test_a_module_that_registers_an_environment_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "gym.register('Mine-v0', 'test_environments:Steps', max_episode_steps=9, disable_env_checker=True)"
+    text = "gym.register('Mine-v0', 'toys:Steps', max_episode_steps=9, disable_env_checker=True)"
     (tmp_path / "sdw_mine.py").write_text(f"import gymnasium as gym\n{text}\n")
     monkeypatch.syspath_prepend(tmp_path)
     named = dataclasses.replace(units(), env_id="sdw_mine:Mine-v0")  # as a file may say, which imports nothing
@@ -193,110 +138,6 @@ def test_discrete_actions_are_taken() -> None:
     result = sdw.evaluate(lambda x: (x[:, 2] > 0).long(), "CartPole-v1", episodes=3)
     assert (result.returns == result.lengths).all()
     assert result.mean > 15
-
-
-# --- what was recorded -----------------------------------------------------------------------------------------------
-
-
-def run_once(env: Any) -> tuple[float, int]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*(no time limit|without its wrapper)")
-        result = sdw.evaluate(one, env, episodes=1)
-    return result.returns[0], result.lengths[0]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: gym.make("Steps-v0"),
-        lambda: gym.make("Steps-v0", bonus=7.0),
-        lambda: gym.make("Steps-v0", max_episode_steps=2),
-        lambda: TimeLimit(gym.make("Steps-v0", length=None), 7),
-        lambda: RescaleAction(gym.make("Steps-v0"), -1.0, 1.0),
-        lambda: RescaleAction(gym.make("Steps-v0"), np.float32(-1), np.array([1], np.float32)),
-        lambda: ClipAction(RescaleAction(gym.make("Steps-v0", bonus=1.0), -3.0, 3.0)),
-        lambda: FlattenObservation(gym.make("Steps-v0")),
-    ],
-)
-def test_the_recorded_environment_is_recreated(make: Any) -> None:
-    env = make()
-    text = specification(env.spec)
-    assert 'entry_point": null' in text
-    back = recorded(Units.from_dict(json.loads(json.dumps(units_of(env).to_dict()))))
-    assert make_env(back).action_space == env.action_space
-    assert run_once(back) == run_once(env)
-
-
-def test_a_wrapper_that_is_not_in_the_record_is_told() -> None:
-    env = Doubled(gym.make("Steps-v0", length=3))
-    with pytest.warns(UserWarning, match=r"Steps-v0, is used without its wrapper Doubled \(its arguments are not"):
-        back = recorded(units_of(env))
-    assert run_once(back) == (9, 3)
-    env = gym.wrappers.NormalizeObservation(gym.make("Steps-v0"))
-    with pytest.warns(UserWarning, match=r"without its wrapper NormalizeObservation \(the statistics"):
-        recorded(units_of(env))
-
-
-@pytest.mark.filterwarnings("error")
-def test_what_only_watches_is_left_out() -> None:
-    env = gym.make("Steps-v0", length=3)
-    spec = dataclasses.replace(env.spec, kwargs={**env.spec.kwargs, "render_mode": "human"})
-    spec.additional_wrappers += (gym.wrappers.RecordVideo.wrapper_spec(video_folder="/nowhere"),)
-    back = recorded(units(env_id="Steps-v0", env_spec=specification(spec)))
-    assert (back.kwargs, back.additional_wrappers) == ({"length": 3}, ())
-
-
-def test_arguments_that_make_no_environment_here_are_told() -> None:
-    spec = dataclasses.replace(gym.spec("Steps-v0"), kwargs={"speed": 3})
-    with pytest.warns(UserWarning, match=r"cannot be made here, and the one registered as Steps-v0 is used .*speed"):
-        assert run_once(recorded(units(env_id="Steps-v0", env_spec=specification(spec)))) == (14, 4)
-
-
-def test_arguments_that_are_no_json_are_told() -> None:
-    with pytest.warns(UserWarning, match="arguments of the environment Steps-v0 cannot be kept"):
-        assert specification(gym.make("Steps-v0", bonus=np.float32).spec) is None
-
-
-def test_a_record_of_any_version_of_gymnasium_is_read() -> None:
-    """Keys that came and went; modules of wrappers that were renamed."""
-    old = json.loads(specification(RescaleAction(gym.make("Steps-v0", bonus=1.0), -1.0, 1.0).spec))
-    old |= {"apply_api_compatibility": False, "autoreset": False, "entry_point": "gymnasium.envs.old:Steps"}
-    del old["disable_env_checker"], old["vector_entry_point"]
-    old["additional_wrappers"][0]["entry_point"] = "gymnasium.wrappers.rescale_action:RescaleAction"
-    back = recorded(units(env_id="Steps-v0", env_spec=specification(json.dumps(old))))
-    assert run_once(back) == (4 * 2 + 10 + 4, 4)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"id": 3}', '{"id": "A-v0", "additional_wrappers": [3]}'])
-def test_a_damaged_record_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="specification of the environment is damaged"):
-        specification(text)
-
-
-@pytest.mark.parametrize(
-    "entry_point",
-    [
-        "os:system",
-        "subprocess:Popen",
-        "sdw_never_imported:Wrapper",
-        "gymnasium.wrappers:gym",
-        "gymnasium:make",
-        "json",
-        "",
-    ],
-)
-def test_a_record_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry_point: str) -> None:
-    (tmp_path / "sdw_never_imported.py").write_text("raise SystemExit('it was imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    values = json.loads(specification(gym.make("Steps-v0").spec))
-    values["entry_point"] = "sdw_never_imported:Steps"
-    values["additional_wrappers"] = [{"name": "W", "entry_point": entry_point, "kwargs": {"args": ["false"]}}]
-    with pytest.warns(UserWarning, match="is no wrapper of Gymnasium's or of a module imported here"):
-        back = recorded(units(env_id="Steps-v0", env_spec=json.dumps(values)))
-    assert run_once(back) == (14, 4)
-    values |= {"id": "Unknown-v0", "additional_wrappers": []}
-    with pytest.raises(ValueError, match="no environment 'Unknown-v0' here, because no imported package"):
-        recorded(units(env_id="Unknown-v0", env_spec=json.dumps(values)))
 
 
 # --- with a dataset --------------------------------------------------------------------------------------------------
@@ -342,7 +183,7 @@ def test_a_run_and_an_evaluation_share_no_seed(monkeypatch: pytest.MonkeyPatch) 
     settings = {**TINY, "steps": 1, "eval_every": 1}
     syn = sdw.distill(data, **settings, n_runs=2)[0]
     chosen = {kind: set(used) for kind, used in seeds.items()}
-    assert {kind: len(used) for kind, used in chosen.items()} == {"episodes": 11, "clones": 6}
+    assert {kind: len(used) for kind, used in chosen.items()} == {"episodes": 20, "clones": 10}
     assert all(0 <= seed < 2**31 for used in chosen.values() for seed in used)
     for used in seeds.values():
         used.clear()
@@ -350,6 +191,32 @@ def test_a_run_and_an_evaluation_share_no_seed(monkeypatch: pytest.MonkeyPatch) 
     for kind, used in seeds.items():
         assert len(used) == (10 if kind == "episodes" else 5)
         assert not used & chosen[kind]
+
+
+def test_a_module_in_the_working_directory_registers_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was started with --env module:Id goes on with it, and its set asks for the module by name."""
+
+    def shell(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        gym.registry.pop("Local-v0", None)  # as in a new process
+        sys.modules.pop("sdw_local", None)
+        return result.exit_code, result.output
+
+    text = "gym.register('Local-v0', gym.spec('Steps-v0').entry_point, max_episode_steps=9, disable_env_checker=True)"
+    (tmp_path / "sdw_local.py").write_text(f"import gymnasium as gym\n{text}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    np.savez("data.npz", **three_episodes())
+    env = ["--env", "sdw_local:Local-v0"]
+    options = ["--objective", "dbc", "--size", 3, "--hidden", 4, "--steps", 1, "--eval-every", 1, "--out", "run"]
+    assert shell("distill", "data.npz", *options, *env)[0] == 0
+    status, told = shell("evaluate", "run/best.npz")
+    assert (status, "env='package:Local-v0'" in told) == (1, True)
+    assert shell("distill", "--resume", "run")[0] == 0
+    status, told = shell("evaluate", "run/best.npz", *env)
+    assert (status, "Local-v0" in told) == (0, True)
 
 
 # --- the check before a run ------------------------------------------------------------------------------------------
@@ -371,6 +238,15 @@ def test_an_environment_that_does_not_fit_is_told_before_the_first_step(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_environment(units(**changes), env)
+
+
+def test_bounds_are_found_behind_a_wrapper_that_clips_and_their_lack_is_told() -> None:
+    clipped = TimeLimit(ClipAction(gym.make("Steps-v0")), 5)
+    assert sdw.load_dataset(three_episodes(), env_id=clipped).action_bounds == (-2, 2)
+    unbounded = gym.make("Steps-v0")
+    unbounded.action_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+    with pytest.warns(UserWarning, match="'Steps-v0' does not bound 1 actions: action bounds are taken to be -1 and 1"):
+        assert sdw.load_dataset(three_episodes(), env_id=unbounded).action_bounds == (-1, 1)
 
 
 @pytest.mark.filterwarnings("error")

@@ -71,6 +71,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, toy_env: str) -> Path:
     return folder
 
 
+def transitions(run: Path) -> int:
+    return json.loads((run / "config.json").read_text())["dataset"]["transitions"]
+
+
 def read(folders: list[Path], out: Path) -> Page:
     write_report(folders, out)
     return Page(out.read_text(encoding="utf-8"))
@@ -93,7 +97,7 @@ def test_a_report_shows_pairs_returns_and_settings(folders: Path, tmp_path: Path
     assert f"state {first}\n" in pairs[0]
     score = next(step for step in read_metrics(folders / "one") if "score" in step)
     assert f"one: {score['score']:.3g} ± {score['score_std']:.3g} at 1" in page.tips
-    assert sum(tip.startswith("real state") for tip in page.tips) == 299  # the last of 300 rows has no successor
+    assert sum(tip.startswith("real state") for tip in page.tips) == transitions(folders / "one")
     assert "objective" in page.text
     assert "dbc" in page.text
 
@@ -134,11 +138,11 @@ def test_names_from_files_are_escaped(folders: Path, tmp_path: Path) -> None:
 
 
 def test_the_sample_of_states_is_of_the_problem(folders: Path) -> None:
-    sample = read_npz(folders / "one/states.npz")
+    sample, rows = read_npz(folders / "one/states.npz"), transitions(folders / "one")
     assert {name: array.shape for name, array in sample.items()} == {
-        "observations": (299, 11),
-        "targets": (299, 3),
-        "weights": (299,),
+        "observations": (rows, 11),
+        "targets": (rows, 3),
+        "weights": (rows,),
     }
     assert (sample["weights"] == 1).all()
 

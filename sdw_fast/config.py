@@ -1,7 +1,7 @@
 """Every setting once: name, type, default and the sentence that explains it, in Python, in config.json and in `--help`.
 
 A setting is a field of a dataclass; the second part of its `Annotated` type is its help. The command line makes its
-options from these fields (`sdw_fast.cli`), so that a new field is a new option.
+options from these fields (`sdw_fast.options`), so that a new field is a new option.
 """
 
 from __future__ import annotations

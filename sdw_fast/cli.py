@@ -1,17 +1,15 @@
-"""`sdw-fast`: a thin shell over the package's functions. Settings become options by themselves, see `settings_of`."""
+"""`sdw-fast`: a thin shell over the package's functions. Settings become options by themselves: `sdw_fast.options`."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -25,6 +23,7 @@ from sdw_fast.disk import check_writable, replacing
 from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
 from sdw_fast.folder import find_runs, read_metrics, read_run
+from sdw_fast.options import refuse_unused, settings_of
 
 _TRACEBACK = "SDW_FAST_TRACEBACK"  # set: errors are shown with where they arose
 
@@ -60,65 +59,6 @@ Env = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def settings_of(config: type, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each setting of a dataclass (or for those named), in place of its **settings.
-
-    The command receives those that were given. Where None is a value, it is given as "none".
-    """
-    hints = get_type_hints(config, include_extras=True)
-    options = {}
-    for setting in fields(config):
-        if not names or setting.name in names:
-            kind, help_text = get_args(hints[setting.name])
-            default = setting.default
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-            if kind in (bool, bool | None):
-                options[setting.name] = Annotated[bool | None, typer.Option(help=help_text)]
-                continue
-            option = typer.Option(
-                help=f"{help_text} [{shown}]", metavar=_word(kind), parser=functools.partial(_parse, kind)
-            )
-            options[setting.name] = Annotated[str | None, option]
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature, types = inspect.signature(command), get_type_hints(command, include_extras=True)
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        own = [
-            parameter.replace(kind=keyword, annotation=types[parameter.name])
-            for parameter in signature.parameters.values()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-
-        @functools.wraps(command)
-        def wrapped(**arguments: Any) -> None:
-            given = {name: arguments.pop(name) for name in options}
-            settings = {n: None if v == "none" else v for n, v in given.items() if v is not None}
-            command(**arguments, **settings)
-
-        extra = [inspect.Parameter(name, keyword, default=None, annotation=option) for name, option in options.items()]
-        wrapped.__signature__ = signature.replace(parameters=own + extra)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {**types, **options}
-        return wrapped
-
-    return decorate
-
-
-def _word(kind: Any) -> str:
-    """How a setting's type is written in the help."""
-    types = [t for t in get_args(kind) if t is not type(None)] or [kind]
-    return "INT,INT,…" if types[0] is int and ... in types else f"{types[0].__name__.upper()}"
-
-
-def _parse(kind: Any, text: str) -> Any:
-    """Text as a setting's type; "none" where it may be None."""
-    types = get_args(kind) or (kind,)
-    if text == "none" and type(None) in types:
-        return text
-    if ... in types:
-        return tuple(int(width) for width in text.split(","))
-    return next(t for t in types if t is not type(None))(text)
-
-
 @contextlib.contextmanager
 def _readable_errors() -> Iterator[None]:
     """Shows what a user can mend as one sentence, without a traceback."""
@@ -149,13 +89,6 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, values), default=0)
     for name, value in values.items():
         typer.echo(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
-
-
-def _refuse_unused(config: DistillConfig | TeacherConfig, settings: dict[str, Any]) -> None:
-    """Raises ValueError where an option was given that the others leave without effect."""
-    for name, reason in config.unused().items():
-        if name in settings:
-            raise ValueError(f"--{name.replace('_', '-')} would have no effect: {reason}. Leave it out")
 
 
 def _show_version(wanted: bool) -> None:
@@ -209,7 +142,7 @@ def train_teacher(
 ) -> None:
     """Train a teacher (policy and Q) on a dataset by offline RL; the same command goes on with an interrupted one."""
     with _readable_errors():
-        _refuse_unused(TeacherConfig(**settings), settings)
+        refuse_unused(TeacherConfig(**settings), settings)
         check_writable(out)
         sdw.train_teacher(sdw.load_dataset(dataset), out=out, **settings)
         typer.echo(out)
@@ -228,7 +161,7 @@ def density(
     """Estimate every state's log-density, and show the dataset's diversity and the weights it leads to."""
     with _readable_errors():
         config = DistillConfig(**settings)
-        _refuse_unused(config, settings)
+        refuse_unused(config, settings)
         if out is not None:
             check_writable(out)
         data = sdw.load_dataset(dataset)
@@ -303,7 +236,7 @@ def distill(
             raise ValueError("give DATASET and --out RUN for a new run, or --resume RUN to continue one")
         else:
             config = DistillConfig.preset(preset or "default", **settings)
-            _refuse_unused(config, settings)
+            refuse_unused(config, settings)
             if teacher is not None and config.objective == "dbc" and config.init != "top-q":
                 raise ValueError("--teacher would have no effect: objective dbc asks none. Leave it out")
             source = {

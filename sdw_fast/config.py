@@ -1,7 +1,7 @@
 """Every setting once: name, type, default and the sentence that explains it, in Python, in config.json and in `--help`.
 
 A setting is a field of a dataclass; the second part of its `Annotated` type is its help. The command line makes its
-options from these fields (`sdw_fast.cli`), so that a new field is a new option.
+options from these fields (`sdw_fast.options`), so that a new field is a new option.
 """
 
 from __future__ import annotations
@@ -161,8 +161,7 @@ class DistillConfig(Shown):
         if self.tau is not None:
             reasons.setdefault("ess", "tau is given, which it would set")
         if self.objective in ("dbc", "pbc"):
-            names = ("value_weights", "beta")
-            reasons |= dict.fromkeys(names, f"objective {self.objective} has no value weights")
+            reasons |= dict.fromkeys(("value_weights", "beta"), f"objective {self.objective} has no value weights")
         if not self.eval_every:
             reasons |= dict.fromkeys(("eval_clones", "eval_episodes"), "eval_every is 0, never")
         return reasons

@@ -22,7 +22,7 @@ NINJA = shutil.which("ninja") if sys.platform != "win32" else None  # there Visu
 
 
 def require_compiler() -> None:
-    """Ends the installation with one readable sentence where there is no C++ compiler."""
+    """Ends the installation with one readable sentence where there is no C++ compiler, or no CMake."""
     wanted = os.environ.get("CXX")
     candidates = [wanted.split()[0]] if wanted else ["c++", "g++", "clang++"]
     if sys.platform != "win32" and not any(shutil.which(name) for name in candidates):
@@ -31,6 +31,8 @@ def require_compiler() -> None:
             "the command again: `apt-get install g++ make` on Debian and Ubuntu, `dnf install gcc-c++ make` on Fedora, "
             "`xcode-select --install` on macOS, or `conda install -c conda-forge cxx-compiler make`."
         )
+    if not shutil.which("cmake"):
+        raise SystemExit("sdw_fast is built by CMake, and there is none: pip install cmake")
 
 
 def require_writable() -> None:

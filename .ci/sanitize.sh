@@ -16,8 +16,8 @@ library() { "${CXX:-c++}" -print-file-name="$1"; }
 # Python's and torch's own leaks are not ours. Reports end the process: a test that goes on could hide them.
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-# The kernels' threads meet through std::thread and std::atomic, which the thread sanitizer follows. PyTorch and OpenMP
-# are not instrumented, so that what their threads hand over is invisible to it: calls out of them are ignored.
+# The kernels' threads meet through std::thread and std::atomic, which the thread sanitizer follows. PyTorch is
+# not instrumented, so that what its threads hand over is invisible to it: calls out of it are ignored.
 export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 
 run() { # name, -fsanitize= argument, runtime library

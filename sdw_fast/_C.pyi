@@ -83,6 +83,7 @@ class _UnrolledBC(Protocol):
 unrolled_bc_cpu: _UnrolledBC
 unrolled_bc_cuda: _UnrolledBC
 
+def unrolled_bc_cpu_memory(options: UnrolledBCParams) -> int: ...
 def unrolled_bc_cuda_workspace(options: UnrolledBCParams) -> int: ...
 
 class _WeightedBCLoss(Protocol):

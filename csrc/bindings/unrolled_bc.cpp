@@ -120,6 +120,7 @@ void bind_unrolled_bc(py::module_& m) {
              py::arg("grad_actions"), py::arg("grad_params"), py::arg("grad_lr"), py::arg("stream") = 0);
 #ifndef SDW_EMULATE_CUDA
     define(m, "unrolled_bc_cpu", kHost, unrolled_bc_cpu, nullptr);
+    m.def("unrolled_bc_cpu_memory", &unrolled_bc_cpu_memory, py::arg("options"));
 #endif
 #ifdef SDW_WITH_CUDA
     define(m, "unrolled_bc_cuda", kDevice, unrolled_bc_cuda, unrolled_bc_cuda_workspace);

@@ -4,8 +4,9 @@
     python refusals.py LIBRARY forks
 
 LIBRARY is refusals.cpp, built. The op must raise MemoryError or, where only a thread was refused, give the same answer;
-and give that answer the next time in any case. Prints how many requests were refused, and how often it still answered.
-With "forks", forks while another thread frees memory, slowly, and prints how many children computed.
+and give that answer the next time in any case. Each time in a forked child, which starts its own threads. Prints how
+many requests were refused, and how often it still answered. With "forks", forks while another thread frees memory,
+slowly, and prints how many children computed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 LIBRARY = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before any other C++ library
@@ -123,24 +126,48 @@ def main() -> None:
     def answers() -> bool:
         return all(torch.equal(a, b) for a, b in zip(work(), expected, strict=True))
 
-    LIBRARY.refuse(ctypes.c_long(0), ctypes.c_long(0))
-    assert answers()
-    requests = LIBRARY.requests()
-    numbers = [*range(1, min(requests, EACH) + 1), *range(EACH + 1, requests + 1, max(1, requests // EACH))]
-    answered = 0
-    for number in numbers:
-        for last in (number, FOREVER):  # this one alone, or memory is at an end
-            LIBRARY.refuse(ctypes.c_long(number), ctypes.c_long(last))
-            try:
-                same = answers()
-            except MemoryError:
-                pass
-            else:
-                assert same, f"another answer after request {number} was refused"
-                answered += 1
-            LIBRARY.refuse(ctypes.c_long(0), ctypes.c_long(0))
-            assert answers(), f"another answer, one call after request {number} was refused"
-    print(2 * len(numbers), answered)
+    def refuse(first: int, last: int) -> None:
+        LIBRARY.refuse(ctypes.c_long(first), ctypes.c_long(last))
+
+    def requests() -> int:
+        refuse(0, 0)
+        assert answers()
+        return LIBRARY.requests()
+
+    def answers_without(first: int, last: int) -> int:
+        refuse(first, last)
+        try:
+            same, answered = answers(), 1
+        except MemoryError:
+            same, answered = True, 0
+        assert same, f"another answer after request {first} was refused"
+        refuse(0, 0)
+        assert answers(), f"another answer, one call after request {first} was refused"
+        return answered
+
+    made = in_a_child(requests)
+    numbers = [*range(1, min(made, EACH) + 1), *range(EACH + 1, made + 1, max(1, made // EACH))]
+    # This one alone, or memory is at an end.
+    trials = [partial(answers_without, number, last) for number in numbers for last in (number, FOREVER)]
+    print(len(trials), sum(map(in_a_child, trials)))
+
+
+def in_a_child(work: Callable[[], int]) -> int:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, str(work()).encode())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="ascii") as answer:
+        number = answer.read()
+    os.waitpid(child, 0)
+    if not number:
+        sys.exit("a child has failed")
+    return int(number)
 
 
 if __name__ == "__main__":

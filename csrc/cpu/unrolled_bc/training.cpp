@@ -144,7 +144,7 @@ size_t checked_bytes(const UnrolledBCParams& params) {
     if (plan.keep && !params.recompute)
         message +=
             "tape=\"recompute\" needs " + gibibytes(tapes * Layout(mlp, Plan(params, true), nullptr).bytes) + ", and ";
-    throw OutOfMemory(message + "a smaller window or fewer rows need less");
+    throw OutOfMemory(message + "a smaller window or fewer rows need less (ops.unrolled_bc_memory says how much)");
 }
 
 class Tape final : public UnrolledBCTape {
@@ -156,6 +156,11 @@ class Tape final : public UnrolledBCTape {
 };
 
 }  // namespace
+
+size_t unrolled_bc_cpu_memory(const UnrolledBCParams& params) {
+    const Plan plan(params, params.recompute);
+    return (plan.keep ? params.problems : 1) * Layout(Mlp(params.widths, params.rows), plan, nullptr).bytes;
+}
 
 std::unique_ptr<UnrolledBCTape> unrolled_bc_cpu(const UnrolledBCParams& params) {
     const size_t bytes = checked_bytes(params);

@@ -116,9 +116,9 @@ class Ranks:
         said = self.gather(None if failure is None else (type(failure).__name__, str(failure)))
         if failure is not None:
             raise failure
-        for rank, error in enumerate(said):
-            if error is not None:
-                raise (TypeError if error[0] == "TypeError" else ValueError)(f"rank {rank}: {error[1]}")
+        for rank, words in enumerate(said):
+            if words is not None:
+                raise (TypeError if words[0] == "TypeError" else ValueError)(f"rank {rank}: {words[1]}")
         return result  # type: ignore[return-value]
 
     def gather(self, value: Any) -> list[Any]:

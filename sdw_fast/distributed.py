@@ -5,10 +5,8 @@ Start a script with `torchrun`, call `torch.distributed.init_process_group()`, a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +16,10 @@ from torch import Tensor
 from sdw_fast.density import log_density_at
 from sdw_fast.neighbors import States, like, states_of
 from sdw_fast.ops._knn_native import NeighborIndex
+from sdw_fast.ranks import Ranks
 
 SAMPLE_ROWS = 1 << 16  # of all ranks together, by which space is cut
 _SLACK = 1e-12  # of the largest coordinate: what rounding may add to a float64 distance between projections
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def knn(
     """
     ranks = Ranks(group)
     points, k = ranks.together(lambda: _checked(rows, k))
-    counts, magnitude = ranks.agree_on(points, k)
+    counts, magnitude = _agree_on(ranks, points, k)
     squared, indices = _search(ranks, points, k, counts, magnitude, traffic)
     return like(squared.sqrt().float(), rows), like(indices, rows)
 
@@ -83,95 +80,13 @@ def knn_log_density(
     """
     ranks = Ranks(group)
     points, k = ranks.together(lambda: _checked(rows, k))
-    counts, magnitude = ranks.agree_on(points, k)
+    counts, magnitude = _agree_on(ranks, points, k)
     squared, _ = _search(ranks, points, k, counts, magnitude, None)
     distances = squared.sqrt().float()
-    low, high = ranks.box_of(points)
+    low, high = _box_of(ranks, points)
     columns = max(1, int((low != high).sum()))
     logd = log_density_at(distances, sum(counts) - 1, columns, dimension, ranks.reduce)
     return like(logd, rows)
-
-
-class Ranks:
-    """The ranks of a process group, and what they say to each other. Nothing here waits for a rank that has failed: an
-    error on one of them is raised on all.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError(
-                "no process group: start the script with torchrun and call torch.distributed.init_process_group() first"
-            )
-        self.group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.sent = 0  # bytes that went to other ranks
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Does `work`, which talks to nobody, and raises on all ranks what it raised on one."""
-        result, failure = None, None
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-        said = self.gather(None if failure is None else (type(failure).__name__, str(failure)))
-        if failure is not None:
-            raise failure
-        for rank, words in enumerate(said):
-            if words is not None:
-                raise (TypeError if words[0] == "TypeError" else ValueError)(f"rank {rank}: {words[1]}")
-        return result  # type: ignore[return-value]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's small value, by rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def agree_on(self, points: Tensor, k: int) -> tuple[list[int], float]:
-        """The number of every rank's rows, and the largest coordinate of all, where the rows and k fit each other."""
-        largest = float(points.abs().max()) if points.numel() else 0.0
-        said = self.gather((len(points), points.shape[1], str(points.dtype), k, largest))
-        counts = [count for count, *_ in said]
-        for what, values in (
-            ("columns", {width for count, width, *_ in said if count}),
-            ("dtypes", {kind for count, _, kind, *_ in said if count}),
-            ("values of k", {neighbors for *_, neighbors, _ in said}),
-        ):
-            if len(values) > 1:
-                raise ValueError(f"the ranks must agree, and have {what} {sorted(values)}")
-        if not 1 <= k < sum(counts):
-            raise ValueError(f"k must lie between 1 and {sum(counts) - 1} (the other rows of all ranks), got {k}")
-        return counts, max(largest for *_, largest in said)
-
-    def reduce(self, values: Tensor, operation: str) -> Tensor:
-        """The "sum", "min" or "max" of every rank's tensor, on all ranks."""
-        values = values.clone()
-        dist.all_reduce(values, getattr(dist.ReduceOp, operation.upper()), group=self.group)
-        return values
-
-    def box_of(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Lowest and highest coordinates of all ranks' points, (D,) each."""
-        empty = points.new_full((1, points.shape[1]), torch.inf)
-        low = torch.cat([points, empty]).amin(0)
-        high = torch.cat([points, -empty]).amax(0)
-        return self.reduce(low, "min"), self.reduce(high, "max")
-
-    def exchange(self, tensors: list[Tensor], counts: list[int]) -> tuple[list[Tensor], list[int]]:
-        """Sends the first counts[0] rows of each tensor to rank 0, the next counts[1] to rank 1, …
-
-        Returns:
-            the rows received, by the rank they came from, and how many came from each.
-        """
-        received = self.gather(counts)
-        incoming = [row[self.rank] for row in received]
-        results = []
-        for tensor in tensors:
-            result = tensor.new_empty((sum(incoming), *tensor.shape[1:]))
-            dist.all_to_all_single(result, tensor.contiguous(), incoming, counts, group=self.group)
-            row_bytes = tensor.element_size() * math.prod(tensor.shape[1:])
-            self.sent += row_bytes * (sum(counts) - counts[self.rank])
-            results.append(result)
-        return results, incoming
 
 
 class Parts:
@@ -254,6 +169,31 @@ def _search(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return squared[back], found[back]
+
+
+def _agree_on(ranks: Ranks, points: Tensor, k: int) -> tuple[list[int], float]:
+    """The number of every rank's rows, and the largest coordinate of all, where the rows and k fit each other."""
+    largest = float(points.abs().max()) if points.numel() else 0.0
+    said = ranks.gather((len(points), points.shape[1], str(points.dtype), k, largest))
+    counts = [count for count, *_ in said]
+    for what, values in (
+        ("columns", {width for count, width, *_ in said if count}),
+        ("dtypes", {kind for count, _, kind, *_ in said if count}),
+        ("values of k", {neighbors for *_, neighbors, _ in said}),
+    ):
+        if len(values) > 1:
+            raise ValueError(f"the ranks must agree, and have {what} {sorted(values)}")
+    if not 1 <= k < sum(counts):
+        raise ValueError(f"k must lie between 1 and {sum(counts) - 1} (the other rows of all ranks), got {k}")
+    return counts, max(largest for *_, largest in said)
+
+
+def _box_of(ranks: Ranks, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest coordinates of all ranks' points, (D,) each."""
+    empty = points.new_full((1, points.shape[1]), torch.inf)
+    low = torch.cat([points, empty]).amin(0)
+    high = torch.cat([points, -empty]).amax(0)
+    return ranks.reduce(low, "min"), ranks.reduce(high, "max")
 
 
 class _Shard:

@@ -24,6 +24,7 @@ from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
 from sdw_fast.folder import find_runs, read_metrics, read_run
 from sdw_fast.options import refuse_unused, settings_of
+from sdw_fast.ranks import process_group
 
 _TRACEBACK = "SDW_FAST_TRACEBACK"  # set: errors are shown with where they arose
 
@@ -246,13 +247,16 @@ def distill(
                 "n_runs": n_runs,
                 "env": env,
             }
-        loaded = _teacher(source.get("teacher"), teacher_factory)
-        data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
-        distiller = runs.new_distiller(
-            data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
-        )
-        runs.run(distiller, out, source=source)
-        _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
+        with process_group() as first:
+            loaded = _teacher(source.get("teacher"), teacher_factory)
+            data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
+            distiller = runs.new_distiller(
+                data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
+            )
+            runs.run(distiller, out, source=source)
+            figures = {"sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}
+            if first:
+                _show({"run": str(out), **figures}, as_json)
 
 
 def _teacher(path: str | None, factory: str | None) -> sdw.Teacher | None:

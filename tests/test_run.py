@@ -19,7 +19,7 @@ import torch
 import sdw_fast as sdw
 from sdw_fast import run as module
 from sdw_fast.evaluation import Evaluation
-from sdw_fast.folder import RunFolder, load_checkpoint, read_metrics, read_run
+from sdw_fast.folder import RunFolder, load_checkpoint, metrics_line, read_metrics, read_run
 from sdw_fast.run import new_distiller
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
@@ -72,7 +72,7 @@ def test_metrics_beyond_the_checkpoint_are_cut(small_data, small_teacher, tmp_pa
     sdw.distill(small_data, small_teacher, **settings)
     whole = read_metrics(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 15, "loss": 9.0}\n{"step": 16, "lo')
+        file.write(metrics_line({"step": 15, "loss": 9.0}) + '{"step": 16, "lo')
     assert [m["step"] for m in read_metrics(tmp_path)] == list(range(1, 16))
     sdw.distill(small_data, small_teacher, **{**settings, "steps": 15})
     metrics = read_metrics(tmp_path)

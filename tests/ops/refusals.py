@@ -1,11 +1,11 @@
 """Runs an op once for every request for memory or a thread that it makes of the system, with that request refused.
 
-    python refusals.py LIBRARY OP
-    python refusals.py LIBRARY forks
+    LD_PRELOAD=LIBRARY python refusals.py OP
+    LD_PRELOAD=LIBRARY python refusals.py forks
 
-LIBRARY is refusals.cpp, built. The op must raise MemoryError or, where only a thread was refused, give the same answer;
-and give that answer the next time in any case. Prints how many requests were refused, and how often it still answered.
-With "forks", forks while another thread frees memory, slowly, and prints how many children computed.
+LIBRARY is refusals.cpp, which `build` builds. The op must raise MemoryError or, where only a thread was refused, give
+the same answer; and give that answer the next time in any case. Prints how many requests were refused, and how often it
+still answered. With "forks", forks while another thread frees memory, slowly, and prints how many children computed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-LIBRARY = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before any other C++ library
+import torch
 
-import torch  # noqa: E402
+from sdw_fast import _C, ops, set_num_threads
 
-from sdw_fast import _C, ops, set_num_threads  # noqa: E402
-
+LIBRARY = ctypes.CDLL(None)  # of the names of this process, those of the library that was loaded first among them
 EACH = 50  # requests that are refused one by one; of those beyond, about as many in all
 FOREVER = 1 << 40
 
@@ -111,24 +111,28 @@ def forks() -> None:
     print(computed)
 
 
-def main() -> None:
+def build(folder: Path) -> Path:
+    """The library, built in a folder."""
+    path = folder / "refusals.so"
+    source = Path(__file__).with_suffix(".cpp")
+    compiler = [os.environ.get("CXX", "c++"), "-O1", "-fPIC", "-shared", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*compiler, str(source), "-ldl", "-o", str(path)], check=True)
+    return path
+
+
+def refusing(op: str) -> tuple[int, Callable[[int], int]]:
+    """How many requests an op makes, and what refuses the n-th of them, from 1 on: how often it still answered."""
     torch.set_num_threads(1)
     set_num_threads(3)
     watch_the_core()
-    if sys.argv[2] == "forks":
-        return forks()
-    work = globals()[sys.argv[2]]()
+    work = globals()[op]()
     expected = work()
 
     def answers() -> bool:
         return all(torch.equal(a, b) for a, b in zip(work(), expected, strict=True))
 
-    LIBRARY.refuse(ctypes.c_long(0), ctypes.c_long(0))
-    assert answers()
-    requests = LIBRARY.requests()
-    numbers = [*range(1, min(requests, EACH) + 1), *range(EACH + 1, requests + 1, max(1, requests // EACH))]
-    answered = 0
-    for number in numbers:
+    def trial(number: int) -> int:
+        answered = 0
         for last in (number, FOREVER):  # this one alone, or memory is at an end
             LIBRARY.refuse(ctypes.c_long(number), ctypes.c_long(last))
             try:
@@ -140,7 +144,21 @@ def main() -> None:
                 answered += 1
             LIBRARY.refuse(ctypes.c_long(0), ctypes.c_long(0))
             assert answers(), f"another answer, one call after request {number} was refused"
-    print(2 * len(numbers), answered)
+        return answered
+
+    LIBRARY.refuse(ctypes.c_long(0), ctypes.c_long(0))
+    assert answers()
+    return LIBRARY.requests(), trial
+
+
+def main() -> None:
+    if sys.argv[1] == "forks":
+        torch.set_num_threads(1)
+        watch_the_core()
+        return forks()
+    requests, trial = refusing(sys.argv[1])
+    numbers = [*range(1, min(requests, EACH) + 1), *range(EACH + 1, requests + 1, max(1, requests // EACH))]
+    print(2 * len(numbers), sum(map(trial, numbers)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 CORE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test lint format bench suite sanitize clean
+.PHONY: help setup demo test lint format bench suite sanitize torture clean
 
 help:
 	@echo "make demo      collect, train, distill and evaluate on hopper-medium; writes demo/"
@@ -15,7 +15,8 @@ help:
 	@echo "make format    apply ruff's and clang-format's formatting"
 	@echo "make bench     time every op beside its peers"
 	@echo "make suite     distill and evaluate the papers' table; continues from benchmarks/results/suite.jsonl"
-	@echo "make sanitize  run the kernel tests under address, undefined-behavior and thread sanitizers"
+	@echo "make sanitize  run the kernel tests and the whole path under address, undefined-behavior and thread sanitizers"
+	@echo "make torture   attack files, processes, memory and disks for an hour; prints a table (docs/reliability.md)"
 	@echo "make clean     remove .venv and everything built"
 
 setup: $(VENV)/.installed
@@ -58,6 +59,9 @@ suite: setup
 
 sanitize: setup
 	PYTHON=$(BIN)/python .ci/sanitize.sh
+
+torture: setup
+	$(BIN)/python tests/faults --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0)
 
 clean:
 	rm -rf $(VENV) build dist demo sdw_fast/_C*.so *.egg-info

@@ -51,6 +51,19 @@ def full_disk(folder: Path, room: int) -> Iterator[tuple[Path, Callable[[], None
         folder.rmdir()
 
 
+@contextlib.contextmanager
+def read_only_disk(folder: Path, room: int) -> Iterator[tuple[Path, Callable[[], None], Callable[[], None]]]:
+    """A file system of its own that cannot be written to while the command runs, whatever the room."""
+    with full_disk(folder, room) as (work, _, _):
+        (folder / "other").touch()
+        remount = ["mount", "-o", "remount"]
+        yield (
+            work,
+            lambda: subprocess.run([*remount, "-r", str(folder)], check=True),
+            lambda: subprocess.run([*remount, "-w", str(folder)], check=True),
+        )
+
+
 def filling(scarce: Scarce) -> Callable[[Path, int], Trial]:
     """A command of the trial's number, with room for a drawn number of bytes."""
 
@@ -81,6 +94,6 @@ def filling(scarce: Scarce) -> Callable[[Path, int], Trial]:
 
 
 ATTACKS = [
-    Attack(f"full disk ({what.__name__.replace('_', ' ')})", filling(what), trials=200)
-    for what in (limited_files, full_disk)
+    Attack(f"no room: {what.__name__.replace('_', ' ')}", filling(what), trials=200)
+    for what in (limited_files, full_disk, read_only_disk)
 ]

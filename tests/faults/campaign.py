@@ -137,7 +137,7 @@ def campaign(attacks: list[Attack], seed: int, minutes: float, results: Path) ->
     for position, attack in enumerate(attacks):
         before = [line for line in read_results(results) if (line["attack"], line["seed"]) == (attack.name, seed)]
         first = sum(line["tried"] for line in before)
-        if first >= attack.trials:
+        if any(line["complete"] for line in before):
             continue
         now = time.monotonic()
         share = (start + 60 * minutes - now) / (len(attacks) - position)
@@ -149,6 +149,7 @@ def campaign(attacks: list[Attack], seed: int, minutes: float, results: Path) ->
                 shown.append(result)
         line = {"attack": attack.name, "seed": seed, "tried": counts.total()}
         line |= {outcome: counts[outcome] for outcome in OUTCOMES}
+        line["complete"] = time.monotonic() < now + share  # it ended by itself
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "seconds": round(time.monotonic() - now), "not_clean": shown}) + "\n")
         print(json.dumps(line), flush=True)
@@ -161,10 +162,11 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def table(attacks: list[Attack], results: list[dict[str, Any]]) -> str:
     """What was counted in all calls, a row an attack, in Markdown."""
-    rows = [("attack", "tried", *OUTCOMES), ("---",) + ("---:",) * 5]
+    rows = [("attack", "tried", *OUTCOMES, "to its end"), ("---", *["---:"] * 5, "---")]
     for attack in attacks:
         lines = [line for line in results if line["attack"] == attack.name]
         if lines:
             counts = [sum(line[name] for line in lines) for name in ("tried", *OUTCOMES)]
-            rows.append((attack.name + (" (foreign)" if attack.foreign else ""), *map("{:,}".format, counts)))
+            ended = "yes" if any(line["complete"] for line in lines) else "no"
+            rows.append((attack.name + (" (foreign)" if attack.foreign else ""), *map("{:,}".format, counts), ended))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

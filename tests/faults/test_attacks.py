@@ -52,8 +52,8 @@ def test_the_whole_path_twice_gives_the_same_bits(tmp_path: Path) -> None:
 
 def test_results_of_several_calls_add_up() -> None:
     lines = [
-        {"attack": "a", "tried": 2, "clean": 1, "silent": 1, "crashed": 0, "hung": 0},
-        {"attack": "a", "tried": 1000, "clean": 999, "silent": 0, "crashed": 0, "hung": 1},
+        {"attack": "a", "tried": 2, "clean": 1, "silent": 1, "crashed": 0, "hung": 0, "complete": False},
+        {"attack": "a", "tried": 1000, "clean": 999, "silent": 0, "crashed": 0, "hung": 1, "complete": True},
     ]
     shown = table([Attack("a", rounds, trials=9, foreign=True), Attack("b", rounds, trials=9)], lines).splitlines()
-    assert shown[2:] == ["| a (foreign) | 1,002 | 1,000 | 1 | 0 | 1 |"]
+    assert shown[2:] == ["| a (foreign) | 1,002 | 1,000 | 1 | 0 | 1 | yes |"]

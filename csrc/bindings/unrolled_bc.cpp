@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "gil.h"
 #include "sdw/flat.h"
 #include "sdw/isa.h"
 #include "views.h"
@@ -40,7 +41,7 @@ struct PyTape {
         g.lr = rates.data();
         g.threads = num_threads();
         g.stream = reinterpret_cast<void*>(stream);
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         tape->backward(g);
     }
 };
@@ -93,7 +94,7 @@ void define(py::module_& m, const char* name, int device, Op op, size_t (*worksp
             p.stream = reinterpret_cast<void*>(stream);
             std::unique_ptr<UnrolledBCTape> tape;
             {
-                const py::gil_scoped_release release;
+                const WithoutGil without_gil;
                 tape = op(p);
             }
             if (tape == nullptr) return std::nullopt;

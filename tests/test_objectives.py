@@ -81,9 +81,10 @@ def test_any_objective_can_carry_the_density(small_data, small_teacher) -> None:
 
 
 def test_negative_values_are_floored_and_counted(small_data) -> None:
-    teacher = sdw.Teacher(actor=lambda s: s[:, :3].tanh(), critic=lambda s, a: s[:, 5])
+    """A state of value 0 has weight 0 as it is: it is not counted."""
+    teacher = sdw.Teacher(actor=lambda s: s[:, :3].tanh(), critic=lambda s, a: s[:, 5] * (s[:, 0] > 0))
     problem = make(small_data, teacher, objective="av-pbc")
-    negative = small_data.observations[:, 5] < 0
+    negative = (small_data.observations[:, 5] < 0) & (small_data.observations[:, 0] > 0)
     assert problem.report["weights_floored"] == negative.sum() > 0
     assert not problem.weights[negative].any()
     assert (problem.weights[~negative] > 0).all()

@@ -81,6 +81,24 @@ def test_metrics_beyond_the_checkpoint_are_cut(small_data, small_teacher, tmp_pa
     assert metrics[14]["loss"] != 9.0
 
 
+def test_metrics_that_were_cut_or_changed_are_refused(small_data, small_teacher, tmp_path) -> None:
+    settings = {**TINY, "steps": 4, "out": tmp_path, "progress": False}
+    sdw.distill(small_data, small_teacher, **settings)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    for text, words in (
+        (lines[0], "ends at step 1 and the checkpoint at step 4: it was cut; remove it"),
+        (lines[0] + "".join(lines[2:]), "its steps do not follow one another"),
+        (whole.replace('"loss": 0.', '"loss": 1.', 1), "was changed"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            sdw.distill(small_data, small_teacher, **settings)
+    path.unlink()
+    sdw.distill(small_data, small_teacher, **settings)
+
+
 def test_a_folder_without_checkpoint_starts_anew(small_data, small_teacher, tmp_path) -> None:
     settings = {**TINY, "out": tmp_path, "progress": False}
     expected = sdw.distill(small_data, small_teacher, **settings)

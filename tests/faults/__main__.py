@@ -34,13 +34,14 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--numbers", help=argparse.SUPPRESS)
     parser.add_argument("--report", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         [attack] = [attack for attack in ATTACKS if attack.name == options.worker]
         numbers = range(*map(int, options.numbers.split(":")))
         with open(options.report, "w", encoding="utf-8") as report:
-            work(attack, options.seed, numbers, options.folder, report)
+            work(attack, options.seed, numbers, options.folder, options.deadline, report)
         return
     chosen = [attack for attack in ATTACKS if any(word in attack.name for word in options.only)]
     campaign(chosen, options.seed, options.minutes, options.out)

@@ -7,6 +7,7 @@ process, is a crash; one that takes longer than the attack's patience hangs, and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -49,11 +50,13 @@ class Attack:
     environment: Callable[[Path], dict[str, str]] = lambda folder: {}
 
 
-def work(attack: Attack, seed: int, numbers: Iterable[int], folder: Path, report: IO[str]) -> None:
-    """What a worker does: a line when it is ready, then one a trial."""
+def work(attack: Attack, seed: int, numbers: Iterable[int], folder: Path, deadline: float, report: IO[str]) -> None:
+    """What a worker does: a line when it is ready, then one a trial, none of which begins after the deadline."""
     trial = attack.prepare(folder, seed)
     print(_READY, file=report, flush=True)
     for number in numbers:
+        if time.monotonic() > deadline:
+            return
         try:
             said = trial(number)
             outcome = "clean" if said is None else "silent"
@@ -68,7 +71,7 @@ def outcomes(attack: Attack, seed: int, numbers: range, deadline: float) -> Iter
     """Tries an attack by these numbers until the deadline, in workers that are started anew when they die."""
     first = numbers.start
     while first < numbers.stop and time.monotonic() < deadline:
-        with tempfile.TemporaryDirectory(prefix="sdw_torture_") as folder:
+        with tempfile.TemporaryDirectory(prefix="sdw_torture_", ignore_cleanup_errors=True) as folder:
             for result in _of_one_worker(attack, seed, range(first, numbers.stop), Path(folder), deadline):
                 if result["outcome"] == "end":
                     return
@@ -80,9 +83,10 @@ def _of_one_worker(
     attack: Attack, seed: int, numbers: range, folder: Path, deadline: float
 ) -> Iterator[dict[str, Any]]:
     reading, writing = os.pipe()
-    here = [sys.executable, str(Path(__file__).parent), "--worker", attack.name, "--seed", str(seed)]
+    options = {"worker": attack.name, "seed": seed, "numbers": f"{numbers.start}:{numbers.stop}", "deadline": deadline}
+    options |= {"report": writing, "folder": folder}
     process = subprocess.Popen(
-        [*here, "--numbers", f"{numbers.start}:{numbers.stop}", "--report", str(writing), "--folder", str(folder)],
+        [sys.executable, str(Path(__file__).parent), *(f"--{name}={value}" for name, value in options.items())],
         pass_fds=[writing],
         env={**os.environ, **attack.environment(folder)},
         stdout=subprocess.DEVNULL,
@@ -96,19 +100,22 @@ def _of_one_worker(
             lines = _lines(report)
             if lines(_START) != _READY:
                 raise RuntimeError(f"{attack.name} did not start: {(folder / 'errors').read_text()[-2000:]}")
-            while number < numbers.stop and time.monotonic() < deadline:
+            while number < numbers.stop:
                 line = lines(attack.patience)
                 if line is None:
                     yield {"number": number, "outcome": "hung", "said": f"over {attack.patience} s"}
                     return
                 if not line:
-                    said = f"the process ended: {process.wait()} {(folder / 'errors').read_text()[-300:]}"
+                    if process.wait() == 0:  # the deadline
+                        return
+                    said = f"the process ended: {process.returncode} {(folder / 'errors').read_text()[-300:]}"
                     yield {"number": number, "outcome": "crashed", "said": said}
                     return
                 yield json.loads(line)
                 number += 1
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

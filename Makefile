@@ -6,13 +6,14 @@ TORCH := torch==2.13.0
 CORE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test lint format bench suite sanitize torture clean
+.PHONY: help setup demo test lint format docs bench suite sanitize torture clean
 
 help:
 	@echo "make demo      collect, train, distill and evaluate on hopper-medium; writes demo/"
 	@echo "make test      run the tests"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    apply ruff's and clang-format's formatting"
+	@echo "make docs      build the documentation site into docs/_build; warnings are errors"
 	@echo "make bench     time every op beside its peers"
 	@echo "make suite     distill and evaluate the papers' table; continues from benchmarks/results/suite.jsonl"
 	@echo "make sanitize  run the kernel tests and the whole path under address, undefined-behavior and thread sanitizers"
@@ -51,6 +52,10 @@ format: setup
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
+docs: setup
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run
 
@@ -64,4 +69,4 @@ torture: setup
 	$(BIN)/python tests/faults --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0)
 
 clean:
-	rm -rf $(VENV) build dist demo sdw_fast/_C*.so *.egg-info
+	rm -rf $(VENV) build dist demo docs/_build sdw_fast/_C*.so *.egg-info

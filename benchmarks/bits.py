@@ -20,13 +20,13 @@ import sdw_fast as sdw
 
 ROWS, STATES, ACTIONS = 6_000, 11, 3
 SETTINGS = {
+    "value_weights": "shifted",
     "density": None,
     "density_method": "knn",
     "k": 10,
     "tau": None,
     "ess": 0.5,
     "clip": 0.99,
-    "beta": 0.02,
     "size": 64,
     "init": "random",
     "hidden": (256, 256, 256),
@@ -35,6 +35,7 @@ SETTINGS = {
     "inner_steps": 100,
     "inner_lr": 0.1,
     "inner_momentum": 0.9,
+    "adapt_inner_lr": True,
     "window": None,
     "steps": 50,
     "batch_size": 512,
@@ -44,6 +45,7 @@ SETTINGS = {
     "momentum": 0.9,
     "average": 0.9,
     "clip_norm": 0.02,
+    "select": "held-out",
     "seed": 0,
 }
 

@@ -25,7 +25,7 @@ from torch import Tensor
 import sdw_fast as sdw
 from benchmarks.table import append, origin
 from sdw_fast import distiller as distiller_module
-from sdw_fast import networks
+from sdw_fast import inner, networks
 from sdw_fast.run import new_distiller, run
 
 TINY: dict[str, Any] = {"size": 8, "hidden": (8,), "inner_steps": 3, "batch_size": 32}
@@ -70,16 +70,16 @@ def draws_of_the_cpu() -> Iterator[None]:
         return [parameter.to(generators[0].device) for parameter in drawn]
 
     class Batches:
-        def __init__(self, problem: sdw.OuterProblem, device: torch.device) -> None:
+        def __init__(self, problem: sdw.OuterProblem, device: torch.device, rows: np.ndarray | None = None) -> None:
             self.device = device
-            self._batches = outer_batches(problem, torch.device("cpu"))
+            self._batches = outer_batches(problem, torch.device("cpu"), rows)
 
         def draw(self, size: int, generator: torch.Generator) -> list[Tensor]:
             return [part.to(self.device) for part in self._batches.draw(size, of_cpu(generator))]
 
     outer_batches = distiller_module.OuterBatches
     with (
-        mock.patch.object(distiller_module, "orthogonal_parameters", orthogonal_parameters),
+        mock.patch.object(inner, "orthogonal_parameters", orthogonal_parameters),
         mock.patch.object(distiller_module, "OuterBatches", Batches),
     ):
         yield

@@ -23,6 +23,7 @@ class _BehaviorMatching(Protocol):
     def __call__(
         self,
         widths: Sequence[int],
+        head: str,  # "tanh", "identity", "softmax"
         params: Tensor,
         states: Tensor,
         targets: Tensor,
@@ -48,6 +49,7 @@ def UnrolledBCOptions(
     widths: Sequence[int],
     steps: int,
     window: int,
+    head: str,
     momentum: float,
     keep_tape: bool,
     recompute: bool,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
@@ -19,16 +21,15 @@ import sdw_fast as sdw
 from sdw_fast import run as runs
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 from sdw_fast.density import DensityWeights
-from sdw_fast.disk import replacing
+from sdw_fast.disk import check_writable, replacing
 from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
-from sdw_fast.folder import read_metrics, read_run
+from sdw_fast.folder import find_runs, read_metrics, read_run
 
 _TRACEBACK = "SDW_FAST_TRACEBACK"  # set: errors are shown with where they arose
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Offline behavior distillation: condense an offline RL dataset into a few hundred state-action pairs.",
@@ -38,6 +39,22 @@ app = typer.Typer(
 
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, or .npz")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+
+
+def _importable(env: str | None) -> str | None:
+    """Lets module:Env-v0 find a module of the user's in the working directory, which a script does not search."""
+    if env is not None and ":" in env and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return env
+
+
+Env = Annotated[
+    str | None,
+    typer.Option(
+        callback=_importable,
+        help="Gymnasium id, or module:Env-v0 to import the module first; default: the environment recorded.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -53,7 +70,7 @@ def settings_of(config: type, *names: str) -> Callable[[Callable[..., None]], Ca
             kind, help_text = get_args(hints[setting.name])
             default = setting.default
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-            if kind == bool | None:
+            if kind in (bool, bool | None):
                 options[setting.name] = Annotated[bool | None, typer.Option(help=help_text)]
                 continue
             option = typer.Option(
@@ -132,6 +149,28 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
+def _refuse_unused(config: DistillConfig | TeacherConfig, settings: dict[str, Any]) -> None:
+    """Raises ValueError where an option was given that the others leave without effect."""
+    for name, reason in config.unused().items():
+        if name in settings:
+            raise ValueError(f"--{name.replace('_', '-')} would have no effect: {reason}. Leave it out")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sdw-fast {sdw.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command(epilog="Example: `sdw-fast info --json`")
 def info(as_json: Json = False) -> None:
     """Print what is installed and what is used."""
@@ -166,9 +205,11 @@ def train_teacher(
     out: Annotated[Path, typer.Option(help="Where to write the teacher (.safetensors).")],
     **settings: Any,
 ) -> None:
-    """Train a teacher (policy and Q) on a dataset by offline RL."""
+    """Train a teacher (policy and Q) on a dataset by offline RL; the same command goes on with an interrupted one."""
     with _readable_errors():
-        sdw.train_teacher(sdw.load_dataset(dataset), **settings).save(out)
+        _refuse_unused(TeacherConfig(**settings), settings)
+        check_writable(out)
+        sdw.train_teacher(sdw.load_dataset(dataset), out=out, **settings)
         typer.echo(out)
 
 
@@ -185,6 +226,9 @@ def density(
     """Estimate every state's log-density, and show the dataset's diversity and the weights it leads to."""
     with _readable_errors():
         config = DistillConfig(**settings)
+        _refuse_unused(config, settings)
+        if out is not None:
+            check_writable(out)
         data = sdw.load_dataset(dataset)
         options = {"k": config.k} if config.density_method == "knn" else {"seed": config.seed}
         logd = sdw.log_density(data, config.density_method, progress=not as_json, **options)
@@ -221,14 +265,19 @@ def _write_density(
 def distill(
     dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5 or .npz")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher (.safetensors); objective dbc needs none.")] = None,
+    teacher_factory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A function of yours that returns a teacher, or with --teacher the modules for the file's weights.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder; no other option is needed.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}. [default]")] = None,
-    env: Annotated[
-        str | None, typer.Option(help="Gymnasium id of the environment, if the dataset does not say it.")
-    ] = None,
+    env: Env = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [cpu]")] = None,
     n_runs: Annotated[
         int | None, typer.Option(help="Distill this many sets side by side, seeds from --seed on; see OUT/run-000, …")
@@ -250,6 +299,9 @@ def distill(
             raise ValueError("give DATASET and --out RUN for a new run, or --resume RUN to continue one")
         else:
             config = DistillConfig.preset(preset or "default", **settings)
+            _refuse_unused(config, settings)
+            if teacher is not None and config.objective == "dbc" and config.init != "top-q":
+                raise ValueError("--teacher would have no effect: objective dbc asks none. Leave it out")
             source = {
                 "dataset": _absolute(dataset),
                 "teacher": teacher and _absolute(teacher),
@@ -257,13 +309,36 @@ def distill(
                 "n_runs": n_runs,
                 "env": env,
             }
-        loaded = sdw.Teacher.load(source["teacher"]) if source.get("teacher") is not None else None
-        data = sdw.load_dataset(source["dataset"], env_id=source.get("env"))
+        loaded = _teacher(source.get("teacher"), teacher_factory)
+        data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
         distiller = runs.new_distiller(
             data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
         )
         runs.run(distiller, out, source=source)
         _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
+
+
+def _teacher(path: str | None, factory: str | None) -> sdw.Teacher | None:
+    """The teacher of a file, of a function of the user's, or of both: the file's weights in the function's modules.
+
+    The function is named on the command line, every time: a file never says which code to run.
+    """
+    function = None
+    if factory is not None:
+        name, _, attribute = factory.partition(":")
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+        try:
+            function = getattr(importlib.import_module(name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"--teacher-factory must be module:function, got {factory!r}: {error}") from error
+        finally:
+            sys.path.pop(0)
+    if path is not None:
+        return sdw.Teacher.load(path, factory=function)
+    made = None if function is None else function()
+    if function is not None and not isinstance(made, sdw.Teacher):
+        raise ValueError(f"--teacher-factory must return a sdw_fast.Teacher, got {type(made).__name__}")
+    return made
 
 
 def _absolute(source: str | Path) -> str:
@@ -274,28 +349,75 @@ def _absolute(source: str | Path) -> str:
 
 @app.command(epilog="Example: `sdw-fast evaluate runs/hopper/best.npz --env Hopper-v5 --episodes 10 --json`")
 def evaluate(
-    synthetic: Annotated[Path, typer.Argument(metavar="SET", help="Synthetic set (.npz), e.g. RUN/best.npz")],
-    env: Annotated[str | None, typer.Option(help="Gymnasium id; default: the set's own.")] = None,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Synthetic set (RUN/best.npz), or policy (.safetensors)")
+    ],
+    env: Env = None,
     episodes: Annotated[int, typer.Option(help="Episodes to run, in all.")] = 10,
-    clones: Annotated[int, typer.Option(help="Policies to train, from different initializations.")] = 5,
-    seed: Seed = 0,
+    clones: Annotated[
+        int | None, typer.Option(help="Policies to train on a set, from different initializations. [5]")
+    ] = None,
+    ensemble: Annotated[
+        int | None, typer.Option(help="Members of each policy, which acts by their mean action. [1]")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first policy and episode; below 2^30 none of those that chose best.npz.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Train policies on a synthetic set by behavior cloning and run them in the environment."""
+    """Train policies on a synthetic set by behavior cloning, or take a saved one, and run them in the environment."""
     with _readable_errors():
-        pairs = sdw.SyntheticDataset.load(synthetic)
-        result = sdw.evaluate_synthetic(pairs, env, clones=min(clones, episodes), episodes=episodes, seed=seed)
+        if file.suffix == ".safetensors":
+            given = [name for name, value in {"--clones": clones, "--ensemble": ensemble}.items() if value is not None]
+            if given:
+                raise ValueError(f"{' and '.join(given)} would have no effect: {file} is one trained policy")
+            result = sdw.evaluate(sdw.MLPPolicy.load(file), env, episodes=episodes, seed=seed)
+        else:
+            pairs = sdw.SyntheticDataset.load(file)
+            clones = min(5, episodes) if clones is None else clones
+            members = 1 if ensemble is None else ensemble
+            result = sdw.evaluate_synthetic(pairs, env, clones=clones, ensemble=members, episodes=episodes, seed=seed)
         _show(result.to_dict(), as_json)
 
 
-@app.command(epilog="Example: `sdw-fast plot runs/hopper`")
-def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Draw a run's learning curves into RUN/metrics.png."""
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs; of several sets, all of them.")]
+
+
+@app.command(epilog="Example: `sdw-fast plot runs/hopper runs/walker2d --out curves.png`")
+def plot(
+    runs: Runs,
+    out: Annotated[
+        Path | None, typer.Option(help="The picture. [RUN/metrics.png of one run, metrics.png of several]")
+    ] = None,
+) -> None:
+    """Draw the learning curves of runs into one picture."""
     with _readable_errors():
         from sdw_fast import plots
 
-        plots.save(plots.plot_metrics({run.name: read_metrics(run)}), run / "metrics.png")
-        typer.echo(run / "metrics.png")
+        path = _beside(runs, out, "metrics.png")
+        plots.save(plots.plot_metrics({name: read_metrics(run) for name, run in find_runs(runs).items()}), path)
+        typer.echo(path)
+
+
+@app.command(epilog="Example: `sdw-fast report runs/hopper runs/walker2d --out report.html`")
+def report(
+    runs: Runs,
+    out: Annotated[
+        Path | None, typer.Option(help="The page. [RUN/report.html of one run, report.html of several]")
+    ] = None,
+) -> None:
+    """Write one HTML page about runs: settings, curves, weights, states, returns and what to do about bad ones."""
+    with _readable_errors():
+        from sdw_fast.report import write_report
+
+        path = _beside(runs, out, "report.html")
+        write_report(runs, path)
+        typer.echo(path)
+
+
+def _beside(runs: list[Path], out: Path | None, name: str) -> Path:
+    """Where a picture or page of runs goes: into the run, or where there are several, into the working directory."""
+    return out or (runs[0] / name if len(runs) == 1 else Path(name))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ An array that already is contiguous float32 is taken over without a copy.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from sdw_fast.arrays import unmasked
 from sdw_fast.data import TransitionDataset
-from sdw_fast.units import Affine, Units, d4rl_returns
+from sdw_fast.units import Affine, Discrete, Units, d4rl_returns
 
 _ROW_BLOCK = 16_384  # rows looked at together where a whole-array temporary would double the memory
 
@@ -30,15 +31,21 @@ class Columns:
         jumps: where the source itself knows them, (rows, next observations) of the rows whose next observation is not
             the following row's; None: found by comparing next_observations, or derived without them.
         action_bounds: (low, high), or None where the source does not say them.
+        discrete: how many discrete actions there are, or None where the source does not say it, or they are vectors.
         reference_scores: (random, expert) returns that the source carries.
-        env_id, name, path: as in `TransitionDataset`.
+        env_id, env_spec: the environment that the source names, as in `Units`.
+        env: the environment that the caller names in its place, an `Environment`.
+        name, path: as in `TransitionDataset`.
     """
 
     arrays: dict[str, Any]
     jumps: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
     action_bounds: tuple[Any, Any] | None = None
+    discrete: Discrete | None = None
     reference_scores: tuple[float, float] | None = None
     env_id: str | None = None
+    env_spec: str | None = None
+    env: Any = None
     name: str | None = None
     path: Path | None = None
 
@@ -48,13 +55,7 @@ def build_dataset(columns: Columns) -> TransitionDataset:
     arrays = columns.arrays
     observations = _matrix("observations", arrays.pop("observations"))
     rows = len(observations)
-    actions = arrays.pop("actions")
-    if np.asarray(actions).dtype.kind in "iub":
-        raise ValueError(
-            f"actions have dtype {np.asarray(actions).dtype}: discrete actions are not supported, behavior "
-            "distillation matches continuous actions (M, A)"
-        )
-    actions = _matrix("actions", actions, rows)
+    actions = _actions(arrays.pop("actions"), rows)
     rewards = _column("rewards", arrays.pop("rewards"), rows, np.float32)
     terminations = _column("terminations", arrays.pop("terminations"), rows, np.bool_)
     truncations = arrays.pop("truncations", None)
@@ -80,13 +81,9 @@ def build_dataset(columns: Columns) -> TransitionDataset:
         observations = observations[kept]  # one after the other, so that the peak is the data and one column of it
         actions = actions[kept]
         rewards, terminations = rewards[kept], terminations[kept]
-    bounds = columns.action_bounds or _environment_bounds(columns.env_id, actions.shape[1])
-    if bounds is None and max(-actions.min(), actions.max()) <= 1:
-        bounds = -1.0, 1.0
-    scaling = None if bounds is None else Affine.between(*_per_action(bounds, actions.shape[1]))
-    if scaling is not None:
-        _tell_of_actions_beyond(actions, scaling)
-    own = columns.reference_scores
+    units = _units(columns, observations, actions)
+    if isinstance(units.actions, Affine):
+        _tell_of_actions_beyond(actions, units.actions)
     return TransitionDataset(
         observations=observations,
         actions=actions,
@@ -95,12 +92,7 @@ def build_dataset(columns: Columns) -> TransitionDataset:
         truncations=truncations,
         jumps=jumps[0],
         jump_observations=_finite("next_observations", jumps[1], numbers=jumps[0]),
-        units=Units(
-            states=Affine.fit(observations),
-            actions=scaling,
-            returns=d4rl_returns(columns.env_id) if own is None else Affine.scores(*own),
-            env_id=columns.env_id,
-        ),
+        units=units,
         name=columns.name,
         path=columns.path,
     )
@@ -150,22 +142,63 @@ def _tell_of_actions_beyond(actions: np.ndarray, scaling: Affine) -> None:
         )
 
 
-def _environment_bounds(env_id: str | None, width: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The action bounds of a named environment, where it can be made here and its actions are as wide."""
-    if env_id is None:
-        return None
-    try:
-        from sdw_fast.rollout import action_bounds
+def _units(columns: Columns, observations: np.ndarray, actions: np.ndarray) -> Units:
+    """The units of the columns: bounds are the environment's, else the source's, else ±1 where no action is beyond."""
+    stated, own, width = columns.action_bounds, columns.reference_scores, 0 if actions.ndim == 1 else actions.shape[1]
+    units = Units(
+        states=Affine.fit(observations),
+        actions=Affine.between(*_per_action(stated, width)) if stated and width else columns.discrete,
+        env_id=columns.env_id,
+        env_spec=columns.env_spec,
+    )
+    if columns.env is not None or columns.env_id is not None:
+        units = _placed(units, width, columns.env)
+    returns = d4rl_returns(units.env_id) if own is None else Affine.scores(*own)
+    units = dataclasses.replace(units, returns=returns)
+    if width == 0 or isinstance(units.actions, Discrete):
+        _check_discrete(actions, units.actions)
+    elif units.actions is None and max(-actions.min(), actions.max()) <= 1:
+        return dataclasses.replace(units, actions=Affine.between(np.full(width, -1.0), np.full(width, 1.0)))
+    return units
 
-        bounds = action_bounds(env_id)
-    except Exception as error:  # gymnasium, MuJoCo or an environment of the user's: each raises its own
+
+def _check_discrete(actions: np.ndarray, known: Affine | Discrete | None) -> None:
+    """Raises ValueError unless the actions are numbers of discrete actions that are known."""
+    if actions.ndim != 1:
+        raise ValueError(
+            f"there are {known and known.width} discrete actions, and the dataset's are {actions.dtype} of shape "
+            f"{actions.shape}: give their numbers, integers (M,)"
+        )
+    if not isinstance(known, Discrete):
+        raise ValueError(
+            "actions are integers, the numbers of discrete actions, and nothing says how many there are: give "
+            "n_actions, or the env_id of an environment with a Discrete action space; or floats (M, A), if they are no "
+            "such numbers"
+        )
+    if actions.min() < known.start or actions.max() >= known.start + known.n:
+        raise ValueError(
+            f"actions must be numbers from {known.start} to {known.start + known.n - 1}, as there are {known.n} "
+            f"discrete actions; got {actions.min()} to {actions.max()}"
+        )
+
+
+def _placed(units: Units, width: int, env: Any) -> Units:
+    """Units in their environment; where it cannot be made here, without what only the environment can tell."""
+    from sdw_fast.environments import place
+
+    try:
+        units, reason = place(units, width, env), f"does not bound {width} actions"
+    except (ImportError, ValueError) as error:
+        reason = f"cannot be made here ({error})"
+        if env is not None:
+            units = dataclasses.replace(units, env_id=env if isinstance(env, str) else None, env_spec=None)
+    if units.actions is None:
         warnings.warn(
-            f"the environment {env_id!r} cannot be made here ({error}): its action bounds are taken to be -1 and 1 if "
-            "every action lies there; to say them, give action_low and action_high",
+            f"the environment {units.env_id!r} {reason}: action bounds are taken to be -1 and 1 if every action lies "
+            "there; to say them, give action_low and action_high",
             stacklevel=2,
         )
-        return None
-    return bounds if bounds is not None and len(bounds[0]) == width else None
+    return units
 
 
 def _per_action(bounds: tuple[Any, Any], width: int) -> list[np.ndarray]:
@@ -175,6 +208,19 @@ def _per_action(bounds: tuple[Any, Any], width: int) -> list[np.ndarray]:
         raise ValueError(
             f"action_low and action_high must be numbers or ({width},) arrays, got {bounds[0]!r} and {bounds[1]!r}"
         ) from error
+
+
+def _actions(values: Any, rows: int) -> np.ndarray:
+    """Vectors (rows, A) float32, or, of integers, the numbers of discrete actions (rows,) int64."""
+    array = _numeric("actions", values)
+    if array.dtype.kind == "f":
+        return _matrix("actions", array, rows)
+    if array.shape not in ((rows,), (rows, 1)):
+        raise ValueError(
+            f"actions are {array.dtype} of shape {array.shape}: integers are the numbers of discrete actions, one a "
+            f"row, ({rows},); several at once (MultiDiscrete) are not supported, and other vectors are floats"
+        )
+    return np.ascontiguousarray(array.reshape(rows), dtype=np.int64)
 
 
 def _matrix(name: str, values: Any, rows: int | None = None, width: int | None = None) -> NDArray[np.float32]:

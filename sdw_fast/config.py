@@ -10,18 +10,22 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
+from sdw_fast.cards import Card, Shown
+
 OBJECTIVES = ("dbc", "pbc", "av-pbc", "sdw")
 DENSITY_METHODS = ("knn", "flow")
 INITIALIZATIONS = ("random", "kmeans++", "top-q")
+VALUE_WEIGHTS = ("shifted", "paper")
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine")
 TAPES = ("full", "recompute")
+SELECTIONS = ("held-out", "return", "last")
 PRECISIONS = ("tf32", "ieee")
 ALGORITHMS = ("td3bc", "iql")
 
 
-@dataclass(frozen=True)
-class DistillConfig:
+@dataclass(frozen=True, repr=False)
+class DistillConfig(Shown):
     """The settings of a distillation. `DistillConfig.preset` gives those that have a name.
 
     Raises:
@@ -30,13 +34,16 @@ class DistillConfig:
 
     # the outer problem
     objective: Annotated[str, "dbc, pbc, av-pbc or sdw: targets and weights, see sdw_fast.objectives."] = "sdw"
+    value_weights: Annotated[str, "Of av-pbc and sdw: shifted, whatever Q's scale and zero; or paper: beta * Q."] = (
+        "shifted"
+    )
+    beta: Annotated[float | None, "Scale of Q with value_weights=paper; default: 0.02."] = None
     density: Annotated[bool | None, "Weights carry d(s)^(-tau); default: as the objective says."] = None
     density_method: Annotated[str, "Estimator of the density: knn, or flow (the paper's, slower)."] = "knn"
     k: Annotated[int, "Neighbors of the k-NN density."] = 10
     tau: Annotated[float | None, "Exponent of the density; default: set by ess."] = None
     ess: Annotated[float, "Effective sample size of the density weights, a share of the dataset, if tau is none."] = 0.5
     clip: Annotated[float, "Quantile at which the density weights are clipped."] = 0.99
-    beta: Annotated[float, "Scale of Q in the weights."] = 0.02
 
     # the synthetic set
     size: Annotated[int, "Synthetic pairs, N."] = 256
@@ -49,6 +56,7 @@ class DistillConfig:
     inner_steps: Annotated[int, "Steps of behavior cloning, T."] = 100
     inner_lr: Annotated[float, "Step size of behavior cloning."] = 0.1
     inner_momentum: Annotated[float, "Momentum of behavior cloning; 0 is plain SGD, which wants a larger step."] = 0.9
+    adapt_inner_lr: Annotated[bool, "Lower inner_lr where inner training is unstable, see sdw_fast.stability."] = True
     window: Annotated[int | None, "Differentiate the last so many inner steps only; default: all."] = None
     tape: Annotated[str, "full, or recompute: less memory, a third more time, the same bits."] = "full"
     precision: Annotated[str, "Of the products on a GPU: tf32 or ieee (float32)."] = "tf32"
@@ -64,6 +72,11 @@ class DistillConfig:
     clip_norm: Annotated[float, "Bound on the norm of the hypergradient; SGD, which it slows down, wants more."] = 0.02
 
     # the run
+    select: Annotated[
+        str | None,
+        "The set returned: held-out (lowest loss on a tenth of the states, which is not learned from), "
+        "return (needs eval_every) or last; default: return with eval_every, else held-out.",
+    ] = None
     seed: Annotated[int, "Seed of every random draw."] = 0
     eval_every: Annotated[int, "Outer steps between evaluations in the environment; 0: never."] = 0
     eval_clones: Annotated[int, "Policies cloned for an evaluation, from different initializations."] = 5
@@ -76,6 +89,7 @@ class DistillConfig:
             self,
             objective=OBJECTIVES,
             density_method=DENSITY_METHODS,
+            value_weights=VALUE_WEIGHTS,
             init=INITIALIZATIONS,
             optimizer=OPTIMIZERS,
             schedule=SCHEDULES,
@@ -83,12 +97,20 @@ class DistillConfig:
             precision=PRECISIONS,
         )
         _check_at_least_one(self, "size", "inner_steps", "steps", "batch_size", "eval_clones", "checkpoint_every", "k")
-        _check_positive(self, "lr", "inner_lr", "clip_norm", "gain", "beta")
+        _check_positive(self, "lr", "inner_lr", "clip_norm", "gain")
+        if self.beta is not None:
+            _check_positive(self, "beta")
+            if self.value_weights != "paper":
+                raise ValueError(f"beta={self.beta} is the scale of value_weights='paper' and means nothing without it")
         if self.tau is not None and not 0 <= self.tau < math.inf:
             raise ValueError(f"tau must be 0 or more and finite, or None to be set by ess, got {self.tau}")
         for name in ("ess", "clip"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        if self.select is not None and self.select not in SELECTIONS:
+            raise ValueError(f"select must be one of {list(SELECTIONS)} or None, got {self.select!r}")
+        if self.select == "return" and not self.eval_every:
+            raise ValueError("select='return' chooses by evaluations in the environment: set eval_every")
         if self.eval_every < 0:
             raise ValueError(f"eval_every must be 0 (never) or more, got {self.eval_every}")
         if self.eval_episodes < self.eval_clones:
@@ -102,6 +124,11 @@ class DistillConfig:
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
         if self.inner_width is not None and self.inner_width < 1:
             raise ValueError(f"inner_width must be at least 1, or None for those of hidden, got {self.inner_width}")
+
+    @property
+    def selected_by(self) -> str:
+        """What the returned set is chosen by: held-out, return or last."""
+        return self.select or ("return" if self.eval_every else "held-out")
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> DistillConfig:
@@ -122,6 +149,29 @@ class DistillConfig:
             raise ValueError(f"preset must be one of {list(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], **settings})
 
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and why."""
+        weighted = self.objective == "sdw" if self.density is None else self.density
+        reasons: dict[str, str] = {}
+        if not weighted:
+            names = ("density_method", "k", "tau", "ess", "clip")
+            reasons |= dict.fromkeys(names, f"objective {self.objective} has no density weights here")
+        elif self.density_method == "flow":
+            reasons["k"] = "density_method flow has no neighbors"
+        if self.tau is not None:
+            reasons.setdefault("ess", "tau is given, which it would set")
+        if self.objective in ("dbc", "pbc"):
+            names = ("value_weights", "beta")
+            reasons |= dict.fromkeys(names, f"objective {self.objective} has no value weights")
+        if not self.eval_every:
+            reasons |= dict.fromkeys(("eval_clones", "eval_episodes"), "eval_every is 0, never")
+        return reasons
+
+    def card(self) -> Card:
+        """The settings that are not the defaults; `to_dict` gives all."""
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        return Card("DistillConfig", {name: _word(getattr(self, name)) for name in changed})
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return {**asdict(self), "hidden": list(self.hidden)}
@@ -138,9 +188,11 @@ class DistillConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "published": {"inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95},
+    "published": {"value_weights": "paper", "inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95, "select": "last"},
     "paper": {
+        "value_weights": "paper",
         "inner_width": None,
+        "adapt_inner_lr": False,
         "gain": math.sqrt(2),
         "inner_momentum": 0.0,
         "steps": 50_000,
@@ -168,12 +220,21 @@ class TeacherConfig:
     temperature: Annotated[float, "iql: inverse temperature of the advantage weights."] = 3.0
     seed: Annotated[int, "Seed of every random draw."] = 0
 
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and why."""
+        names = ("alpha",) if self.algorithm == "iql" else ("expectile", "temperature")
+        return dict.fromkeys(names, f"algorithm {self.algorithm} has none")
+
     def __post_init__(self) -> None:
         _check_choices(self, algorithm=ALGORITHMS)
         _check_at_least_one(self, "steps")
         _check_positive(self, "alpha", "temperature")
         if not 0.5 <= self.expectile < 1:
             raise ValueError(f"expectile must be in [0.5, 1), got {self.expectile}")
+
+
+def _word(value: Any) -> Any:
+    return "none" if value is None else value
 
 
 def _check_choices(config: Any, **choices: tuple[str, ...]) -> None:

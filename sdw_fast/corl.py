@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from sdw_fast.files import read_torch, reading
-from sdw_fast.networks import MLP, below, refuse_non_finite
-from sdw_fast.units import SCALE_FLOOR, Affine
+from sdw_fast.networks import MLP, MinCritic, below, refuse_non_finite
+from sdw_fast.units import SCALE_FLOOR, Affine, Units
 
 # CORL's one-number module, under the name that its training scripts pickle it with. The stand-in only receives the
 # pickled attributes; nothing of it is used, because a multiplier of the log-std does not move the mean action.
 _CORL_SCALAR = type("Scalar", (), {"__module__": "__main__"})
 
 
-def load_networks(path: str | os.PathLike[str]) -> tuple[MLP, list[MLP]]:
-    """Actor and critics of a checkpoint, frozen; see `sdw_fast.teacher.Teacher.from_corl`."""
+def parts_of_corl(path: str | os.PathLike[str], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Teacher's arguments from a checkpoint; see `sdw_fast.teacher.Teacher.from_corl`."""
     path = Path(path)
     with reading(path, "CORL checkpoint", hint=" Only tensors and plain containers are ever unpickled"):
         with torch.serialization.safe_globals([_CORL_SCALAR]):
@@ -31,10 +31,15 @@ def load_networks(path: str | os.PathLike[str]) -> tuple[MLP, list[MLP]]:
             raise ValueError(f"it has no state dict 'actor' (it holds {held})")
         actor, critics = _networks(checkpoint)
         refuse_non_finite({"the actor": actor, **{f"critic {i}": c for i, c in enumerate(critics, start=1)}})
-    return actor, critics
+    return {
+        "actor": actor,
+        "critic": MinCritic(critics) if critics else None,
+        "units": Units(states=_state_map(mean, std, actor.sizes[0], path.name)),
+        "provenance": {"source": "CORL checkpoint", "file": path.name},
+    }
 
 
-def state_map(mean: Sequence[float], std: Sequence[float], width: int, name: str) -> Affine:
+def _state_map(mean: Sequence[float], std: Sequence[float], width: int, name: str) -> Affine:
     """CORL's normalization of (width,) states, (s − mean) / (std + 1e-3), for the checkpoint of that name.
 
     Raises ValueError for other arrays.

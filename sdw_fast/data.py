@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sdw_fast.cards import Card, Shown
 from sdw_fast.units import Affine, Units
 
+if TYPE_CHECKING:
+    from sdw_fast.environments import Environment
 
-@dataclass(frozen=True, eq=False)
-class TransitionDataset:
+_ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations", "jumps", "jump_observations")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TransitionDataset(Shown):
     """Transitions (s, a, r, s') of whole episodes, one after another, in environment units; made by `load_dataset`.
 
     An episode ends at a row whose termination or truncation is set; the last row sets one of them. The arrays are the
@@ -25,19 +33,19 @@ class TransitionDataset:
 
     Attributes:
         observations: (M, D) float32.
-        actions: (M, A) float32.
+        actions: (M, A) float32; discrete ones (M,) int64, the environment's numbers.
         rewards: (M,) float32.
         terminations: (M,) bool, true ends of an episode (nothing follows).
         truncations: (M,) bool, episodes cut short, by a time limit or by the end of the data.
         jumps: (J,) int64, ascending: rows whose next observation is not the following row's observation.
         jump_observations: (J, D) float32, the next observations of those rows.
-        units: how states, actions and returns are normalized, and the environment's id.
+        units: how states, actions and returns are normalized, and the environment.
         name: where the data came from, for people.
         path: the folder (Minari) or file that the data came from; caches are kept beside it.
     """
 
     observations: NDArray[np.float32] = field(repr=False)
-    actions: NDArray[np.float32] = field(repr=False)
+    actions: NDArray[Any] = field(repr=False)
     rewards: NDArray[np.float32] = field(repr=False)
     terminations: NDArray[np.bool_] = field(repr=False)
     truncations: NDArray[np.bool_] = field(repr=False)
@@ -46,6 +54,33 @@ class TransitionDataset:
     units: Units = field(repr=False)
     name: str | None = None
     path: Path | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Whether transitions and units are the same, wherever they came from."""
+        return isinstance(other, TransitionDataset) and (
+            self is other
+            or (self.units == other.units and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in _ARRAYS))
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash)
+
+    def card(self) -> Card:
+        """What the dataset is, for people."""
+        returns, scores = self.episode_returns, self.units.returns
+        shown = f"{returns.mean():.0f} ± {returns.std():.0f}"
+        return Card(
+            "TransitionDataset",
+            {
+                "name": self.name,
+                "environment": self.env_id,
+                "transitions": len(self),
+                "episodes": len(returns),
+                "dimensions": f"{self.observations.shape[1]} → {self.actions.shape[1]}",
+                "return": shown if scores is None else f"{shown} (normalized {scores.normalize(returns).mean():.1f})",
+                "hash": self.content_hash[:8],
+            },
+        )
 
     def __len__(self) -> int:
         return len(self.observations)
@@ -59,6 +94,16 @@ class TransitionDataset:
     def action_bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(low, high) of the environment's actions, each (A,). Raises ValueError where they are not known."""
         return self.units.action_bounds
+
+    def in_environment(self, env: Environment) -> TransitionDataset:
+        """The same data in another environment, as `load_dataset` takes it: its name, its bounds, its returns.
+
+        Raises:
+            ImportError, ValueError: it cannot be made here.
+        """
+        from sdw_fast.environments import place
+
+        return dataclasses.replace(self, units=place(self.units, self.actions.shape[1], env))
 
     def normalized_observations(self) -> NDArray[np.float32]:
         """A new array of all observations in normalized units, (M, D) float32."""
@@ -89,7 +134,7 @@ class TransitionDataset:
         Computed anew at each call (a second for 10⁷ rows), so that it is never that of arrays changed since.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for name in ("observations", "actions", "rewards", "terminations", "truncations", "jumps", "jump_observations"):
+        for name in _ARRAYS:
             array = getattr(self, name)
             digest.update(f"{name}{array.shape}{array.dtype.str}".encode())
             digest.update(array.data if array.size else b"")
@@ -141,9 +186,9 @@ class TransitionDataset:
         """Describes the dataset in plain values (JSON-serializable).
 
         Returns:
-            name, env_id, transitions, episodes, observation_dim, action_dim, mean_episode_length, return_mean,
-            return_std, return_min, return_max (over episodes, the cut ones included) and normalized_return_mean, which
-            is None where neither the dataset nor D4RL gives reference scores.
+            name, env_id, transitions, episodes, observation_dim, action_dim (how many there are, of discrete actions),
+            mean_episode_length, return_mean, return_std, return_min, return_max (over episodes, the cut ones included)
+            and normalized_return_mean, which is None where neither the dataset nor D4RL gives reference scores.
         """
         returns, scores = self.episode_returns, self.units.returns
         return {
@@ -152,7 +197,7 @@ class TransitionDataset:
             "transitions": len(self),
             "episodes": len(returns),
             "observation_dim": self.observations.shape[1],
-            "action_dim": self.actions.shape[1],
+            "action_dim": _width(self),
             "mean_episode_length": len(self) / len(returns),
             "return_mean": float(returns.mean()),
             "return_std": float(returns.std()),
@@ -165,22 +210,30 @@ class TransitionDataset:
 def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
     """Joins datasets, in order, into one whose states are normalized by all observations.
 
-    Episodes stay apart, because each dataset's last row ends one. The environment id and the reference scores are kept
-    where all agree.
+    Episodes stay apart, because each dataset's last row ends one. The environment and the reference scores are kept
+    where all agree; a warning tells where they agree on the environment's id, but not on its arguments or wrappers.
 
     Raises:
         ValueError: there is no dataset, or widths or action bounds differ.
     """
     if not datasets:
         raise ValueError("concatenate needs at least one dataset")
-    widths = {(d.observations.shape[1], d.actions.shape[1]) for d in datasets}
+    widths = {(d.observations.shape[1], _width(d)) for d in datasets}
     if len(widths) > 1:
         raise ValueError(f"datasets differ in (observation, action) widths: {sorted(widths)}")
     units = [d.units for d in datasets]
     first = units[0]
     if any(u.actions != first.actions for u in units):
-        known = [u.actions and u.action_bounds for u in units]
+        known = [u.actions for u in units]
         raise ValueError(f"datasets differ in their action bounds: {known}; load them with the same bounds")
+    env_id = first.env_id if all(u.env_id == first.env_id for u in units) else None
+    records = {u.env_spec for u in units if env_id and u.env_spec}
+    if len(records) > 1:
+        warnings.warn(
+            f"the datasets were recorded in {env_id} with different arguments, wrappers or time limits: the "
+            "environment of the joined dataset is the one registered under that id",
+            stacklevel=2,
+        )
     observations = np.concatenate([d.observations for d in datasets])
     starts = np.cumsum([0, *map(len, datasets[:-1])])
     return TransitionDataset(
@@ -195,7 +248,13 @@ def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
             states=Affine.fit(observations),
             actions=first.actions,
             returns=first.returns if all(u.returns == first.returns for u in units) else None,
-            env_id=first.env_id if all(u.env_id == first.env_id for u in units) else None,
+            env_id=env_id,
+            env_spec=records.pop() if len(records) == 1 else None,
         ),
         name=" + ".join(d.name or "unnamed" for d in datasets),
     )
+
+
+def _width(data: TransitionDataset) -> int:
+    """Numbers of an action, or how many discrete ones there are."""
+    return data.actions.shape[1] if data.units.actions is None else data.units.actions.width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import filecmp
 import itertools
@@ -148,25 +149,41 @@ def reserve(folder: Path, size: int) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: PathLike) -> None:
+    """Raises OSError now where a file could not be written hours later; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is in the way of the file", str(path))
+    with naming(path), temporary_beside(path) as temporary:
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+
+
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process. The lock ends with the process, however it ends.
+def locked(path: Path) -> Iterator[None]:
+    """Holds a folder, or the name of a file, for this process. The lock ends with the process, however it ends.
 
     Raises:
         BlockingIOError: another one holds it; the sentence names it.
     """
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    with lock.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
             raise BlockingIOError(
-                f"{folder} is in use by {holder}: wait for it or stop it, or give this run another folder"
+                f"{path} is in use by {holder}: wait for it or stop it, or write somewhere else"
             ) from None
         except OSError:  # a file system without locks
             pass
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if lock.parent != path:  # a folder keeps its lock
+                lock.unlink(missing_ok=True)

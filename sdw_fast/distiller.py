@@ -18,19 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdw_fast import ops
+from sdw_fast.batches import OuterBatches
 from sdw_fast.config import DistillConfig
 from sdw_fast.files import damage_named
 from sdw_fast.identity import identity, refuse_other
-from sdw_fast.networks import orthogonal_parameters
+from sdw_fast.inner import InnerLoop
 from sdw_fast.objectives import OuterProblem
+from sdw_fast.stability import LEAST, Watch, bearable_lr, rough, tell_of
 from sdw_fast.synthetic import SyntheticDataset
 from sdw_fast.version import __version__
 
 Metrics = dict[str, Any]  # a float each; of several sets an array (R,) each
 
-# Outer states, targets and weights up to this size lie on the device; a larger problem stays in host memory.
-RESIDENT_BYTES = 8 << 30
+# Share of equal probabilities that the start of discrete actions is mixed with.
+SMOOTHING = 0.1
 # A step whose hypergradient is not finite is left out; as many in a row end the run.
 MAX_LEFT_OUT = 10
 
@@ -40,7 +41,8 @@ class Distiller:
 
     An outer step draws θ_0 and a batch of states, unrolls T steps of behavior cloning on the synthetic set, takes the
     weighted matching loss at θ_T, and follows its hypergradient (design of Lei et al.; see `sdw_fast.ops.unrolled_bc`).
-    The synthetic states and actions are optimized in normalized units.
+    The synthetic states and actions are optimized in normalized units; the probabilities of discrete actions as the
+    softmax of free numbers, since the unrolled loss is linear in its targets and would push them without end.
 
     On a GPU everything that a step needs lies there; a problem beyond 8 GiB stays in host memory, where each batch is
     gathered and sent ahead.
@@ -53,14 +55,19 @@ class Distiller:
         device: Where the problem, the sets and the kernels live.
 
     Attributes:
-        observations, actions: The sets in normalized units, (R, N, D) and (R, N, A).
+        observations, actions: What is optimized, (R, N, D) and (R, N, A): the sets in normalized units, and of discrete
+            actions the logits.
+        inner_loop: What an outer step unrolls.
         iteration: Outer steps taken.
         rounding: Where a run went on with other rounding, e.g. {"from_step": 100, "threads": [1, 2]}.
         seeds: Of each run.
 
     Raises:
         ValueError: a set does not fit the problem or the others, or the device is a GPU and there is none, or is
-            neither that nor the CPU.
+            neither that nor the CPU; or behavior cloning on a set is unstable whatever the step size.
+
+    Warns:
+        UserWarning: inner_lr was lowered (see `sdw_fast.stability`), now or in a later step.
     """
 
     def __init__(
@@ -79,23 +86,38 @@ class Distiller:
         _check_start(self._start, problem)
         self.n_runs = len(self._start)
         self.seeds = [config.seed + run for run in range(self.n_runs)]
-        self._batches = OuterBatches(problem, self.device)
+        rows = None if config.select == "last" else problem.split()[0]
+        self._batches = OuterBatches(problem, self.device, rows)
         states, actions = zip(*(one.normalized() for one in self._start), strict=True)
-        self.observations, self.actions = self._leaf(states), self._leaf(actions)
-        widths = [min(width, config.inner_width or width) for width in config.hidden]
-        self._sizes = (self.observations.shape[-1], *widths, self.actions.shape[-1])
+        self.observations, self.actions = self._leaf(states), self._leaf([self._free(x) for x in actions])
+        self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
+        self.inner_loop = InnerLoop(config, self.observations.shape[-1], self.actions.shape[-1], problem.units.head)
+        rates = usual = [config.inner_lr] * self.n_runs
+        if config.adapt_inner_lr:
+            rates = bearable_lr(self.inner_loop, *self.normalized, self.seeds)
+            tell_of(usual, rates, "cloning on the starting pairs is unstable with more", batched=self.batched)
+        self._watch = Watch(rates, LEAST * config.inner_lr, self.device, batched=self.batched)
         self._generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
         self._row_generators = self._generators
         if self._batches.device != self.device:
             self._row_generators = [torch.Generator(self._batches.device).manual_seed(seed) for seed in self.seeds]
         self._optimizer = _optimizer(config, self._leaves, fused=self.runs_ahead)
-        self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
         self._left_out = 0  # steps in a row, up to the last fetched
         self.iteration = 0
         self.rounding: list[dict[str, Any]] = []
 
     def _leaf(self, arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.tensor(np.stack(arrays), dtype=torch.float32, device=self.device, requires_grad=True)
+
+    def _free(self, targets: np.ndarray) -> np.ndarray:
+        """What is optimized for targets: the logits of probabilities, mixed with equal ones to be finite."""
+        if self.problem.units.head != "softmax":
+            return targets
+        return np.log((1 - SMOOTHING) * targets + SMOOTHING / targets.shape[-1])
+
+    def _targets(self, free: Tensor) -> Tensor:
+        """The targets of the inner loop, from what is optimized."""
+        return torch.softmax(free, -1) if self.problem.units.head == "softmax" else free
 
     @property
     def runs_ahead(self) -> bool:
@@ -106,6 +128,17 @@ class Distiller:
     def _leaves(self) -> list[Tensor]:
         return [self.observations, self.actions]
 
+    @property
+    def normalized(self) -> tuple[Tensor, Tensor]:
+        """The sets as they stand in normalized units, (R, N, D) and (R, N, A); moving averages if so configured."""
+        states, actions = self._averages or [x.detach() for x in self._leaves]
+        return states, self._targets(actions)
+
+    @property
+    def inner_lr(self) -> list[float]:
+        """The step size of each set's inner loop as it stands."""
+        return self._watch.rates
+
     def step(self) -> Metrics:
         """Takes one outer step. Beyond config.steps a cosine schedule leaves nothing to move by.
 
@@ -115,79 +148,60 @@ class Distiller:
         Returns:
             "loss": H on this step's batch before the step; "gradient_norm": norm of the hypergradient before clipping;
             "adjoint_growth": ‖∂H/∂θ_start‖ / ‖∂H/∂θ_T‖, where θ_start is θ_0 (or the start of the window): the factor
-            by which the unroll amplifies, large when inner training is chaotic. A float each; an array (R,) where the
-            distiller was given a list of sets.
+            by which the unroll amplifies, large when inner training is chaotic; "inner_loss": L_BC at θ_T;
+            "inner_lr": the inner step size taken. A float each; an array (R,) where the distiller was given a list of
+            sets.
 
         Raises:
-            FloatingPointError: ten or more steps in a row were left out, this one the last.
+            FloatingPointError: ten or more steps in a row were left out, this one the last; or the inner loop stays
+                unstable at a hundredth of inner_lr.
         """
         return self.fetch([self.advance()])[0]
 
     def advance(self) -> Tensor:
-        """Takes one outer step and waits for nothing; returns its figures (3, R), to be given to `fetch`."""
-        config = self.config
-        initial = orthogonal_parameters(self._sizes, gain=config.gain, generators=self._generators)
+        """Takes one outer step and hardly waits; returns its figures (5, R), to be given to `fetch`."""
+        initial = self.inner_loop.initial(self._generators)
         states, targets, weights = self._draw_batches()
         for parameter in initial:
             parameter.requires_grad_()
-        final = ops.unrolled_bc(
-            self.observations,
-            self.actions,
-            initial,
-            steps=config.inner_steps,
-            lr=config.inner_lr,
-            momentum=config.inner_momentum,
-            window=config.window,
-            tape=config.tape,
-            precision=config.precision,
-        )
+        rates = self._watch.tensor
+        final = self.inner_loop.unroll(self.observations, self._targets(self.actions), initial, rates)
         for parameter in final:
             parameter.retain_grad()
-        losses = ops.behavior_matching(final, states, targets, weights, precision=config.precision)
+        losses = self.inner_loop.match(final, states, targets, weights)
         self._optimizer.zero_grad()
         losses.sum().backward()
-        norms = self._clip()
-        figures = torch.stack([losses.detach(), norms, _norms(initial) / _norms(final)])
+        norms = _clip(self._leaves, self.config.clip_norm)
+        sets = self.observations.detach(), self._targets(self.actions.detach())
+        before, after = (self.inner_loop.loss(params, *sets) for params in (initial, final))
+        figures = torch.stack([losses.detach(), norms, _norms(initial) / _norms(final), after, rates])
         self.iteration += 1
+        if self.config.adapt_inner_lr:
+            losses, norms, growths, *_ = figures
+            self._watch.see(rough(losses, norms, growths, (before, after)), self.iteration)
         finite = figures[:2].isfinite().all()
         if self.runs_ahead:
             self._optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
         elif not finite:
             return figures
         for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = _outer_lr(self.config, self.iteration)
         self._optimizer.step()
         # A plain mean of the iterates at first, so that the average forgets where it started.
-        share = max(1 - config.average, 1 / self.iteration) * finite
+        share = max(1 - self.config.average, 1 / self.iteration) * finite
         for average, leaf in zip(self._averages, self._leaves, strict=False):
             average.lerp_(leaf.detach(), share)
         return figures
-
-    def _learning_rate(self) -> float:
-        """The outer learning rate of the step under way."""
-        if self.config.schedule == "constant":
-            return self.config.lr
-        done = min((self.iteration - 1) / self.config.steps, 1.0)
-        return self.config.lr * (1 + math.cos(math.pi * done)) / 2
 
     def _draw_batches(self) -> list[Tensor]:
         """Every run's states (R, B, D), targets (R, B, A) and weights (R, B)."""
         draws = [self._batches.draw(self.config.batch_size, generator) for generator in self._row_generators]
         return [torch.stack(parts) for parts in zip(*draws, strict=True)]
 
-    def _clip(self) -> Tensor:
-        """Scales each run's hypergradient down to norm clip_norm where it is longer; returns the norms before, (R,)."""
-        norms = _norms(self._leaves)
-        factors = (self.config.clip_norm / (norms + 1e-6)).clamp(max=1.0)
-        for leaf in self._leaves:
-            if leaf.grad is not None:
-                leaf.grad.mul_(factors[:, None, None])
-        return norms
-
     def fetch(self, steps: Sequence[Tensor]) -> list[Metrics]:
         """Waits for the last steps taken by `advance`, and returns the metrics of each. Raises as `step`."""
-        figures = torch.stack(list(steps)).cpu().numpy()  # (steps, 3, R)
-        for number, (loss, norm, _) in enumerate(figures, start=self.iteration - len(steps) + 1):
+        figures = torch.stack(list(steps)).cpu().numpy()  # (steps, 5, R)
+        for number, (loss, norm, *_) in enumerate(figures, start=self.iteration - len(steps) + 1):
             self._left_out = 0 if np.isfinite([loss, norm]).all() else self._left_out + 1
             if self._left_out >= MAX_LEFT_OUT:
                 raise FloatingPointError(
@@ -195,7 +209,7 @@ class Distiller:
                     f"{self.of_runs(loss)}, hypergradient norm {self.of_runs(norm)}; lower inner_lr or gain (see docs: "
                     "conditioning)"
                 )
-        names = ("loss", "gradient_norm", "adjoint_growth")
+        names = ("loss", "gradient_norm", "adjoint_growth", "inner_loss", "inner_lr")
         return [{name: self.of_runs(x) for name, x in zip(names, step, strict=True)} for step in figures]
 
     def of_runs(self, values: np.ndarray) -> Any:
@@ -205,7 +219,7 @@ class Distiller:
     @property
     def sets(self) -> list[SyntheticDataset]:
         """The synthetic sets as they stand, one a run, in environment units; moving averages if so configured."""
-        states, actions = (x.detach().cpu().numpy() for x in self._averages or self._leaves)
+        states, actions = (x.cpu().numpy() for x in self.normalized)
         units, config = self.problem.units, {**self.config.to_dict(), "size": states.shape[1]}
         return [
             dataclasses.replace(
@@ -213,7 +227,7 @@ class Distiller:
                 observations=units.states.denormalize(states[run]),
                 actions=units.require_actions().denormalize(actions[run]),
                 units=units,
-                config={**config, "seed": seed, "iteration": self.iteration},
+                config={**config, "inner_lr": self.inner_lr[run], "seed": seed, "iteration": self.iteration},
                 version=__version__,
             )
             for run, (start, seed) in enumerate(zip(self._start, self.seeds, strict=True))
@@ -233,6 +247,7 @@ class Distiller:
             generators.append(self._row_generators)
         return {
             **identity(self, self._fingerprint),
+            **self._watch.state(),
             "rounding": copy.deepcopy(self.rounding),
             "iteration": self.iteration,
             "observations": self.observations.detach().clone(),
@@ -279,36 +294,11 @@ class Distiller:
             self.actions.copy_(state["actions"])
             for average, saved in zip(self._averages, state["averages"], strict=True):
                 average.copy_(saved)
+        self._watch.load(state["inner_lr"], state["rough"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the state's own tensors
         _set_states(self._generators, state["generators"][0])
         if self._row_generators is not self._generators:
             _set_states(self._row_generators, state["generators"][1])
-
-
-class OuterBatches:
-    """Draws batches of an outer problem for a device: from there, or from host memory above RESIDENT_BYTES.
-
-    Attributes:
-        device: Where the rows lie and where the generators that draw them must live.
-    """
-
-    def __init__(self, problem: OuterProblem, device: torch.device) -> None:
-        arrays = (problem.observations, problem.targets, problem.weights)
-        resident = sum(array.nbytes for array in arrays) <= RESIDENT_BYTES
-        self.device = device if resident else torch.device("cpu")
-        self._target = device
-        writable = (np.require(array, requirements=["C", "W"]) for array in arrays)  # PyTorch wants no others
-        self._tensors = [torch.as_tensor(array, device=self.device) for array in writable]
-        units = problem.units.states  # on the device once: to send them with every batch would be to wait for it
-        self._offset, self._scale = (torch.from_numpy(x).to(device, torch.float32) for x in (units.offset, units.scale))
-
-    def draw(self, size: int, generator: torch.Generator) -> list[Tensor]:
-        """Returns the normalized states (B, D), targets (B, A) and weights (B,) of rows drawn with replacement."""
-        rows = torch.randint(len(self._tensors[0]), (size,), generator=generator, device=self.device)
-        batch = [tensor[rows] for tensor in self._tensors]
-        if self.device != self._target:
-            batch = [part.pin_memory().to(self._target, non_blocking=True) for part in batch]
-        return [(batch[0] - self._offset) / self._scale, *batch[1:]]
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -344,6 +334,23 @@ def _optimizer(config: DistillConfig, leaves: list[Tensor], *, fused: bool) -> t
         for leaf in leaves:
             optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
     return optimizer
+
+
+def _outer_lr(config: DistillConfig, step: int) -> float:
+    """The outer learning rate of a step, the first of which is 1."""
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * (1 + math.cos(math.pi * min((step - 1) / config.steps, 1.0))) / 2
+
+
+def _clip(leaves: Sequence[Tensor], bound: float) -> Tensor:
+    """Scales each run's hypergradient down to norm `bound` where it is longer; returns the norms before, (R,)."""
+    norms = _norms(leaves)
+    factors = (bound / (norms + 1e-6)).clamp(max=1.0)
+    for leaf in leaves:
+        if leaf.grad is not None:
+            leaf.grad.mul_(factors[:, None, None])
+    return norms
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

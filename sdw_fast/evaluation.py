@@ -12,10 +12,15 @@ import torch
 
 from sdw_fast.policy import behavior_clone
 from sdw_fast.progress import progress_bar
-from sdw_fast.units import Affine, d4rl_returns
+from sdw_fast.units import Affine, Units, d4rl_returns
 
 if TYPE_CHECKING:
+    from sdw_fast.environments import Environment
     from sdw_fast.synthetic import SyntheticDataset
+
+# The seeds of clones and episodes by which a run chooses its best set begin at this number plus the run's own seed, so
+# that an evaluation, whose seeds begin at 0, repeats none of them. Every environment takes seeds below 2^31.
+SELECTION_SEED = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +28,7 @@ class Evaluation:
     """Returns of a policy's episodes.
 
     Attributes:
-        env_id: Gymnasium id.
+        env_id: Gymnasium id; of an environment that has none, the name of its class.
         seed: episode i was reset with seed + i.
         returns: (E,) float64, undiscounted.
         lengths: (E,) int64, steps.
@@ -80,61 +85,74 @@ class Evaluation:
 
 def evaluate(
     policy: Callable[[torch.Tensor], Any],
-    env_id: str,
+    env: Environment | None = None,
     *,
     episodes: int = 10,
     seed: int = 0,
     returns: Affine | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Runs a policy for whole episodes in a vectorized environment.
+    """Runs a policy for whole episodes, up to 16 side by side.
 
     Episode i is reset with seed + i, and its return does not depend on how many others are run: the first 5 of 20
-    episodes are the 5 of a shorter evaluation, bit for bit, for a deterministic policy.
+    episodes are the 5 of a shorter evaluation, bit for bit, for a deterministic policy. Seeds from 2³⁰ on are those by
+    which `distill` chooses its best set: episodes of smaller seeds were never seen by a run.
 
     Args:
-        policy: maps raw observations (B, D), a float32 tensor, to actions (B, A), a tensor or array. An nn.Module is
-            put in evaluation mode for the duration and gets its input on its own device. Every call gets the same B;
-            rows beyond the running episodes are padding. Actions are clipped to the action space.
-        env_id: Gymnasium id with one-dimensional Box observations and actions, such as "Hopper-v5".
+        policy: maps raw observations (B, D), a float32 tensor, to actions (B, A), a tensor or array, or to the numbers
+            of classes (B,), integers, where the action space is Discrete. An nn.Module is put in evaluation mode for
+            the duration and gets its input on its own device. Every call gets the same B; rows beyond the running
+            episodes are padding. Actions are clipped to the bounds of the action space.
+        env: the environment, with one-dimensional Box observations and Box or Discrete actions: a Gymnasium id such as
+            "Hopper-v5", or "module:Env-v0" to import the module first; an EnvSpec; a function without arguments that
+            makes a new environment; or an environment, which runs one episode after the other and is not closed.
+            Episodes of one without a time limit are cut after 10,000 steps, with a warning. None: the one that a policy
+            of this package was cloned for, as it was recorded.
         episodes: number of episodes, at least 1.
         seed: of the first episode.
-        returns: how returns are normalized, as a dataset's `units.returns`; None: as D4RL does, where it knows the
-            environment.
+        returns: how returns are normalized, as a dataset's `units.returns`; None: as the policy's units say, else as
+            D4RL does, where it knows the environment.
         progress: show a progress bar over episodes.
 
     Raises:
-        ValueError: if the environment's spaces do not fit, or actions have a wrong shape or are not finite.
-        ImportError: if the environment needs MuJoCo and it is not installed.
+        ValueError: the environment cannot be made, its spaces do not fit, or actions have a wrong shape or are not
+            finite.
+        ImportError: a package that the environment needs, such as MuJoCo, is not installed.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
-    from sdw_fast.rollout import BATCH, act, acting, make_vector_env
+    from sdw_fast.environments import check_environment
+    from sdw_fast.rollout import SeededEnvs, act, acting, side_by_side
 
-    slots = min(episodes, BATCH)
-    envs = make_vector_env(env_id, [range(seed + slot, seed + episodes, slots) for slot in range(slots)])
+    units = getattr(getattr(policy, "__self__", policy), "units", None)
+    if isinstance(units, Units):  # a policy or a teacher of this package
+        env = check_environment(units, env)
+    elif env is None:
+        raise ValueError("the policy names no environment: pass env, such as 'Hopper-v5'")
+    slots = min(episodes, side_by_side(env))
+    envs = SeededEnvs(env, [range(seed + slot, seed + episodes, slots) for slot in range(slots)])
     totals = np.zeros(episodes)
     lengths = np.zeros(episodes, dtype=np.int64)
     current = np.arange(slots)  # the episode that each environment is in; past the last, it idles
     with closing(envs), acting(policy), progress_bar(total=episodes, desc="evaluate", show=progress) as bar:
-        observations, _ = envs.reset()
         while (running := current < episodes).any():
-            actions = act(policy, observations, envs.single_action_space)
-            observations, rewards, terminations, truncations, _ = envs.step(actions)
+            actions = act(policy, envs.observations, envs.action_space)
+            _, rewards, terminations, truncations = envs.step(actions)
             totals[current[running]] += rewards[running]
             lengths[current[running]] += 1
-            ended = running & (terminations | truncations)
+            ended = terminations | truncations
             current[ended] += slots
             bar.update(int(ended.sum()))
-    scores = returns or d4rl_returns(env_id)
-    return Evaluation(env_id, seed, totals, lengths, None if scores is None else scores.normalize(totals))
+    scores = returns or (units.returns_in(envs.name) if isinstance(units, Units) else d4rl_returns(envs.name))
+    return Evaluation(envs.name, seed, totals, lengths, None if scores is None else scores.normalize(totals))
 
 
 def evaluate_synthetic(
     synthetic: SyntheticDataset,
-    env_id: str | None = None,
+    env: Environment | None = None,
     *,
     clones: int = 5,
+    ensemble: int = 1,
     episodes: int = 10,
     seed: int = 0,
     progress: bool = False,
@@ -142,35 +160,38 @@ def evaluate_synthetic(
     """Clones several policies on a synthetic set and runs each for its share of the episodes.
 
     Policies cloned on one set from different initializations can differ more than the sets that one wants to compare,
-    so one clone says little.
+    so one clone says little. Seeds from 2³⁰ on are those of the clones and episodes by which `distill` chooses its best
+    set, which flatter it; an evaluation with smaller seeds repeats none of them.
 
     Args:
         synthetic: the set; clones are trained with its own settings, from the seeds seed, seed + 1, …
-        env_id: Gymnasium id; None: the set's own.
+        env: the environment, as `evaluate` takes it; None: the set's own, as it was recorded, with its arguments,
+            wrappers and time limit.
         clones: policies, at most `episodes`.
+        ensemble: members of each policy, which acts by their mean (see `behavior_clone`).
         episodes: in all; episode i is reset with seed + i.
         seed: of the first clone and the first episode.
         progress: show a progress bar for each clone.
 
     Raises:
-        ValueError: no environment is known, or clones is not in 1 … episodes.
+        ValueError: no environment is known, it does not fit the set, or clones is not in 1 … episodes.
     """
-    env_id = env_id or synthetic.env_id
-    if env_id is None:
-        raise ValueError("the synthetic set names no environment: pass env_id, such as 'Hopper-v5'")
+    from sdw_fast.environments import check_environment
+
     if not 1 <= clones <= episodes:
         raise ValueError(f"clones must be between 1 and episodes = {episodes}, got {clones}")
-    scores = synthetic.units.returns_in(env_id)
+    env = check_environment(synthetic.units, env)
     results = [
         evaluate(
-            behavior_clone(synthetic, seed=seed + clone),
-            env_id,
+            behavior_clone(synthetic, ensemble=ensemble, seed=seed + clone * ensemble),
+            env,
             episodes=len(share),
             seed=seed + int(share[0]),
-            returns=scores,
             progress=progress,
         )
         for clone, share in enumerate(np.array_split(np.arange(episodes), clones))
     ]
+    env_id = results[0].env_id
+    scores = synthetic.units.returns_in(env_id)
     returns, lengths = (np.concatenate([getattr(r, name) for r in results]) for name in ("returns", "lengths"))
     return Evaluation(env_id, seed, returns, lengths, None if scores is None else scores.normalize(returns))

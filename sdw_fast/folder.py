@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,16 @@ from sdw_fast.files import (
     sealed,
     to_json,
     unsealed,
+    write_npz,
     write_text,
     write_torch,
 )
+from sdw_fast.objectives import OuterProblem
 from sdw_fast.synthetic import SyntheticDataset
 from sdw_fast.version import __version__
 
-_CHECKPOINT = {"distiller", "best_returns", "best_sets"}
+_STATES = 1000  # of the dataset, kept for reports
+_CHECKPOINT = {"distiller", "best_by", "best_scores", "best_sets"}
 
 
 class RunFolder:
@@ -47,7 +50,8 @@ class RunFolder:
     it closes what is open.
 
     Attributes:
-        best_returns: The best return so far of every run, −inf before the first evaluation.
+        best_by: What sets are chosen by, see `DistillConfig.selected_by`; None before the first checkpoint.
+        best_scores: The best score so far of every run, −inf before the first.
         best_sets: The sets that reached them, by the number of the run.
 
     Raises:
@@ -64,7 +68,8 @@ class RunFolder:
         for path in self._runs:
             path.mkdir(parents=True, exist_ok=True)
         self._checkpoint = self.path / "checkpoint"
-        self.best_returns = [-math.inf for _ in numbers]
+        self.best_by: str | None = None
+        self.best_scores = [-math.inf for _ in numbers]
         self.best_sets: dict[int, SyntheticDataset] = {}
         with contextlib.ExitStack() as opened:
             opened.enter_context(locked(self.path))
@@ -74,6 +79,7 @@ class RunFolder:
                 _cut_metrics(path, distiller.iteration)
             self._write_sets(distiller)
             self._write_config(distiller, source)
+            self._write_states(distiller.problem)
             self._metrics = [
                 opened.enter_context((path / "metrics.jsonl").open("a", buffering=1, encoding="utf-8"))
                 for path in self._runs
@@ -93,7 +99,8 @@ class RunFolder:
         state = load_checkpoint(self._checkpoint)
         with damage_named(self._checkpoint, "checkpoint", ValueError):
             distiller.load_state_dict(state["distiller"])
-            self.best_returns = [float(best) for best in state["best_returns"]]
+            self.best_by = str(state["best_by"])
+            self.best_scores = [float(best) for best in state["best_scores"]]
             for number, (last, best) in enumerate(zip(distiller.sets, state["best_sets"], strict=True)):
                 if best is not None:
                     arrays = {name: best[name].numpy() for name in ("observations", "actions")}
@@ -102,7 +109,7 @@ class RunFolder:
     def _write_sets(self, distiller: Distiller) -> None:
         """Writes last.npz and best.npz as the checkpoint has them, and takes away those that it does not have.
 
-        A finished run without evaluations keeps its best.npz, which is its last set.
+        A finished run that never measured its sets keeps its best.npz, which is its last set.
         """
         for number, (path, last) in enumerate(zip(self._runs, distiller.sets, strict=True)):
             for name, one in (("last", last if distiller.iteration else None), ("best", self.best_sets.get(number))):
@@ -128,6 +135,13 @@ class RunFolder:
         }
         write_text(self.path / "config.json", to_json(sealed(content), indent=2) + "\n")
 
+    def _write_states(self, problem: OuterProblem) -> None:
+        """Writes states.npz: rows of the outer problem, evenly spread, in environment units, for reports."""
+        rows = np.linspace(0, len(problem) - 1, min(_STATES, len(problem))).astype(np.int64)
+        targets = problem.units.require_actions().denormalize(problem.targets[rows])
+        arrays = {"observations": problem.observations[rows], "targets": targets, "weights": problem.weights[rows]}
+        write_npz(self.path / "states.npz", **arrays)
+
     def save_best(self, number: int, synthetic: SyntheticDataset) -> None:
         """Writes the best set of a run."""
         self.best_sets[number] = synthetic
@@ -143,7 +157,7 @@ class RunFolder:
                 for name, value in own.items() if tensorboard is not None else ():
                     tensorboard.add_scalar(name, value, step)
 
-    def checkpoint(self, distiller: Distiller, best_returns: Sequence[float]) -> None:
+    def checkpoint(self, distiller: Distiller, best_by: str, best_scores: Sequence[float]) -> None:
         """Writes the checkpoint and the sets as they stand.
 
         Raises:
@@ -156,7 +170,8 @@ class RunFolder:
         best = [self.best_sets.get(number) for number in range(distiller.n_runs)]
         state = {
             "distiller": distiller.state_dict(),
-            "best_returns": list(best_returns),
+            "best_by": best_by,
+            "best_scores": list(best_scores),
             "best_sets": [one and _as_tensors(one) for one in best],
         }
         write_torch(self._checkpoint, state)
@@ -215,6 +230,27 @@ def read_run(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], DistillCon
     if source is None:
         raise ValueError(f"the run in {folder} was started from Python: continue it with sdw.distill(..., out=...)")
     return source, config
+
+
+def find_runs(folders: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
+    """Names and folders of the runs that lie in these folders: one each, or run-000, run-001, … of several sets.
+
+    A name is as much of the path as tells the runs apart.
+
+    Raises:
+        FileNotFoundError: a folder holds no run.
+    """
+    paths: list[Path] = []
+    for folder in map(Path, folders):
+        found = [folder] if (folder / "metrics.jsonl").exists() else sorted(folder.glob("run-*/"))
+        if not found:
+            raise FileNotFoundError(f"{folder} holds no run (no metrics.jsonl, and no run-000)")
+        paths += found
+    paths = list(dict.fromkeys(path.resolve() for path in paths))
+    parts = 1
+    while len({path.parts[-parts:] for path in paths}) < len(paths):
+        parts += 1
+    return {"/".join(path.parts[-parts:]): path for path in paths}
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[Metrics]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Settings that a checkpoint may differ in: they do not change the steps.
 _FREE_SETTINGS = ("eval_every", "eval_clones", "eval_episodes", "checkpoint_every", "tape")
 _STATE = {"version", "problem", "sample", "config", "device", "n_runs", "arithmetic", "rounding"}
-_STATE |= {"iteration", "observations", "actions", "averages", "optimizer", "generators"}
+_STATE |= {"iteration", "observations", "actions", "averages", "optimizer", "generators", "inner_lr", "rough"}
 _ROWS = 1024  # of targets and weights, kept in a checkpoint
 _ROUNDING = 1e-4  # relative; float32 networks evaluated by other kernels differ by less
 
@@ -99,6 +99,11 @@ def _check_numbers(state: dict[str, Any], own: dict[str, Any]) -> None:
     iteration = state["iteration"]
     if not isinstance(iteration, int) or iteration < 0:
         raise ValueError(f"the checkpoint is damaged: it says that {iteration!r} outer steps were taken")
+    rates, count = state["inner_lr"], own["n_runs"]
+    if len(rates) != count or not all(0 < rate <= own["config"]["inner_lr"] for rate in rates):
+        raise ValueError(f"the checkpoint is damaged: it says that inner_lr was {rates!r}")
+    if state["rough"].dtype != torch.bool or state["rough"].shape[1:] != (count,):
+        raise ValueError("the checkpoint is damaged: its record of unstable steps is not one number a set")
     for name in ("observations", "actions", "averages", "generators"):
         got, expected = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (state[name], own[name]))
         kinds, wanted = ([(tuple(x.shape), x.dtype) for x in tensors] for tensors in (got, expected))

@@ -7,6 +7,7 @@ touched by one thing only, `MLP(sizes)`, which draws its parameters from it as e
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,44 @@ class MLP(nn.Sequential):
             network = cls(sizes, tanh=tanh)
         network.load_state_dict(state, assign=True)
         return network
+
+
+class Linear(nn.Module):
+    """Linear layers of E networks side by side: inputs (E, B, in) to outputs (E, B, out)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """Takes copies of the weights (E, out, in) and the biases (E, out)."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+
+class MeanMLP(nn.Module):
+    """The mean output of E ReLU networks of one shape, all computed in batched products.
+
+    With head "tanh" outputs are those of tanh; with "softmax" probabilities, of whose mean it returns the logarithm.
+    """
+
+    def __init__(self, params: Sequence[Tensor], head: str) -> None:
+        """Takes copies of [W1, b1, W2, b2, …], W (E, out, in), b (E, out)."""
+        super().__init__()
+        self.layers = nn.Sequential()
+        for weight, bias in zip(params[::2], params[1::2], strict=True):
+            self.layers.extend([Linear(weight, bias), nn.ReLU()])
+        self.layers[-1] = nn.Tanh() if head == "tanh" else nn.LogSoftmax(dim=-1)
+        self.logarithms = head == "softmax"
+        self.sizes = [params[0].shape[2], *(bias.shape[1] for bias in params[1::2])]
+        self.members = params[0].shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (…, D) to (…, A)."""
+        h = x.reshape(-1, self.sizes[0]).expand(self.members, -1, -1)
+        outputs = self.layers(h)
+        mean = outputs.logsumexp(0) - math.log(self.members) if self.logarithms else outputs.mean(0)
+        return mean.reshape(list(x.shape[:-1]) + self.sizes[-1:])
 
 
 class MinCritic(nn.Module):

@@ -4,17 +4,19 @@
 
     dbc      y = the dataset's action   w = 1
     pbc      y = π*(s)                  w = 1
-    av-pbc   y = π*(s)                  w = β · Q(s, π*(s))
-    sdw      y = π*(s)                  w = β · Q(s, π*(s)) · d(s)^(−τ)
+    av-pbc   y = π*(s)                  w = v(Q(s, π*(s)))
+    sdw      y = π*(s)                  w = v(Q(s, π*(s))) · d(s)^(−τ)
 
-Any of them can carry the density factor d(s)^(−τ), which is scaled to mean 1 (Lei, Zhang, Tao 2024 for the first
-three; Lei, Cheng, Tao 2025, arXiv 2512.06692, for the last).
+v turns values into weights of mean 1, see `value_weights`; the papers' v(Q) = β · Q is an option. Any objective can
+carry the density factor d(s)^(−τ), which is scaled to mean 1 (Lei, Zhang, Tao 2024 for the first three; Lei, Cheng,
+Tao 2025, arXiv 2512.06692, for the last).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +29,22 @@ from sdw_fast.density import density_weights, effective_sample_size, log_density
 from sdw_fast.teacher import Teacher
 from sdw_fast.units import Units
 
+# Of the values: these quantiles get the least and the largest weight, and the least is so large a share of the largest.
+VALUE_QUANTILES = (0.01, 0.99)
+LEAST_VALUE_WEIGHT = 0.2
+BETA = 0.02  # the papers'
+# A problem is told of where its weights are 0 on more than this share of the states, or where as few of them count.
+MANY_FLOORED = 0.25
+SMALL_SAMPLE = 0.1
+_ROUNDING = 8 * float(np.finfo(np.float32).eps)  # of a network's values, relative
+
 
 @dataclass(frozen=True)
 class Objective:
     """What an objective's name stands for."""
 
     teacher_actions: bool  # targets are the teacher's actions, not the dataset's
-    action_values: bool  # weights carry β · Q(s, π*(s))
+    action_values: bool  # weights carry v(Q(s, π*(s)))
     density: bool  # weights carry d(s)^(−τ)
 
 
@@ -67,12 +78,49 @@ class OuterProblem:
     def __len__(self) -> int:
         return len(self.observations)
 
+    def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows to learn from and those held out: a tenth, none of fewer than twenty.
+
+        They are drawn by the number of rows alone, so that sets of several seeds are compared on the same states.
+        """
+        rows = np.random.default_rng(len(self)).permutation(len(self))
+        held = len(self) // 10 if len(self) >= 20 else 0
+        return np.sort(rows[held:]), np.sort(rows[:held])
+
     def fingerprint(self) -> dict[str, str]:
         """A hash of each part that a distillation's bits depend on, by which a checkpoint knows its problem."""
         parts = {name: getattr(self, name) for name in ("observations", "targets", "weights")}
         hashes = {name: hashlib.blake2b(array.data, digest_size=16).hexdigest() for name, array in parts.items()}
         units = json.dumps(self.units.to_dict()).encode()
         return {**hashes, "units": hashlib.blake2b(units, digest_size=16).hexdigest()}
+
+
+def value_weights(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Weights that rise with the value of a state, whatever the scale and the zero of the rewards.
+
+        w = ε + (1 − ε) · clip((Q − q_low) / (q_high − q_low), 0, 1),   scaled to mean 1
+
+    with q_low and q_high the quantiles 0.01 and 0.99 of Q over the dataset, and ε = 0.2, so that no state is left
+    out and the effective sample size is at least 4ε / (1 + ε)² = 0.56 of the states (Kantorovich's inequality).
+
+    Q → aQ + b with a > 0 gives the same weights. So do rewards times a constant; a constant added to the rewards does
+    where episodes are never terminated. Where they are, it shifts Q by less in states near a termination: then Q is
+    another one, for it pays or costs to live on.
+
+    Args:
+        values: Q(s, π*(s)), (M,). Values that are all equal, but for rounding, give equal weights.
+
+    Returns:
+        The weights, (M,) float64, positive, mean 1.
+    """
+    q = values.astype(np.float64)
+    low, high = np.quantile(q, VALUE_QUANTILES)
+    if high - low <= _ROUNDING * np.abs(q).max():  # nearly all are equal: what differs are the others
+        low, high = q.min(), q.max()
+    if high - low <= _ROUNDING * np.abs(q).max():
+        return np.ones(len(q))
+    weights = LEAST_VALUE_WEIGHT + (1 - LEAST_VALUE_WEIGHT) * np.clip((q - low) / (high - low), 0, 1)
+    return weights / weights.mean()
 
 
 def outer_problem(
@@ -83,15 +131,19 @@ def outer_problem(
     Args:
         data: The offline dataset.
         teacher: π* and Q; "dbc" needs none, "pbc" no critic.
-        config: objective, density, density_method, k, tau, ess, clip and beta are read.
+        config: objective, value_weights, beta, density, density_method, k, tau, ess and clip are read.
 
     Returns:
-        The outer problem. Weights below 0 (states of negative value, which would reward error) are floored at 0 and
-        counted in the report.
+        The outer problem. With value_weights="paper", states of negative value, which would reward error, get weight 0
+        and are counted in the report.
 
     Raises:
         ValueError: the objective needs a teacher that is missing, the action bounds are not known, or no weight is
             positive.
+
+    Warns:
+        UserWarning: more than a quarter of the states have weight 0, or the effective sample size is below a tenth of
+            the states.
     """
     config = config or DistillConfig()
     kind = OBJECTIVES[config.objective]
@@ -106,11 +158,8 @@ def outer_problem(
     else:
         targets, values = teacher.label(data.observations, data.units, values=kind.action_values)
         if values is not None:
-            weights = np.maximum(config.beta * values.astype(np.float64), 0.0)
-            report |= {
-                "mean_q": float(values.mean(dtype=np.float64)),
-                "weights_floored": int((values < 0).sum()),
-            }
+            weights, figures = _of_values(values, config)
+            report |= figures
     if kind.density if config.density is None else config.density:
         options: dict[str, Any] = {"k": config.k} if config.density_method == "knn" else {}
         factor = density_weights(
@@ -121,14 +170,42 @@ def outer_problem(
         )
         weights = weights * factor.weights
         report["density"] = factor.to_dict()
-    if not weights.any():
-        raise ValueError(
-            f"every weight of objective {config.objective!r} is 0: the teacher values all {len(data)} states at 0 or "
-            "less; use objective='pbc', or a teacher whose returns are positive"
-        )
     report |= {
         "effective_sample_size": float(effective_sample_size(weights)),
         "mean_weight": float(weights.mean()),
         "largest_weight": float(weights.max()),
     }
+    _tell_of(report)
     return OuterProblem(data.observations, targets, weights.astype(np.float32), data.units, report)
+
+
+def _of_values(values: NDArray[np.float32], config: DistillConfig) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """The weights of the values, and what the report says of them."""
+    if config.value_weights == "shifted":
+        weights, floored = value_weights(values), 0
+    else:
+        weights = np.maximum((config.beta or BETA) * values.astype(np.float64), 0.0)
+        floored = int((values < 0).sum())
+        if not weights.any():
+            raise ValueError(
+                f"every weight is 0: value_weights='paper' is β·Q, and the teacher values all {len(values)} states at "
+                "0 or less; use value_weights='shifted', which no zero of Q matters to"
+            )
+    return weights, {
+        "mean_q": float(values.mean(dtype=np.float64)),
+        "weights_floored": floored,
+        "value_effective_sample_size": float(effective_sample_size(weights)),
+    }
+
+
+def _tell_of(report: dict[str, Any]) -> None:
+    """Warns of weights by which most of the dataset would not be learned from."""
+    floored, sample = report.get("weights_floored", 0) / report["states"], report["effective_sample_size"]
+    if floored <= MANY_FLOORED and sample >= SMALL_SAMPLE:
+        return
+    advice = "use value_weights='shifted'" if floored > MANY_FLOORED else "raise ess, or lower tau or clip"
+    warnings.warn(
+        f"{floored:.0%} of the {report['states']} states have weight 0, and the effective sample size is {sample:.1%} "
+        f"of them: the set will hardly learn from the others; {advice}",
+        stacklevel=3,
+    )

@@ -87,13 +87,15 @@ def _draw_histogram(axes: Axes, logd: np.ndarray, weights: DensityWeights) -> No
 
 
 def plot_metrics(runs: Mapping[str, Metrics]) -> Figure:
-    """Draws the learning curves of runs: outer loss, hypergradient norm, adjoint growth, and score where measured.
+    """Draws the learning curves of runs: outer loss, hypergradient norm, adjoint growth, and what is measured now
+    and then: the loss on states held out, and the score.
 
     Args:
         runs: for each run its name and its metrics, one dict an outer step, as `read_metrics` gives them.
     """
     panels = {
         "loss": "outer loss",
+        "held_out_loss": "outer loss on states held out",
         "gradient_norm": "hypergradient norm",
         "adjoint_growth": "adjoint growth ‖λ_0‖ / ‖λ_T‖",
         "score": "score (normalized return)",
@@ -149,15 +151,19 @@ def plot_report(
     return figure
 
 
+def smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The running mean over a 50th of the steps, at the last step of each window."""
+    window = max(len(values) // 50, 1)
+    return steps[window - 1 :], np.convolve(values, np.full(window, 1 / window), mode="valid")
+
+
 def _draw_curve(axes: Axes, metrics: Metrics, name: str, label: str) -> None:
     """One figure of a run against the outer step, where finite; those of every step smoothed over a 50th of the run."""
     points = [(step["step"], step[name]) for step in metrics if np.isfinite(step.get(name, np.nan))]
     if not points:
         return
     steps, values = np.array(points).T
-    window = max(len(values) // 50, 1) if name != "score" else 1
-    smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
-    axes.plot(steps[window - 1 :], smooth, label=label)
+    axes.plot(*((steps, values) if name == "score" else smoothed(steps, values)), label=label)
 
 
 def plot_tau(logd: np.ndarray, *, clip: float = 0.99, chosen: float | None = None) -> Figure:

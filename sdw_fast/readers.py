@@ -15,19 +15,22 @@ import numpy as np
 from sdw_fast.columns import Columns, build_dataset
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import check_memory, damage_named, read_npz, reading, unsealed
+from sdw_fast.units import Discrete
 
 if TYPE_CHECKING:
     import minari
 
+    from sdw_fast.environments import Environment
+
 METADATA, EPISODES = Path("data/metadata.json"), Path("data/main_data.hdf5")  # of a Minari dataset's folder
 _METADATA_CACHE = 1 << 20  # bytes of HDF5's metadata kept while reading a Minari dataset
 _REQUIRED = ("observations", "actions", "rewards", "terminations")
-_OPTIONAL = ("truncations", "next_observations", "action_low", "action_high", "env_id")
+_OPTIONAL = ("truncations", "next_observations", "action_low", "action_high", "n_actions", "env_id")
 _D4RL_NAMES = {"terminations": "terminals", "truncations": "timeouts"}
 
 
 def load_dataset(
-    source: str | Path | Mapping[str, Any] | minari.MinariDataset, *, env_id: str | None = None
+    source: str | Path | Mapping[str, Any] | minari.MinariDataset, *, env_id: Environment | None = None
 ) -> TransitionDataset:
     """Loads an offline RL dataset.
 
@@ -38,20 +41,26 @@ def load_dataset(
             a Minari dataset object, of which only the episodes it selects are read;
             a D4RL-style file (.hdf5, .h5) or an .npz file;
             a dict of arrays.
-            Files and dicts hold observations (M, D), actions (M, A), rewards (M,), terminations or terminals (M,),
-            truncations or timeouts (M,), and may hold next_observations (M, D). Without next observations they are the
-            following row's; at a truncated end nothing is known to follow, so that row is left out and its predecessor
-            marked truncated (D4RL's own rule). Without truncations they are found where a next observation is not the
-            following row's observation. A last row that ends no episode is marked truncated.
-        env_id: Gymnasium id of the environment, where the source does not say it (D4RL files) or another is wanted; an
-            .npz or a dict may also hold it under "env_id", and action bounds under "action_low" and "action_high".
-            Where the source does not say the bounds they are the environment's, if it is named and can be made here;
-            else −1 and 1 if every action lies there, else unknown, and such a dataset cannot be distilled.
+            Files and dicts hold observations (M, D), actions (M, A), or integers (M,) where they are discrete, rewards
+            (M,), terminations or terminals (M,), truncations or timeouts (M,), and may hold next_observations (M, D).
+            Without next observations they are the following row's; at a truncated end nothing is known to follow, so
+            that row is left out and its predecessor marked truncated (D4RL's own rule). Without truncations they are
+            found where a next observation is not the following row's observation. A last row that ends no episode is
+            marked truncated.
+        env_id: the environment, where the source does not say it (D4RL files) or another is wanted: a Gymnasium id
+            ("Hopper-v5", or "module:Env-v0" to import the module first), an EnvSpec, an environment, or a function
+            that makes one. Its id and its EnvSpec are kept with the data. A Minari dataset says its own, with
+            arguments, wrappers and time limit, and the one to evaluate in comes first; a file or a dict may hold an id
+            under "env_id".
+            Action bounds are the environment's, if it is known and can be made here, with a warning where the source
+            says others (a file or a dict under "action_low" and "action_high"); else the source's; else −1 and 1 if
+            every action lies there, else unknown, and such a dataset cannot be distilled. How many discrete actions
+            there are is said by the environment, too, or under "n_actions".
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
-        ValueError: on missing keys, Dict, Discrete or image spaces, wrong shapes, discrete actions, values that are not
-            finite in float32, an empty dataset, or a damaged file.
+        ValueError: on missing keys, Dict or image spaces, wrong shapes, discrete actions of unknown number, values
+            that are not finite in float32, an empty dataset, or a damaged file.
         TypeError: if `source` is none of the above.
     """
     if isinstance(source, Mapping):
@@ -71,7 +80,7 @@ def load_dataset(
             f"cannot load a dataset from {type(source).__name__}: expected a Minari id or dataset, a path to an .hdf5 "
             "or .npz file, or a dict of arrays"
         )
-    columns.env_id = env_id or columns.env_id
+    columns.env = env_id
     try:
         return build_dataset(columns)
     except ValueError as error:
@@ -101,7 +110,9 @@ def _from_arrays(arrays: Mapping[str, Any], where: str) -> Columns:
     env_id = env_id.decode() if isinstance(env_id, bytes) else env_id
     if env_id is not None and not isinstance(env_id, str):
         raise ValueError(f"{where}: env_id must be a Gymnasium id such as 'Hopper-v5', got {env_id!r}")
-    return Columns(found, action_bounds=None if low is None else (low, high), env_id=env_id)
+    bounds = None if low is None else (low, high)
+    n = found.pop("n_actions", None)
+    return Columns(found, action_bounds=bounds, discrete=None if n is None else Discrete(n), env_id=env_id)
 
 
 def _read_hdf5(path: Path) -> dict[str, Any]:
@@ -191,10 +202,11 @@ def _check_seal(dataset_id: str) -> None:
 def _from_minari(dataset: minari.MinariDataset) -> Columns:
     """Copies every selected episode into columns allocated once: the peak is the columns plus one episode."""
     for kind, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
-        if type(space).__name__ != "Box" or len(space.shape) != 1:
+        vector = type(space).__name__ == "Box" and len(space.shape) == 1
+        if not vector and (kind, type(space).__name__) != ("action", "Discrete"):
             raise ValueError(
-                f"Minari dataset {dataset.id!r} has {kind} space {space}; only one-dimensional Box spaces are "
-                "supported (flatten Dict spaces and encode images first; discrete actions have no matching loss here)"
+                f"Minari dataset {dataset.id!r} has {kind} space {space}; observations must be a one-dimensional Box, "
+                "and actions one, or Discrete (flatten Dict spaces and encode images first)"
             )
     with damage_named(dataset.id, "Minari dataset", ValueError):
         return _columns_of(dataset)
@@ -202,10 +214,12 @@ def _from_minari(dataset: minari.MinariDataset) -> Columns:
 
 def _columns_of(dataset: minari.MinariDataset) -> Columns:
     total, width = int(dataset.total_steps), dataset.observation_space.shape[0]
+    space = dataset.action_space
+    discrete = Discrete(space.n, space.start) if type(space).__name__ == "Discrete" else None
     with damage_named(dataset.id, "Minari dataset"):
-        check_memory(4 * total * (width + dataset.action_space.shape[0] + 1))
+        check_memory(4 * total * (width + (2 if discrete else space.shape[0]) + 1))
     observations = np.empty((total, width), np.float32)
-    actions = np.empty((total, dataset.action_space.shape[0]), np.float32)
+    actions = np.empty((total, *space.shape), np.int64 if discrete else np.float32)
     rewards = np.empty(total, np.float32)
     terminations, truncations = np.empty(total, bool), np.empty(total, bool)
     ends, last_observations = [], []
@@ -216,7 +230,7 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
         steps = len(rews)
         rows = slice(start, start + steps)
         shapes = [array.shape for array in (states, acts, rews, terminated, truncated)]
-        expected = [(steps + 1, width), (steps, actions.shape[1]), (steps,), (steps,), (steps,)]
+        expected = [(steps + 1, width), (steps, *space.shape), (steps,), (steps,), (steps,)]
         if shapes != expected or start + steps > total:
             raise ValueError(
                 f"Minari dataset {dataset.id!r}, episode {index}: its arrays have shapes {shapes}, expected {expected} "
@@ -233,8 +247,7 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
         raise ValueError(f"Minari dataset {dataset.id!r} holds {start} steps, but its metadata say {total}")
     metadata = dataset.storage.metadata
     random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    low, high = dataset.action_space.low, dataset.action_space.high
-    bounded = np.isfinite(low).all() and np.isfinite(high).all()
+    bounded = discrete is None and np.isfinite(space.low).all() and np.isfinite(space.high).all()
     return Columns(
         {
             "observations": observations,
@@ -244,12 +257,23 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
             "truncations": truncations,
         },
         jumps=(np.array(ends, dtype=np.int64), np.array(last_observations, np.float32).reshape(-1, width)),
-        action_bounds=(low, high) if bounded else None,
+        action_bounds=(space.low, space.high) if bounded else None,
+        discrete=discrete,
         reference_scores=None if random is None or expert is None else (float(random), float(expert)),
-        env_id=dataset.env_spec.id if dataset.env_spec else None,
+        **_recorded_environment(metadata),
         name=dataset.id,
         path=Path(dataset.storage.data_path).parent,
     )
+
+
+def _recorded_environment(metadata: Mapping[str, Any]) -> dict[str, str | None]:
+    """The environment of a Minari dataset: the one to evaluate in, or else the one that it was recorded in."""
+    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    if text is None:
+        return {}
+    from sdw_fast.environments import specification
+
+    return {"env_id": json.loads(text)["id"], "env_spec": specification(text)}
 
 
 def _minari_episodes(dataset: minari.MinariDataset) -> Iterator[tuple[np.ndarray, ...]]:

@@ -1,18 +1,19 @@
-"""Environments: make one, or several in step, and act in them. Imports gymnasium; nothing imports it at start-up."""
+"""Rollouts: several environments stepped together, each episode with its own seed, and a policy that acts in them.
+
+Imports gymnasium; nothing imports it at start-up.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from sdw_fast.environments import Environment, check_spaces, limited, make_env, name_of
 from sdw_fast.networks import ask, evaluating
 
 Policy = Callable[[torch.Tensor], Any]
@@ -20,91 +21,86 @@ Policy = Callable[[torch.Tensor], Any]
 # Rows in every batch that a policy sees. The last bits of a matrix product may depend on its shape, and contacts
 # amplify them; with one shape for all, an episode's return depends on its seed alone.
 BATCH = 16
-MAX_EPISODE_STEPS = 10_000  # of an environment that sets no time limit of its own
 
 
-def make_env(env_id: str) -> gym.Env:
-    """Makes an environment, without MuJoCo's notes that Gymnasium's own model files use deprecated attributes.
-
-    MuJoCo prints them to standard error and to a file in the working directory when it compiles a model, and a user can
-    do nothing about them. Its other warnings pass.
-
-    Raises:
-        ImportError: if the environment needs MuJoCo and it is not installed.
-        ValueError: if there is no environment of that id.
-    """
-    if importlib.util.find_spec("mujoco") is None:
-        return _make(env_id)
-    import mujoco
-
-    previous = mujoco.get_mju_user_warning()
-
-    def forward(message: str) -> None:
-        if "deprecated" not in message:
-            (previous or warnings.warn)(message)
-
-    mujoco.set_mju_user_warning(forward)
-    try:
-        return _make(env_id)
-    finally:
-        mujoco.set_mju_user_warning(previous)
+def side_by_side(env: Environment) -> int:
+    """How many of an environment can be run at once: one, if it is an object, else BATCH."""
+    return 1 if isinstance(env, gym.Env) else BATCH
 
 
-def make_vector_env(env_id: str, seeds: Iterable[Iterable[int]]) -> SyncVectorEnv:
-    """Makes a vectorized environment whose i-th member runs one episode for each seed in seeds[i], then idles.
+class SeededEnvs:
+    """Environments stepped together in this process: the i-th runs one episode for each seed in seeds[i], then idles.
 
-    A step that ends an episode returns the first observation of the next (`final_obs` in the infos holds the last one),
-    so every step is a transition. Episodes of an environment without a time limit are cut after 10,000 steps, with a
-    warning. Stepping in one process beats one process for each environment: a MuJoCo step takes
-    0.1 ms, less than passing its result between processes.
+    A MuJoCo step takes 0.1 ms, less than passing its result between processes. Episodes of an environment without a
+    time limit are cut after 10,000 steps, with a warning.
+
+    Args:
+        env: what to make them by; an environment object can only be one of them, and is not closed.
+        seeds: of the episodes, for each environment.
+
+    Attributes:
+        name: the environment's id, or the name of its class.
+        action_space: of one environment.
+        observations: (n, D), what to act on; of an idle environment, the last.
 
     Raises:
-        ValueError: if observations or actions are not one-dimensional Box spaces.
+        ImportError, ValueError: as `make_env`; the spaces are not supported; there is one environment for many.
     """
-    envs = SyncVectorEnv(
-        [lambda s=s: _SeededEpisodes(_limited(make_env(env_id)), s) for s in seeds],  # type: ignore[misc]
-        autoreset_mode=AutoresetMode.SAME_STEP,
-    )
-    for kind, space in (("observation", envs.single_observation_space), ("action", envs.single_action_space)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            envs.close()
-            raise ValueError(f"{env_id} has {kind} space {space}; only one-dimensional Box spaces are supported")
-    return envs
 
+    def __init__(self, env: Environment, seeds: Sequence[Iterable[int]]) -> None:
+        made = [make_env(env) for _ in seeds]
+        self._own = [one for one in made if one is not env]
+        try:
+            if len({id(one) for one in made}) < len(made):
+                raise ValueError("the function must make a new environment at each call: pass the environment itself")
+            check_spaces(made[0])
+            self._envs = [limited(one) for one in made]
+        except ValueError:
+            self.close()
+            raise
+        self.name = name_of(made[0])
+        self.action_space: Any = made[0].action_space
+        space = made[0].observation_space
+        self.observations = np.zeros((len(made), *(space.shape or ())), space.dtype)
+        self._seeds = [iter(own) for own in seeds]
+        self._idle = [False] * len(made)
+        for number in range(len(made)):
+            self._begin(number)
 
-def _limited(env: gym.Env) -> gym.Env:
-    """An environment whose episodes end, by their own time limit or else by ours."""
-    if env.spec is None or env.spec.max_episode_steps is not None:
-        return env
-    warnings.warn(
-        f"{env.spec.id} sets no time limit: episodes are cut after {MAX_EPISODE_STEPS:,} steps. Register it with "
-        "max_episode_steps to choose another",
-        stacklevel=2,
-    )
-    return gym.wrappers.TimeLimit(env, MAX_EPISODE_STEPS)
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Takes a step in every environment, and begins the next episode where one ended.
 
+        Returns:
+            Next observations (n, D), rewards (n,) float64, terminations and truncations (n,) bool of the steps. Where
+            no episode ended the next observations are the new `observations`. An idle environment gives zeros.
+        """
+        following = self.observations.copy()
+        rewards = np.zeros(len(self._envs))
+        terminations, truncations = (np.zeros(len(self._envs), dtype=bool) for _ in range(2))
+        for i, env in enumerate(self._envs):
+            if not self._idle[i]:
+                following[i], rewards[i], terminations[i], truncations[i], _info = env.step(actions[i])
+        self.observations = following.copy()
+        for i in np.flatnonzero(terminations | truncations).tolist():
+            self._begin(i)
+        return following, rewards, terminations, truncations
 
-class _SeededEpisodes(gym.Wrapper):
-    """Gives each episode its own seed. After the last, it repeats the last observation at no cost and never ends."""
+    def _begin(self, number: int) -> None:
+        seed = next(self._seeds[number], None)
+        self._idle[number] = seed is None
+        if seed is not None:
+            observation, _info = self._envs[number].reset(seed=seed)
+            if np.shape(observation) != self.observations.shape[1:]:
+                raise ValueError(
+                    f"{self.name} returns observations of shape {np.shape(observation)}, and its observation space "
+                    f"says {self.observations.shape[1:]}"
+                )
+            self.observations[number] = observation
 
-    def __init__(self, env: gym.Env, seeds: Iterable[int]) -> None:
-        super().__init__(env)
-        self._seeds = iter(seeds)
-        self._observation: Any = None
-        self._idle = False
-
-    def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
-        seed = next(self._seeds, None)
-        self._idle = seed is None
-        if not self._idle:
-            self._observation, _info = self.env.reset(seed=seed)
-        return self._observation, {}
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        if self._idle:
-            return self._observation, 0.0, False, False, {}
-        self._observation, reward, terminated, truncated, _info = self.env.step(action)
-        return self._observation, reward, terminated, truncated, {}  # infos are unused and dear to gather
+    def close(self) -> None:
+        """Closes the environments that were made here."""
+        for env in self._own:
+            env.close()
 
 
 @contextmanager
@@ -124,40 +120,34 @@ def acting(policy: Policy) -> Iterator[None]:
 
 
 def act(policy: Policy, observations: np.ndarray, space: Any) -> np.ndarray:
-    """Asks the policy for the actions of observations (n, D), n ≤ BATCH, and checks them."""
+    """Asks the policy for the actions of observations (n, D), n ≤ BATCH, and checks them.
+
+    Returns:
+        Actions (n, A), clipped to the bounds of a Box; numbers of classes (n,) of a Discrete space.
+
+    Raises:
+        ValueError: the policy cannot take the observations, or its actions do not fit the space.
+    """
     rows = len(observations)
     batch = torch.zeros(BATCH, observations.shape[1])
     batch[:rows] = torch.from_numpy(observations)
     with torch.no_grad():
-        actions = torch.as_tensor(ask(policy, batch)).cpu().numpy()
-    if actions.shape != (BATCH, *space.shape):
+        try:
+            answer = ask(policy, batch)
+        except RuntimeError as error:  # what PyTorch says of shapes that do not fit
+            raise ValueError(f"the policy failed on observations of shape {tuple(batch.shape)}: {error}") from error
+    actions = torch.as_tensor(answer).cpu().numpy()
+    discrete = isinstance(space, gym.spaces.Discrete)
+    if actions.shape != (BATCH, *space.shape) or (discrete and actions.dtype.kind not in "iu"):
         raise ValueError(
-            f"the policy maps observations {tuple(batch.shape)} to actions {actions.shape}, "
-            f"expected {(BATCH, *space.shape)}"
+            f"the policy maps observations {tuple(batch.shape)} to actions {actions.shape} of {actions.dtype}, "
+            f"expected {(BATCH, *space.shape)}{' integers, the numbers of classes' if discrete else ''}"
         )
-    if not np.isfinite(actions[:rows]).all():
+    actions = actions[:rows]
+    if discrete:
+        if not all(map(space.contains, actions)):
+            raise ValueError(f"the policy returned actions {actions}, which are not all in {space}")
+        return actions
+    if not np.isfinite(actions).all():
         raise ValueError("the policy returned actions that are NaN or infinite")
-    return np.clip(actions[:rows], space.low, space.high).astype(space.dtype, copy=False)
-
-
-def action_bounds(env_id: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(low, high) of an environment's actions, or None where they are not a bounded vector.
-
-    Raises:
-        ImportError: the environment needs MuJoCo and it is not installed.
-        gymnasium.error.Error: there is no such environment here.
-    """
-    env = make_env(env_id)
-    space = env.action_space
-    env.close()
-    bounded = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
-    return (space.low, space.high) if bounded else None  # type: ignore[attr-defined]
-
-
-def _make(env_id: str) -> gym.Env:
-    try:
-        return gym.make(env_id)
-    except gym.error.DependencyNotInstalled as error:
-        raise ImportError(f'{env_id} needs MuJoCo: pip install "sdw_fast[mujoco]" ({error})') from error
-    except gym.error.Error as error:  # an unknown name or version, a malformed id
-        raise ValueError(f"there is no environment {env_id!r}: {error}") from error
+    return np.clip(actions, space.low, space.high).astype(space.dtype, copy=False)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -19,12 +16,16 @@ from torch import Tensor
 from sdw_fast.config import DistillConfig
 from sdw_fast.data import TransitionDataset
 from sdw_fast.distiller import Distiller, Metrics
-from sdw_fast.evaluation import evaluate_synthetic
 from sdw_fast.folder import RunFolder
+from sdw_fast.interruption import deferred_interrupt
 from sdw_fast.objectives import outer_problem
 from sdw_fast.progress import progress_bar
+from sdw_fast.selection import HELD_OUT_EVERY, Best
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
 from sdw_fast.teacher import Teacher
+
+if TYPE_CHECKING:
+    from sdw_fast.environments import Environment
 
 Callback = Callable[[Distiller, Metrics], None]
 
@@ -50,6 +51,7 @@ def distill(
     *,
     n_runs: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    env: Environment | None = None,
     device: str | torch.device = "cpu",
     preset: str = "default",
     callback: Callback | None = None,
@@ -63,6 +65,7 @@ def distill(
         teacher: π* and Q; not needed by objective "dbc".
         n_runs: R: distill R sets with the seeds seed, seed + 1, … side by side, and return a list of them.
         out: Folder of the run (see `run`); one that holds a checkpoint is continued.
+        env: The environment to evaluate in, as `evaluate` takes it, in place of the dataset's own.
         device: Where to compute.
         preset: "default", "published" or "paper"; see `DistillConfig.preset`.
         callback: Called after every outer step with the distiller and the step's metrics.
@@ -70,14 +73,18 @@ def distill(
         **settings: Fields of `DistillConfig`, e.g. objective="sdw", size=256, steps=5_000, seed=0.
 
     Returns:
-        The synthetic set: the one with the best return where eval_every is set, else the last. With n_runs a list.
+        The synthetic set with the lowest loss on the states held out, or with the best return where eval_every is set,
+        or the last: see `DistillConfig.select`. Its configuration says under "selected" what it was chosen by. With
+        n_runs a list.
 
     Raises:
         ValueError: a setting is out of range, or as `outer_problem`, `real_pairs` and `run`.
     """
     config = DistillConfig.preset(preset, **settings)
+    if env is not None:
+        data = data.in_environment(env)
     distiller = new_distiller(data, teacher, config, device=device, n_runs=n_runs)
-    sets = run(distiller, out, callback=callback, progress=progress)
+    sets = run(distiller, out, env=env, callback=callback, progress=progress)
     return sets[0] if n_runs is None else sets
 
 
@@ -104,6 +111,7 @@ def run(
     distiller: Distiller,
     out: str | os.PathLike[str] | None = None,
     *,
+    env: Environment | None = None,
     source: dict[str, Any] | None = None,
     callback: Callback | None = None,
     progress: bool = True,
@@ -113,8 +121,9 @@ def run(
     Args:
         distiller: The distillation; a folder with a checkpoint puts it where that was taken.
         out: Folder of the run: config.json, metrics.jsonl (a line a step), checkpoint, last.npz, and best.npz (the set
-            with the highest return; without evaluations, the last), for one run at a time. With several sets, metrics
+            chosen, see `DistillConfig.select`), for one run at a time. With several sets, metrics
             and sets lie in run-000, run-001, … inside it. None: nothing is written.
+        env: The environment to evaluate in; None: the one that the units of the problem name.
         source: Where dataset and teacher came from, kept in config.json for `sdw-fast distill --resume`.
         callback: Called after every step with the distiller and the step's metrics; a GPU then waits for it.
         progress: Whether to show the bar.
@@ -123,15 +132,17 @@ def run(
         The best set of every run, as best.npz.
 
     Raises:
-        ValueError: evaluations are wanted and the dataset names no environment, or the folder's checkpoint belongs to
-            another run (see `Distiller.load_state_dict`) or is damaged.
+        ValueError: evaluations are wanted and there is no environment, or it does not fit (see `check_environment`);
+            or the folder's checkpoint belongs to another run (see `Distiller.load_state_dict`) or is damaged.
         BlockingIOError: another run is at work in the folder.
         OSError: a file cannot be written: the disk is full, or the folder was deleted.
         KeyboardInterrupt: Ctrl-C; the step under way is finished and saved first. A second Ctrl-C stops at once.
     """
     config = distiller.config
-    if config.eval_every and distiller.problem.units.env_id is None:
-        raise ValueError("the dataset names no environment to evaluate in; set eval_every=0 or give it an env_id")
+    if config.eval_every:
+        from sdw_fast.environments import check_environment
+
+        env = check_environment(distiller.problem.units, env)
     pending: list[Tensor] = []  # figures not looked at yet
     last_return, seconds = math.nan, 0.0
 
@@ -139,9 +150,9 @@ def run(
         return distiller.iteration % every == 0 or distiller.iteration == config.steps
 
     with contextlib.ExitStack() as opened:
-        interrupted = opened.enter_context(_deferred_interrupt())
+        interrupted = opened.enter_context(deferred_interrupt())
         folder = opened.enter_context(RunFolder(out, distiller, source)) if out is not None else None
-        best = Best(distiller.n_runs, folder)
+        best = Best(distiller, folder)
         bar = opened.enter_context(
             progress_bar(total=config.steps, initial=distiller.iteration, unit="step", smoothing=0.05, show=progress)
         )
@@ -149,8 +160,10 @@ def run(
             began = time.perf_counter()
             pending.append(distiller.advance())
             evaluating = bool(config.eval_every) and due(config.eval_every)
+            looking = config.select != "last" and due(HELD_OUT_EVERY)
             saving = folder is not None and due(config.checkpoint_every)
-            wait = not distiller.runs_ahead or callback is not None or evaluating or saving or interrupted()
+            wait = not distiller.runs_ahead or callback is not None or interrupted()
+            wait = wait or evaluating or looking or saving
             if not wait and len(pending) < FETCH_EVERY and distiller.iteration < config.steps:
                 seconds += time.perf_counter() - began
                 continue
@@ -159,8 +172,10 @@ def run(
             for metrics in steps:
                 metrics["seconds"] = seconds / len(steps)
             pending, seconds = [], 0.0
+            if looking:
+                steps[-1] |= best.look()
             if evaluating:
-                steps[-1] |= best.evaluate(distiller)
+                steps[-1] |= best.evaluate(env)
                 last_return = float(np.mean(steps[-1]["score"]))
             if folder:
                 folder.log(distiller.iteration, steps)
@@ -171,75 +186,12 @@ def run(
                 callback(distiller, steps[-1])
             stop = interrupted()
             if folder and (stop or saving):
-                folder.checkpoint(distiller, best.returns)
+                folder.checkpoint(distiller, best.by, best.scores)
             if stop:
                 resume = f"`sdw-fast distill --resume {out}`" if source else f"the same call with out={out}"
                 kept = f"; {resume} continues to the same result" if folder else ", nothing was kept"
                 raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}{kept}")
-        sets = best.final(distiller)
+        sets = best.final()
         if interrupted():
             raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}, the last; the run is complete")
     return sets
-
-
-class Best:
-    """The best set so far of every run, and its score; without evaluations, the last set."""
-
-    def __init__(self, n_runs: int, folder: RunFolder | None) -> None:
-        self.returns = list(folder.best_returns) if folder else [-math.inf] * n_runs
-        self._folder = folder
-        self._sets = dict(folder.best_sets) if folder else {}
-
-    def evaluate(self, distiller: Distiller) -> Metrics:
-        """Clones policies on every run's set and runs them in the environment; keeps the sets that beat all before."""
-        config, sets = distiller.config, distiller.sets
-        results = [
-            evaluate_synthetic(one, clones=config.eval_clones, episodes=config.eval_episodes, seed=seed)
-            for one, seed in zip(sets, distiller.seeds, strict=True)
-        ]
-        scores = [result.mean if result.normalized_mean is None else result.normalized_mean for result in results]
-        for number, score in enumerate(scores):
-            if score > self.returns[number]:
-                self.returns[number] = score
-                self._keep(number, sets[number])
-        return {
-            "return": distiller.of_runs(np.array([result.mean for result in results])),
-            "score": distiller.of_runs(np.array(scores)),
-        }
-
-    def final(self, distiller: Distiller) -> list[SyntheticDataset]:
-        """The best sets; of a run that was never evaluated, the last."""
-        for number, last in enumerate(distiller.sets):
-            if number not in self._sets or not distiller.config.eval_every:
-                self._keep(number, last)
-        return [self._sets[number] for number in range(distiller.n_runs)]
-
-    def _keep(self, number: int, synthetic: SyntheticDataset) -> None:
-        self._sets[number] = synthetic
-        if self._folder:
-            self._folder.save_best(number, synthetic)
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag, so that a step is never cut in two; the second acts at once.
-
-    Python delivers signals to the main thread only; elsewhere nothing changes. Nor does it where the handler is not
-    Python's, which could not be put back.
-    """
-    flag = False
-
-    def remember(signum: int, frame: FrameType | None) -> None:
-        nonlocal flag
-        flag = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is None or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield lambda: flag
-    finally:
-        signal.signal(signal.SIGINT, previous)

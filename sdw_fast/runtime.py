@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sdw_fast import shipped
 from sdw_fast.ops._backend import _C, get_num_threads, obstacle, set_num_threads
 from sdw_fast.version import __version__
 
@@ -54,6 +55,8 @@ def _config() -> dict[str, Any]:
         "torchrl": _version("torchrl"),
         "zuko": _version("zuko"),
         "mujoco": _version("mujoco"),
+        "pretrained_teachers": shipped.names("teacher"),
+        "pretrained_sets": shipped.names("set"),
     }
 
 

@@ -165,27 +165,27 @@ def _parse(name: str) -> tuple[str, str]:
 
 def _rollout(env_id: str, policy: GaussianPolicy, steps: int, seed: tuple[int, int], bar: Any) -> list[dict[str, Any]]:
     """Samples exactly `steps` transitions from the policy, in streams that step together; episodes stream by stream."""
-    from sdw_fast.rollout import BATCH, act, acting, make_vector_env
+    from sdw_fast.rollout import BATCH, SeededEnvs, act, acting
 
     streams = max(1, min(BATCH, steps // _FULL_EPISODE))
     quotas = [steps // streams + (s < steps % streams) for s in range(streams)]
-    envs = make_vector_env(env_id, [map(partial(_episode_seed, seed, s), itertools.count()) for s in range(streams)])
+    envs = SeededEnvs(env_id, [map(partial(_episode_seed, seed, s), itertools.count()) for s in range(streams)])
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     length = max(quotas)
     with closing(envs), acting(policy):
-        first, _ = envs.reset()
-        observations = np.empty((length + 1, *first.shape), first.dtype)
-        actions = np.empty((length, *(envs.action_space.shape or ())), envs.action_space.dtype)
+        observations = np.empty((length + 1, *envs.observations.shape), envs.observations.dtype)
+        actions = np.empty((length, streams, *envs.action_space.shape), envs.action_space.dtype)
         rewards = np.empty((length, streams))
         terminations = np.empty((length, streams), dtype=bool)
         truncations = np.empty((length, streams), dtype=bool)
         last_observations: dict[tuple[int, int], np.ndarray] = {}  # of episodes, by (step, stream)
-        observations[0] = first
+        observations[0] = envs.observations
         for t in range(length):
-            actions[t] = act(lambda x: policy.sample(x, generator), observations[t], envs.single_action_space)
-            observations[t + 1], rewards[t], terminations[t], truncations[t], infos = envs.step(actions[t])
+            actions[t] = act(lambda x: policy.sample(x, generator), observations[t], envs.action_space)
+            following, rewards[t], terminations[t], truncations[t] = envs.step(actions[t])
+            observations[t + 1] = envs.observations
             for stream in np.flatnonzero(terminations[t] | truncations[t]).tolist():
-                last_observations[t, stream] = infos["final_obs"][stream]
+                last_observations[t, stream] = following[stream]
             bar.update(sum(t < quota for quota in quotas))
 
     episodes = []
@@ -228,7 +228,7 @@ def _write(
     from minari.dataset.minari_storage import MinariStorage
     from minari.namespace import NAMESPACE_METADATA_FILENAME
 
-    from sdw_fast.rollout import make_env
+    from sdw_fast.environments import make_env
 
     for namespace in list(target.parents)[: dataset_id.count("/")]:
         if not (namespace / NAMESPACE_METADATA_FILENAME).exists():  # Minari would write it in place
@@ -244,7 +244,7 @@ def _write(
                 "author": {"sdw_fast"},
                 "algorithm_name": "SAC policies shipped with sdw_fast, actions sampled",
                 "description": "Locomotion suite of sdw_fast, a stand-in for D4RL's dataset of this name",
-                "requirements": ["gymnasium[mujoco]>=1.1"],
+                "requirements": ["gymnasium[mujoco]>=1.0"],
                 **({"ref_min_score": scores[0], "ref_max_score": scores[1]} if scores else {}),
                 "sdw_fast": {
                     "recipe": recipe,

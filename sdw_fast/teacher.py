@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Module
 
-from sdw_fast.files import read_safetensors, reading, to_json, write_safetensors
-from sdw_fast.networks import MLP, MinCritic, ask, below, evaluating, refuse_non_finite
-from sdw_fast.units import Affine, Units
+from sdw_fast import adapters, shipped
+from sdw_fast.answers import actions_of, refuse_dead, some_of, tell_of_habits, tell_of_units, values_of
+from sdw_fast.cards import Card, Shown, short_hash
+from sdw_fast.corl import parts_of_corl
+from sdw_fast.networks import MLP, MinCritic, ask, evaluating
+from sdw_fast.teacher_file import read_teacher, write_teacher
+from sdw_fast.units import Affine, Discrete, Units
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
-FORMAT = "sdw_fast.teacher/2"
 BATCH_ROWS = 16_384  # rows per forward pass: 256-wide activations stay near 16 MB however many states are asked for
-_CORL_HINT = " A CORL checkpoint is read by Teacher.from_corl(path, mean, std)"
-DEAD_ROWS = 100  # from this many rows on, outputs that are all the same are taken for a fault, not for a coincidence
 
 
-class Teacher:
+class Teacher(Shown):
     """A near-optimal policy π* and its value function Q, in the environment's own units.
 
     Args:
-        actor: any callable (nn.Module, function) from states (B, D) to deterministic actions (B, A), float32 tensors.
+        actor: any callable (nn.Module, function) from states (B, D) to deterministic actions (B, A), float32 tensors;
+            of a torch distribution its mean is taken, of a dict or TensorDict "action", of a tuple the first.
             Actor and critic, where they are modules, are asked in evaluation mode and put back as they were.
-        critic: any callable from states (B, D) and actions (B, A) to values (B,) or (B, 1): min over twin critics if
-            there are two. None leaves a teacher that serves `pbc`; `av-pbc` and `sdw` weight by Q and need one.
+        critic: any callable from states (B, D) and actions (B, A) to values (B,) or (B, 1); of a tuple (twin critics)
+            the smallest is taken. None leaves a teacher that serves `pbc`; `av-pbc` and `sdw` weight by Q and need one.
+            In an environment with n discrete actions the actor returns their probabilities (B, n), or action numbers
+            (B,) of an integer dtype, and the critic takes action numbers (B,) int64; numbers are the environment's.
         units: those that the callables compute in: normalized states and, where the action bounds are known, actions
             in [−1, 1]. None: the environment's own.
         provenance: where the teacher came from, any JSON-serializable dict; kept in the saved file.
 
     Raises:
-        TypeError: actor or critic is not callable.
+        TypeError: actor or critic is not callable on tensors.
     """
 
     def __init__(
@@ -51,7 +54,12 @@ class Teacher:
     ) -> None:
         for name, function in (("actor", actor), ("critic", critic)):
             if not callable(function) and not (name == "critic" and function is None):
-                raise TypeError(f"{name} must be a callable on tensors, got {type(function).__name__}")
+                raise TypeError(
+                    f"{name} must be a callable on tensors, got {type(function).__name__}; models of stable-baselines3 "
+                    "and d3rlpy are taken by Teacher.from_sb3 and Teacher.from_d3rlpy"
+                )
+            if hasattr(function, "in_keys"):
+                raise TypeError(f"{name} is a module on TensorDicts: use Teacher.from_torchrl(actor, critic)")
         self.actor = actor
         self.critic = critic
         self.units = units
@@ -63,7 +71,8 @@ class Teacher:
 
     @property
     def _actions(self) -> Affine | None:
-        return None if self.units is None else self.units.actions
+        actions = None if self.units is None else self.units.actions
+        return actions if isinstance(actions, Affine) else None
 
     def actions(self, observations: Array) -> Array:
         """Returns the deterministic actions π*(s).
@@ -74,7 +83,7 @@ class Teacher:
 
         Returns:
             (M, A) float32 actions in the environment's units: an array for an array, a tensor on the observations'
-            device for a tensor.
+            device for a tensor. Of discrete actions what the actor returns, (M, n) probabilities or (M,) numbers.
 
         Raises:
             ValueError: the observations are not a finite (M, D) array, or the teacher is dead: its actions are not
@@ -89,7 +98,8 @@ class Teacher:
         Args:
             observations: (M, D) in the environment's units, a NumPy array or a tensor; any M, worked through in
                 batches.
-            actions: (M, A) actions in the environment's units, of the same kind as the observations.
+            actions: (M, A) actions in the environment's units, of the same kind as the observations; discrete ones are
+                numbers (M,).
 
         Returns:
             (M,) float32 values in the units of the rewards that the critic was trained on: an array for an array, a
@@ -106,125 +116,118 @@ class Teacher:
         q = self._label(_tensor(observations), _tensor(actions), values=True)[1]
         return _as(observations, cast("Tensor", q))
 
+    @torch.no_grad()
     def label(
         self, observations: NDArray[np.float32], units: Units, *, values: bool
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Labels states with π*(s), normalized by `units`, and, if wanted, with Q(s, π*(s)).
 
         The actor's output goes to the critic as it is, and is the target as it is where the action bounds are the
-        teacher's own.
+        teacher's own. A few states are asked twice, and what cannot be meant is told in a warning: an actor that
+        samples, actions beyond the bounds or never scaled to them, a tuple of which a part is taken.
 
         Returns:
-            (M, A) and (M,) float32 arrays; None in place of values that are not wanted.
+            (M, A) and (M,) float32 arrays; None in place of values that are not wanted. Discrete actions are labeled
+            with probabilities (M, n), and valued at the most probable.
 
         Raises:
-            ValueError: as `actions` and `values`, or the action bounds are not known.
+            ValueError: as `actions` and `values`, the action bounds are not known, or discrete actions are labeled with
+                something else than probabilities or numbers.
         """
         wanted = units.require_actions()
-        targets, q = self._label(_tensor(observations), None, values=values)
+        discrete = wanted if isinstance(wanted, Discrete) else None
+        targets, q = self._label(_tensor(observations), None, values=values, discrete=discrete)
+        critic = _of_numbers(self.critic, discrete) if values else None
+        with evaluating(self.actor, self.critic):
+            tell_of_habits(self.actor, critic, _batch(some_of(_tensor(observations)), self._states))
+        if isinstance(wanted, Discrete):
+            return wanted.normalize(targets.cpu().numpy()), None if q is None else q.cpu().numpy()
         if self._actions != wanted:
             targets = wanted.normalize(targets if self._actions is None else self._actions.denormalize(targets))
+        tell_of_units(targets, self._actions, wanted)
         return targets.cpu().numpy(), None if q is None else q.cpu().numpy()
 
     @torch.no_grad()
-    def _label(self, observations: Tensor, actions: Tensor | None, *, values: bool) -> tuple[Tensor, Tensor | None]:
+    def _label(
+        self, observations: Tensor, actions: Tensor | None, *, values: bool, discrete: Discrete | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Actions in the networks' units (the actor's if none are given) and, if wanted, values, batch by batch."""
-        critic = self.critic if values else None
+        critic = _of_numbers(self.critic, discrete) if values else None
         if values and critic is None:
             raise ValueError(
                 "this teacher has no critic, so it has no values Q(s, a). The objectives 'av-pbc' and 'sdw' weight "
                 "states by Q: give them a teacher with one (Teacher(actor=..., critic=...), train_teacher, or a CORL "
                 "checkpoint that holds critic1 or critic_1), or use objective 'pbc', which needs actions only."
             )
-        for tensor in (observations, *([] if actions is None else [actions])):
+        numbers = actions is not None and actions.ndim == 1 and not actions.is_floating_point()
+        for tensor in (observations, *([] if actions is None or numbers else [actions])):
             if tensor.ndim != 2:
                 raise ValueError(f"expected matrices (rows, dimensions), got shape {tuple(tensor.shape)}")
-        size = self._state_size()
+        size = _width(self.actor, self._states)
         if size is not None and observations.shape[1] != size:
             raise ValueError(f"this teacher takes states of {size} dimensions, got {observations.shape[1]}")
         found: list[tuple[Tensor, Tensor | None]] = []
-        with evaluating(self.actor, critic):
+        with evaluating(self.actor, self.critic):
             for start in range(0, max(len(observations), 1), BATCH_ROWS):  # no rows: one batch of none
                 rows = slice(start, start + BATCH_ROWS)
                 states = _batch(observations[rows], self._states)
                 if actions is None:
-                    chosen = _shaped(ask(self.actor, states), "actions", len(states))
+                    chosen = actions_of(self.actor, states)
                 else:
-                    chosen = _batch(actions[rows], self._actions)
-                q = None if critic is None else _shaped(ask(critic, states, chosen), "values", len(states))
+                    chosen = actions[rows].long() if numbers else _batch(actions[rows], self._actions)
+                q = None if critic is None else values_of(critic, states, chosen)
                 found.append((chosen.to(observations.device), None if q is None else q.to(observations.device)))
         chosen = torch.cat([a for a, _ in found])
         if actions is None:
-            _refuse_dead(chosen, [observations], "actions")
+            refuse_dead(chosen, [observations], "actions")
         if not values:
             return chosen, None
         q = torch.cat([value for _, value in found if value is not None])
-        _refuse_dead(q, [observations, chosen], "values")
+        refuse_dead(q, [observations, chosen], "values")
         return chosen, q
 
-    def _state_size(self) -> int | None:
-        if isinstance(self.actor, MLP):
-            return self.actor.sizes[0]
-        return None if self._states is None else len(self._states.offset)
+    def card(self) -> Card:
+        """What the teacher is, for people."""
+        networks = [self.actor, self.critic]
+        known = [x.detach().cpu().numpy() for n in networks if isinstance(n, Module) for x in n.state_dict().values()]
+        return Card(
+            "Teacher",
+            {
+                "environment": self.units and self.units.env_id,
+                "actor": _described(self.actor),
+                "critic": "none" if self.critic is None else _described(self.critic),
+                **{name: self.provenance.get(name) for name in ("algorithm", "dataset", "source")},
+                "hash": short_hash(*known) if known else None,
+            },
+        )
 
     def save(self, path: str | os.PathLike[str], *, half: bool = False) -> None:
         """Writes the networks as `.safetensors`, with architecture, units and provenance in the metadata.
 
         The file appears whole or not at all. `half` stores 16-bit weights, which halves the file; the teacher that is
-        loaded from it computes in float32 with the rounded weights.
+        loaded from it computes in float32 with the rounded weights. Of modules that are not the package's own, the
+        state dicts are written; `load` then needs a function that makes such modules.
 
         Raises:
-            TypeError: the actor or critic is not one of the package's networks (as made by `train_teacher`, `load` or
-                `from_corl`); an arbitrary callable has no file format.
+            TypeError: the actor or critic is no torch module; an arbitrary callable has no file format.
         """
-        if not isinstance(self.actor, MLP) or not isinstance(self.critic, MinCritic | None):
-            raise TypeError(
-                "only networks made by train_teacher, Teacher.load or Teacher.from_corl can be saved; this teacher's "
-                f"actor is {type(self.actor).__name__} and its critic {type(self.critic).__name__}"
-            )
-        critics = [] if self.critic is None else [cast("MLP", network) for network in self.critic.networks]
-        networks = {"actor": self.actor, **{f"critic{i}": network for i, network in enumerate(critics, start=1)}}
-        tensors = {
-            f"{name}.{key}": tensor.detach().to("cpu", torch.float16 if half else torch.float32).contiguous()
-            for name, network in networks.items()
-            for key, tensor in network.state_dict().items()
-        }
-        description = {
-            "format": FORMAT,
-            "networks": {name: network.sizes for name, network in networks.items()},
-            "activations": {"hidden": "relu", "actor_output": "tanh", "critic_output": "linear"},
-            "units": self.units and self.units.to_dict(),
-            "provenance": self.provenance,
-        }
-        write_safetensors(path, tensors, {"teacher": to_json(description)})
+        write_teacher(path, self, half=half)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Teacher:
+    def load(cls, path: str | os.PathLike[str], *, factory: Callable[[], Teacher] | None = None) -> Teacher:
         """Reads a teacher that `save` wrote; nothing is unpickled.
+
+        Args:
+            path: the `.safetensors` file.
+            factory: for a file of modules that are not the package's own: a function that returns a teacher of such
+                modules, into which the file's weights are put. Units and provenance are the file's.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, is not a `.safetensors` file, or holds something other than a teacher with
-                finite weights.
+                finite weights; a factory is needed, or makes other modules.
         """
-        path = Path(path)
-        with reading(path, "teacher file", hint=_CORL_HINT):
-            tensors, metadata = read_safetensors(path)
-            if "teacher" not in metadata:
-                raise ValueError(f"it holds no teacher as Teacher.save writes it ({FORMAT})")
-            description = json.loads(metadata["teacher"])
-            if description["format"] != FORMAT:
-                raise ValueError(f"its format is {description['format']!r}")
-            weights = {key: tensor.float() for key, tensor in tensors.items()}
-            networks = {
-                name: MLP.from_state(sizes, below(weights, name), tanh=name == "actor").requires_grad_(False)
-                for name, sizes in description["networks"].items()
-            }
-            refuse_non_finite(networks)
-            actor = networks.pop("actor")
-            units = description["units"] and Units.from_dict(description["units"])
-            provenance = description["provenance"]
-        return cls(actor, MinCritic(list(networks.values())) if networks else None, units=units, provenance=provenance)
+        return cls(**read_teacher(path, factory))
 
     @classmethod
     def pretrained(cls, name: str) -> Teacher:
@@ -233,13 +236,7 @@ class Teacher:
         Raises:
             ValueError: there is none for that dataset; the message lists those that there are.
         """
-        folder = Path(__file__).parent / "assets"
-        path = folder / f"{name.removeprefix('sdw/').removesuffix('-v0').replace('/', '-')}-teacher.safetensors"
-        if not path.is_file():
-            shipped = sorted(p.name.removesuffix("-teacher.safetensors") for p in folder.glob("*-teacher.safetensors"))
-            names = [f"{env}/{quality}" for env, _, quality in (stem.partition("-") for stem in shipped)]
-            raise ValueError(f"no teacher for {name!r} comes with the package; there are {names}, or use train_teacher")
-        return cls.load(path)
+        return cls.load(shipped.path("teacher", name, "use train_teacher"))
 
     @classmethod
     def from_corl(cls, path: str | os.PathLike[str], mean: Sequence[float], std: Sequence[float]) -> Teacher:
@@ -261,12 +258,69 @@ class Teacher:
             ValueError: the file is damaged, would run code of its own, has no actor of a known layout, holds weights
                 that are not finite, or mean and std do not fit its networks.
         """
-        from sdw_fast.corl import load_networks, state_map
+        return cls(**parts_of_corl(path, mean, std))
 
-        actor, critics = load_networks(path)
-        units = Units(states=state_map(mean, std, actor.sizes[0], Path(path).name))
-        provenance = {"source": "CORL checkpoint", "file": Path(path).name}
-        return cls(actor, MinCritic(critics) if critics else None, units=units, provenance=provenance)
+    @classmethod
+    def from_sb3(cls, model: Any) -> Teacher:
+        """Takes a stable-baselines3 model (SAC, TD3, DDPG, PPO, …; `SAC.load(path)`) as it acts without exploration.
+
+        Actions are the deterministic ones, in the environment's bounds; values the smallest of the model's critics. PPO
+        and A2C have no Q(s, a): such a teacher serves `pbc`. If the model was trained in a VecNormalize, set it on the
+        model (`SAC.load(path, env=normalized)`): its statistics are used, and its values are of normalized rewards.
+
+        Raises:
+            TypeError: something else was given.
+            ValueError: its observations or actions are not one-dimensional Box spaces.
+        """
+        return cls(**adapters.parts_of_sb3(model))
+
+    @classmethod
+    def from_d3rlpy(cls, algo: Any) -> Teacher:
+        """Takes a d3rlpy algorithm (`d3rlpy.load_learnable(path)`) by its greedy actions and its smallest critic.
+
+        Its observation and action scalers are applied; a reward scaler is not undone, so that values are of scaled
+        rewards. Behavior cloning has no critic.
+
+        Raises:
+            TypeError: something else was given.
+            ValueError: it was never built, or its actions are discrete.
+        """
+        return cls(**adapters.parts_of_d3rlpy(algo))
+
+    @classmethod
+    def from_torchrl(cls, actor: Any, critic: Any = None) -> Teacher:
+        """Takes TorchRL modules: an actor from one key to "action", a critic (or a list of them) to its value.
+
+        The actor is asked for its distribution's deterministic action, as `ExplorationType.DETERMINISTIC` defines it.
+        Observations are given as they are: the transforms of a TorchRL environment are not part of its modules.
+
+        Raises:
+            TypeError: something else was given.
+        """
+        return cls(**adapters.parts_of_torchrl(actor, critic))
+
+
+def _width(actor: Callable[[Tensor], Tensor], states: Affine | None) -> int | None:
+    """The width of the states that an actor takes, where it is known."""
+    if isinstance(actor, MLP):
+        return actor.sizes[0]
+    return None if states is None else len(states.offset)
+
+
+def _of_numbers(critic: Callable[..., Any] | None, discrete: Discrete | None) -> Callable[..., Any] | None:
+    """A critic of action numbers, where actions are discrete, as one of what an actor answers."""
+    if critic is None or discrete is None:
+        return critic
+    return lambda states, actions: ask(critic, states, discrete.chosen(actions))
+
+
+def _described(function: Callable[..., Tensor]) -> str:
+    """Of the package's networks the widths, of a user's own function the name."""
+    if isinstance(function, MinCritic):
+        return f"min of {len(function.networks)} × {_described(cast('MLP', function.networks[0]))}"
+    if isinstance(function, MLP):
+        return " → ".join(map(str, function.sizes))
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _tensor(x: Array) -> Tensor:
@@ -283,30 +337,3 @@ def _batch(given: Tensor, units: Affine | None) -> Tensor:
     if not batch.isfinite().all():
         raise ValueError("the teacher was given states or actions with NaN or infinite numbers")
     return batch if units is None else units.normalize(batch)
-
-
-def _shaped(output: Tensor, what: str, rows: int) -> Tensor:
-    """Holds a callable to its contract: (rows, A) actions; (rows,) or (rows, 1) values, which become (rows,)."""
-    output = output.to(torch.float32)
-    if what == "values" and output.shape == (rows, 1):
-        output = output.squeeze(1)
-    if output.ndim != (1 if what == "values" else 2) or len(output) != rows:
-        wanted = f"({rows},)" if what == "values" else f"({rows}, action dimensions)"
-        raise ValueError(f"the teacher's {what} for {rows} states must have shape {wanted}, got {tuple(output.shape)}")
-    return output
-
-
-def _refuse_dead(output: Tensor, inputs: Sequence[Tensor], what: str) -> None:
-    """Raises on outputs that are not finite, or the same for many different inputs."""
-    finite = output.isfinite()
-    if not finite.all():
-        bad = int((~finite).reshape(len(output), -1).any(dim=1).sum())
-        raise ValueError(f"dead teacher: its {what} are NaN or infinite for {bad} of {len(output)} states")
-    if len(output) < DEAD_ROWS or all((x == x[0]).all() for x in inputs):
-        return
-    spread = (output.amax(dim=0) - output.amin(dim=0)).max()
-    if spread <= 1e-6 * output.abs().max():
-        raise ValueError(
-            f"dead teacher: its {what} are the same ({output[0].tolist()}) for all {len(output)} states. Was it "
-            "trained, and are the states in the environment's own units?"
-        )

@@ -1,9 +1,16 @@
-"""Training a teacher on a dataset by offline RL, with torchrl's losses (TD3+BC, IQL)."""
+"""Training a teacher on a dataset by offline RL, with torchrl's losses (TD3+BC, IQL).
+
+A training that writes to a file keeps its state beside it, and goes on from there to the same bits.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +19,9 @@ from torch import Tensor, nn
 
 from sdw_fast.config import TeacherConfig
 from sdw_fast.data import TransitionDataset
+from sdw_fast.disk import check_writable, locked
+from sdw_fast.files import check_sum, damage_named, read_torch, reading, write_torch
+from sdw_fast.interruption import deferred_interrupt
 from sdw_fast.networks import MLP, MinCritic
 from sdw_fast.progress import progress_bar
 from sdw_fast.teacher import Teacher
@@ -19,14 +29,20 @@ from sdw_fast.version import __version__
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
-    from torchrl.objectives import LossModule, SoftUpdate
+    from torchrl.objectives import LossModule
 
 BATCH_SIZE = 256
+CHECKPOINT_EVERY = 5_000  # steps; half a minute of one core, at most
 _SHOWN_EVERY = 200  # steps between two looks at the losses
 
 
 def train_teacher(
-    data: TransitionDataset, algorithm: str = "td3bc", *, progress: bool = True, **settings: Any
+    data: TransitionDataset,
+    algorithm: str = "td3bc",
+    *,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **settings: Any,
 ) -> Teacher:
     """Trains a teacher on a dataset by offline RL, with torchrl's losses (`pip install "sdw_fast[teacher]"`).
 
@@ -38,7 +54,9 @@ def train_teacher(
     Args:
         data: transitions with known action bounds.
         algorithm: "td3bc" or "iql".
-        progress: show a progress bar with losses and the mean of Q.
+        out: where to write the teacher (`.safetensors`). The training then keeps `<out>.checkpoint` every 5,000 steps
+            and at Ctrl-C; the same call goes on from it to the same bits, and it is removed at the end.
+        progress: show a progress bar with losses, the mean of Q, steps a second and the time that is left.
         **settings: fields of `sdw_fast.config.TeacherConfig`: steps, alpha, expectile, temperature, seed. Same seed,
             machine and thread count, same bits; the global random state of PyTorch is left as it was.
 
@@ -47,53 +65,126 @@ def train_teacher(
 
     Raises:
         ImportError: torchrl is not installed.
-        ValueError: a setting out of range, unknown action bounds, or training ended in a dead teacher (see
-            `Teacher.actions`).
+        ValueError: a setting out of range, discrete actions, unknown action bounds, a checkpoint of another training,
+            or training ended in a dead teacher (see `Teacher.actions`).
         FloatingPointError: the losses stopped being finite.
         TypeError: there is no such setting.
+        OSError: `out` cannot be written; found before the first step.
+        BlockingIOError: another process trains to `out`.
+        KeyboardInterrupt: Ctrl-C; the step under way is finished and saved first. A second Ctrl-C stops at once.
     """
     config = TeacherConfig(algorithm, **settings)
+    if data.units.head == "softmax":
+        raise ValueError(
+            "td3bc and iql train teachers of continuous actions, and this dataset's are discrete: use objective='dbc', "
+            "which needs none, or a policy of your own, Teacher(actor=...)"
+        )
     data.units.require_actions()
     try:
-        from torchrl.objectives import SoftUpdate, ValueEstimators
+        import torchrl.objectives  # noqa: F401
     except ImportError as error:
         raise ImportError('train_teacher needs torchrl: pip install "sdw_fast[teacher]"') from error
+    provenance = {
+        **asdict(config),
+        "env_id": data.env_id,
+        "dataset": data.name,
+        "dataset_hash": data.content_hash,
+        "transitions": len(data),
+        "sdw_fast": __version__,
+        "torch": torch.__version__,
+    }
+    checkpoint = None if out is None else Path(f"{os.fspath(out)}.checkpoint")
+    with contextlib.ExitStack() as held:
+        interrupted = held.enter_context(deferred_interrupt())
+        if out is not None:
+            check_writable(out)
+            held.enter_context(locked(Path(out)))
+        teacher = _trained(data, config, provenance, checkpoint, interrupted, progress=progress)
+        if out is not None and checkpoint is not None:
+            teacher.save(out)
+            checkpoint.unlink(missing_ok=True)
+        if interrupted():
+            raise KeyboardInterrupt(f"stopped after the last step{'' if out is None else f'; the teacher is in {out}'}")
+    return teacher
 
+
+def _trained(
+    data: TransitionDataset,
+    config: TeacherConfig,
+    provenance: dict[str, Any],
+    checkpoint: Path | None,
+    interrupted: Callable[[], bool],
+    *,
+    progress: bool,
+) -> Teacher:
+    """The loop: from the checkpoint, where there is one, to the last step."""
     reward_scale = _reward_scale(data) if config.algorithm == "iql" else 1.0
     sizes = data.observations.shape[1], data.actions.shape[1]
-    with torch.random.fork_rng(devices=[]):  # TD3's target noise comes from the global generator
-        torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would seed the GPUs' generators too
-        loss = _td3bc_loss(*sizes, config) if config.algorithm == "td3bc" else _iql_loss(*sizes, config)
-        loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
-        targets = SoftUpdate(loss, tau=0.005)
-        update = (
-            _td3bc_update(loss, targets) if config.algorithm == "td3bc" else _iql_update(loss, targets, config.steps)
-        )
-        steps = range(1, config.steps + 1)
-        with progress_bar(steps, desc=f"training the teacher ({config.algorithm})", show=progress) as bar:
-            for step in bar:
+    step = 0
+    with torch.random.fork_rng(devices=[]):
+        # TD3's target noise comes from the global generator; torch.manual_seed would seed the GPUs' generators too.
+        torch.default_generator.manual_seed(config.seed)
+        learner = (Td3Bc if config.algorithm == "td3bc" else Iql)(*sizes, config)
+        if checkpoint is not None and checkpoint.exists():
+            step = _continue(checkpoint, learner, provenance)
+        title = f"training the teacher ({config.algorithm})"
+        with progress_bar(total=config.steps, initial=step, desc=title, unit="step", show=progress) as bar:
+            while step < config.steps:
                 batch = _batch(data, torch.randint(len(data), (BATCH_SIZE,)).numpy(), reward_scale)
-                losses = update(batch, step)
+                step += 1
+                losses = learner.update(batch, step)
                 if step % _SHOWN_EVERY == 0 or step == config.steps:
-                    _show(bar, step, losses, _trained_networks(loss, sizes, reward_scale)[1], batch)
-
-    actor, critic = _trained_networks(loss, sizes, reward_scale)
-    teacher = Teacher(
-        actor,
-        critic,
-        units=data.units,
-        provenance={
-            **asdict(config),
-            "env_id": data.env_id,
-            "dataset": data.name,
-            "dataset_hash": data.content_hash,
-            "transitions": len(data),
-            "sdw_fast": __version__,
-            "torch": torch.__version__,
-        },
-    )
+                    _show(bar, step, losses, _trained_networks(learner.loss, sizes, reward_scale)[1], batch)
+                bar.update()
+                stop = interrupted() and step < config.steps
+                if checkpoint is not None and (stop or step % CHECKPOINT_EVERY == 0):
+                    write_torch(checkpoint, _state(step, learner, provenance))
+                if stop:
+                    kept = "nothing was kept: give it a file to write to (out)"
+                    kept = kept if checkpoint is None else "the same call goes on to the same result"
+                    raise KeyboardInterrupt(f"stopped after step {step} of {config.steps}; {kept}")
+    actor, critic = _trained_networks(learner.loss, sizes, reward_scale)
+    teacher = Teacher(actor, critic, units=data.units, provenance=provenance)
     teacher.label(data.observations[:: max(1, len(data) // 10_000)], data.units, values=True)  # raises here if dead
     return teacher
+
+
+def _state(step: int, learner: Td3Bc | Iql, provenance: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "step": step,
+        "generator": torch.default_generator.get_state(),
+        "loss": learner.loss.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers],
+        "provenance": {**provenance, "torch": str(torch.__version__)},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _continue(path: Path, learner: Td3Bc | Iql, provenance: dict[str, Any]) -> int:
+    """Puts a learner and PyTorch's generator where a checkpoint was taken, and returns its step.
+
+    Raises ValueError where the file is damaged or of another training.
+    """
+    with reading(path, "checkpoint of a teacher's training"):
+        check_sum(path)
+        state = read_torch(path)
+        before = state["provenance"]
+    rounding = {"torch": (before["torch"], torch.__version__), "threads": (state["threads"], torch.get_num_threads())}
+    other = [name for name, value in provenance.items() if name not in rounding and before.get(name) != value]
+    if other:
+        raise ValueError(
+            f"{path} is of another training: {', '.join(other)} differ. Repeat that call, write to another file, or "
+            "delete the checkpoint to start anew"
+        )
+    moved = [f"{name} {then}, now {now}" for name, (then, now) in rounding.items() if then != now]
+    if moved:
+        warnings.warn(f"{path} was written under {'; '.join(moved)}: the last bits will differ", stacklevel=4)
+    with damage_named(path, "checkpoint of a teacher's training"):
+        learner.loss.load_state_dict(state["loss"])
+        for optimizer, kept in zip(learner.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        torch.default_generator.set_state(state["generator"])
+        return int(state["step"])
 
 
 def _reward_scale(data: TransitionDataset) -> float:
@@ -125,28 +216,69 @@ def _batch(data: TransitionDataset, rows: np.ndarray, reward_scale: float) -> Te
     return TensorDict({"observation": observations, "action": actions, "next": following}, [len(rows)])
 
 
-def _td3bc_loss(states: int, actions: int, config: TeacherConfig) -> LossModule:
-    from tensordict.nn import TensorDictModule
-    from torchrl.objectives import TD3BCLoss
+class Td3Bc:
+    """TD3+BC: the critics learn at every step, actor and target networks at every second one."""
 
-    actor = TensorDictModule(MLP([states, 256, 256, actions], tanh=True), ["observation"], ["action"])
-    return TD3BCLoss(actor, _q_networks(states, actions), bounds=(-1.0, 1.0), alpha=config.alpha, loss_function="l2")
+    def __init__(self, states: int, actions: int, config: TeacherConfig) -> None:
+        from tensordict.nn import TensorDictModule
+        from torchrl.objectives import SoftUpdate, TD3BCLoss
+
+        actor = TensorDictModule(MLP([states, 256, 256, actions], tanh=True), ["observation"], ["action"])
+        critics = _q_networks(states, actions)
+        options = {"bounds": (-1.0, 1.0), "alpha": config.alpha, "loss_function": "l2"}
+        self.loss = _with_discount(TD3BCLoss(actor, critics, **options))
+        self._targets = SoftUpdate(self.loss, tau=0.005)
+        self._actor, self._critic = _adam(self.loss.actor_network_params), _adam(self.loss.qvalue_network_params)
+        self.optimizers: list[Any] = [self._actor, self._critic]
+        self._losses: dict[str, Tensor] = {}
+
+    def update(self, batch: TensorDict, step: int) -> dict[str, Tensor]:
+        self._losses["critic"], _ = self.loss.qvalue_loss(batch)
+        _descend(self._losses["critic"], self._critic)
+        if step % 2 == 0:
+            self._losses["actor"], _ = self.loss.actor_loss(batch)
+            _descend(self._losses["actor"], self._actor)
+            self._targets.step()
+        return self._losses
 
 
-def _iql_loss(states: int, actions: int, config: TeacherConfig) -> LossModule:
-    from tensordict.nn import TensorDictModule
-    from torchrl.modules import IndependentNormal, ProbabilisticActor
-    from torchrl.objectives import IQLLoss
+class Iql:
+    """IQL: all three losses at once, each with gradients for its own networks only."""
 
-    actor = ProbabilisticActor(
-        TensorDictModule(_GaussianActor(states, actions), ["observation"], ["loc", "scale"]),
-        in_keys=["loc", "scale"],
-        distribution_class=IndependentNormal,
-    )
-    value = TensorDictModule(MLP([states, 256, 256, 1], tanh=False), ["observation"], ["state_value"])
-    networks = _q_networks(states, actions)
-    options = {"expectile": config.expectile, "temperature": config.temperature}
-    return IQLLoss(actor, networks, value, loss_function="l2", **options)
+    def __init__(self, states: int, actions: int, config: TeacherConfig) -> None:
+        from tensordict.nn import TensorDictModule
+        from torchrl.modules import IndependentNormal, ProbabilisticActor
+        from torchrl.objectives import IQLLoss, SoftUpdate
+
+        actor = ProbabilisticActor(
+            TensorDictModule(_GaussianActor(states, actions), ["observation"], ["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            distribution_class=IndependentNormal,
+        )
+        value = TensorDictModule(MLP([states, 256, 256, 1], tanh=False), ["observation"], ["state_value"])
+        critics = _q_networks(states, actions)
+        options = {"expectile": config.expectile, "temperature": config.temperature}
+        self.loss = _with_discount(IQLLoss(actor, critics, value, loss_function="l2", **options))
+        self._targets = SoftUpdate(self.loss, tau=0.005)
+        self._actor = _adam(self.loss.actor_network_params)
+        self._critic = _adam(self.loss.qvalue_network_params, self.loss.value_network_params)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._actor, config.steps)
+        self.optimizers: list[Any] = [self._actor, self._critic, self._schedule]
+
+    def update(self, batch: TensorDict, step: int) -> dict[str, Tensor]:
+        result = self.loss(batch)
+        losses = {"critic": result["loss_qvalue"], "value": result["loss_value"], "actor": result["loss_actor"]}
+        _descend(sum(losses.values(), torch.zeros(())), self._actor, self._critic)
+        self._schedule.step()
+        self._targets.step()
+        return losses
+
+
+def _with_discount(loss: LossModule) -> LossModule:
+    from torchrl.objectives import ValueEstimators
+
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
+    return loss
 
 
 def _q_networks(states: int, actions: int) -> list[Any]:
@@ -177,40 +309,6 @@ class _GaussianActor(nn.Module):
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.network(states)
         return mean, self.log_std.clamp(-5.0, 2.0).exp().expand_as(mean)
-
-
-def _td3bc_update(loss: LossModule, targets: SoftUpdate) -> Callable[[TensorDict, int], dict[str, Tensor]]:
-    """Returns one step of TD3+BC: the critics every time, actor and target networks every second time."""
-    actor_optimizer, critic_optimizer = _adam(loss.actor_network_params), _adam(loss.qvalue_network_params)
-    losses: dict[str, Tensor] = {}
-
-    def update(batch: TensorDict, step: int) -> dict[str, Tensor]:
-        losses["critic"], _ = loss.qvalue_loss(batch)
-        _descend(losses["critic"], critic_optimizer)
-        if step % 2 == 0:
-            losses["actor"], _ = loss.actor_loss(batch)
-            _descend(losses["actor"], actor_optimizer)
-            targets.step()
-        return losses
-
-    return update
-
-
-def _iql_update(loss: LossModule, targets: SoftUpdate, steps: int) -> Callable[[TensorDict, int], dict[str, Tensor]]:
-    """Returns one step of IQL: all three losses at once, each with gradients for its own networks only."""
-    actor_optimizer = _adam(loss.actor_network_params)
-    critic_optimizer = _adam(loss.qvalue_network_params, loss.value_network_params)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(actor_optimizer, steps)
-
-    def update(batch: TensorDict, step: int) -> dict[str, Tensor]:
-        result = loss(batch)
-        losses = {"critic": result["loss_qvalue"], "value": result["loss_value"], "actor": result["loss_actor"]}
-        _descend(sum(losses.values(), torch.zeros(())), actor_optimizer, critic_optimizer)
-        schedule.step()
-        targets.step()
-        return losses
-
-    return update
 
 
 def _adam(*parameters: Any) -> torch.optim.Adam:

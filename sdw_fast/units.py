@@ -1,17 +1,20 @@
-"""Units: the affine maps between an environment's own numbers and the normalized ones that the package computes with.
+"""Units: the maps between an environment's own numbers and the normalized ones that the package computes with.
 
 Environment units are what a user sees: datasets, synthetic sets, files, inputs and outputs of policies and teachers.
-Inside, a state has mean 0 and about unit deviation, an action lies in [−1, 1], and a return is D4RL's score.
+Inside, a state has mean 0 and about unit deviation, a return is D4RL's score, and an action lies in [−1, 1], or is the
+probabilities of a finite number of actions. Which of the two decides the head of the policy.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -96,6 +99,9 @@ class Affine:
             and np.array_equal(self.scale, other.scale)
         )
 
+    def __hash__(self) -> int:
+        return hash((self.offset.tobytes(), self.scale.tobytes()))
+
     def normalize(self, x: Array) -> Array:
         """Maps x (…, n) to normalized units: array or tensor, of the same type, device and, where floating, dtype."""
         offset, scale = self._constants(x)
@@ -119,28 +125,121 @@ class Affine:
         dtype = x.dtype if np.issubdtype(x.dtype, np.floating) else np.float64
         return self.offset.astype(dtype), self.scale.astype(dtype)
 
+    @property
+    def width(self) -> int:
+        """Numbers of a row, n."""
+        return self.offset.size
+
     def to_dict(self) -> dict[str, Any]:
         """Offset and scale as plain JSON values."""
         return {"offset": self.offset.tolist(), "scale": self.scale.tolist()}
 
 
 @dataclass(frozen=True)
+class Discrete:
+    """A finite number of actions, numbered as Gymnasium's Discrete space does; normalized they are probabilities.
+
+    Attributes:
+        n: How many, at least 1.
+        start: The number of the first.
+
+    Raises:
+        ValueError: n is not a positive integer, or start not an integer.
+    """
+
+    n: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n", "start"):
+            value = getattr(self, name)
+            if np.ndim(value) or int(value) != value:
+                raise ValueError(f"{name} of discrete actions must be an integer, got {value!r}")
+            object.__setattr__(self, name, int(value))
+        if self.n < 1:
+            raise ValueError(f"there must be at least 1 discrete action, got {self.n}")
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row of probabilities, n."""
+        return self.n
+
+    def normalize(self, actions: NDArray[Any]) -> NDArray[np.float32]:
+        """Maps action numbers (M,) to probabilities (M, n), one-hot; probabilities (M, n) are returned as they are.
+
+        Raises:
+            ValueError: they are neither, a number is not one of the actions, or probabilities are not from 0 on or do
+                not add up to 1.
+        """
+        if actions.ndim == 2 and actions.shape[1] == self.n and actions.dtype.kind == "f":
+            if not ((actions >= 0).all() and (np.abs(actions.sum(axis=1) - 1) < 1e-3).all()):
+                raise ValueError(
+                    "probabilities of discrete actions must not be negative or NaN, and add up to 1 (of logits take "
+                    f"the softmax), got rows such as {actions[0]}"
+                )
+            return actions.astype(np.float32, copy=False)
+        if actions.ndim != 1 or actions.dtype.kind not in "iu":
+            raise ValueError(
+                f"discrete actions are integers (M,), or probabilities (M, {self.n}); got {actions.dtype} of shape "
+                f"{actions.shape}"
+            )
+        places = actions.astype(np.int64) - self.start
+        if ((places < 0) | (places >= self.n)).any():
+            raise ValueError(
+                f"discrete actions must be numbers from {self.start} to {self.start + self.n - 1}, got "
+                f"{actions.min()} to {actions.max()}"
+            )
+        probabilities = np.zeros((len(actions), self.n), dtype=np.float32)
+        probabilities[np.arange(len(actions)), places] = 1
+        return probabilities
+
+    def denormalize(self, probabilities: Array) -> Array:
+        """Returns probabilities (…, n) as they are: a synthetic set shows and keeps them."""
+        return probabilities
+
+    def chosen(self, outputs: Tensor) -> Tensor:
+        """The numbers (…,) int64 of the most probable actions, by probabilities or logits (…, n); numbers stay."""
+        return outputs.argmax(dim=-1) + self.start if outputs.is_floating_point() else outputs.long()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {"n": self.n, "start": self.start}
+
+
+@dataclass(frozen=True)
 class Units:
-    """The units of an environment: how its states, actions and returns are normalized, and its name.
+    """The units of an environment: how its states, actions and returns are normalized, and which one it is.
 
     Attributes:
         states: to mean 0 and about unit deviation, (D,).
-        actions: the environment's bounds to [−1, 1], (A,); None where they are not known.
+        actions: the environment's bounds to [−1, 1], (A,), or its `Discrete` actions; None where they are not known.
         returns: the random policy's return to 0, the expert's to 100; None where they are not known.
-        env_id: Gymnasium id, such as "Hopper-v5", or None.
+        env_id: Gymnasium id, such as "Hopper-v5", or "module:Env-v0" where a module registers it, or None.
+        env_spec: the environment as it was recorded, with arguments, wrappers and time limit: Gymnasium's JSON of its
+            EnvSpec without entry points. None: it is the one registered under the id.
+
+    Raises:
+        ValueError: the specification is of another id.
     """
 
     states: Affine
-    actions: Affine | None = None
+    actions: Affine | Discrete | None = None
     returns: Affine | None = None
     env_id: str | None = None
+    env_spec: str | None = None
 
-    def require_actions(self) -> Affine:
+    def __post_init__(self) -> None:
+        if self.env_spec is not None and json.loads(self.env_spec)["id"] != (self.env_id or "").rpartition(":")[2]:
+            raise ValueError(
+                f"the recorded environment is not {self.env_id!r}: give env_spec=None beside another env_id, or its own"
+            )
+
+    @property
+    def head(self) -> str:
+        """What policies in these units make of their last layer: "softmax" of discrete actions, "tanh" of others."""
+        return "softmax" if isinstance(self.actions, Discrete) else "tanh"
+
+    def require_actions(self) -> Affine | Discrete:
         """The map of the actions. Raises ValueError where the bounds are not known."""
         if self.actions is None:
             raise ValueError(
@@ -152,8 +251,12 @@ class Units:
 
     @property
     def action_bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(low, high), each (A,) float32. Raises ValueError where they are not known."""
+        """(low, high), each (A,) float32. Raises ValueError where they are not known, or the actions are discrete."""
         actions = self.require_actions()
+        if isinstance(actions, Discrete):
+            raise ValueError(
+                f"{actions.n} discrete actions have no bounds: this needs an environment with a Box of actions"
+            )
         low, high = actions.offset - actions.scale, actions.offset + actions.scale
         return low.astype(np.float32), high.astype(np.float32)
 
@@ -165,13 +268,16 @@ class Units:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, which hold every bit."""
         maps = {name: getattr(self, name) for name in ("states", "actions", "returns")}
-        return {**{name: map_ and map_.to_dict() for name, map_ in maps.items()}, "env_id": self.env_id}
+        values = {**{name: map_ and map_.to_dict() for name, map_ in maps.items()}, "env_id": self.env_id}
+        return values if self.env_spec is None else {**values, "env_spec": self.env_spec}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Units:
         """Inverse of `to_dict`. Raises KeyError, TypeError or ValueError for something else."""
-        maps = {name: values[name] and Affine(**values[name]) for name in ("states", "actions", "returns")}
-        return cls(**maps, env_id=values["env_id"])
+        maps = {name: values[name] and Affine(**values[name]) for name in ("states", "returns")}
+        actions = values["actions"]
+        maps["actions"] = actions and (Discrete if "n" in actions else Affine)(**actions)
+        return cls(**maps, env_id=values["env_id"], env_spec=values.get("env_spec"))
 
 
 def d4rl_scores(env_id: str | None) -> tuple[float, float] | None:
@@ -186,4 +292,5 @@ def d4rl_returns(env_id: str | None) -> Affine | None:
 
 
 def _family(env_id: str) -> str:
-    return env_id.rsplit("-v", 1)[0]
+    """What an id has in common with those of its other versions, and with it after the module that registers it."""
+    return env_id.rpartition(":")[2].rsplit("-v", 1)[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from emulator.fixtures import cuda_on_cpu, emulated, kernel  # noqa: F401
 
 import sdw_fast as sdw
+from sdw_fast.units import Affine, Units, d4rl_returns
 
 # The tensors here are tiny: PyTorch's second thread costs more than it does. The kernels keep theirs.
 sdw.set_num_threads(torch.get_num_threads())
@@ -76,14 +79,10 @@ LOW, HIGH = np.array([-2, 0.1, -3], np.float32), np.array([1, 0.7, 5], np.float3
 
 @pytest.fixture
 def bounded_data(small_data: sdw.TransitionDataset) -> sdw.TransitionDataset:
-    """`small_data` with its actions stretched to the bounds LOW and HIGH."""
-    names = ("observations", "rewards", "terminations", "truncations")
-    return sdw.load_dataset(
-        {name: getattr(small_data, name) for name in names}
-        | {"next_observations": small_data.next_observations(), "action_low": LOW, "action_high": HIGH}
-        | {"actions": small_data.actions * ((HIGH - LOW) / 2) + (HIGH + LOW) / 2},
-        env_id="Hopper-v5",
-    )
+    """`small_data` with its actions stretched to LOW and HIGH, under the name of Hopper, whose bounds are others."""
+    actions = Affine.between(LOW, HIGH)
+    units = Units(small_data.units.states, actions, d4rl_returns("Hopper-v5"), "Hopper-v5")
+    return dataclasses.replace(small_data, actions=actions.denormalize(small_data.actions), units=units)
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +107,25 @@ def toy_env() -> Iterator[str]:
     gym.register("Toy-v0", Toy, disable_env_checker=True)
     yield "Toy-v0"
     gym.registry.pop("Toy-v0")
+
+
+@pytest.fixture(scope="session")
+def dataset(toy_env: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 transitions of the toy environment in a file, whose actions follow the states."""
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(401, 11)).astype(np.float32)
+    path = tmp_path_factory.mktemp("data") / "data.npz"
+    np.savez(
+        path,
+        observations=observations[:-1],
+        next_observations=observations[1:],
+        actions=np.tanh(observations[:-1, :3]),
+        rewards=rng.normal(size=400),
+        terminations=np.zeros(400, bool),
+        truncations=np.arange(400) % 20 == 19,
+        env_id=toy_env,
+    )
+    return path
 
 
 # Three episodes of a two-number state: [0 1 2] terminated, [10 11] truncated, [20 21] cut by the end of the data.

@@ -11,29 +11,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdw_fast.ops import unrolled_bc
 
 
-def random_problem(widths, rows, seed, dtype=torch.float64, gain=1.4):
-    """observations, actions and params of an MLP with these widths, [D, hidden…, A]."""
+def random_problem(widths, rows, seed, dtype=torch.float64, gain=1.4, head="tanh"):
+    """observations, actions and params of an MLP with these widths, [D, hidden…, A]; softmax: rows add up to 1.5."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     observations = normal(rows, widths[0])
-    actions = torch.tanh(normal(rows, widths[-1]))
+    actions = normal(rows, widths[-1])
+    actions = 1.5 * torch.softmax(actions, 1) if head == "softmax" else torch.tanh(actions)
     params = []
     for fan_in, fan_out in itertools.pairwise(widths):
         params += [normal(fan_out, fan_in) * gain / math.sqrt(fan_in), 0.1 * normal(fan_out)]
     return observations, actions, params
 
 
-def policy(params, observations: Tensor) -> Tensor:
+def policy(params, observations: Tensor, head="tanh") -> Tensor:
+    """The output of the policy; of softmax the logarithms of the probabilities."""
     h = observations
     for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
         h = torch.relu(torch.nn.functional.linear(h, weight, bias))
-    return torch.tanh(torch.nn.functional.linear(h, params[-2], params[-1]))
+    z = torch.nn.functional.linear(h, params[-2], params[-1])
+    return {"tanh": torch.tanh, "identity": lambda x: x, "softmax": lambda x: x.log_softmax(1)}[head](z)
 
 
-def autograd_unroll(observations, actions, params, steps, lr, momentum, window):
+def weighted_loss(params, observations, targets, weights, head="tanh"):
+    output = policy(params, observations, head)
+    if head == "softmax":
+        return -(weights * (targets * output).sum(1)).sum() / len(targets)
+    return (weights * (output - targets).square().sum(1)).sum() / targets.numel()
+
+
+def autograd_unroll(observations, actions, params, steps, lr, momentum, window, head="tanh"):
     """The oracle: plain differentiation through the unrolled training. Returns θ_T and θ_{T-K}."""
     theta = start = list(params)
     velocity = [torch.zeros_like(p) for p in params]
@@ -41,7 +51,7 @@ def autograd_unroll(observations, actions, params, steps, lr, momentum, window):
         if step == steps - window and step > 0:
             theta = start = [p.detach().requires_grad_() for p in theta]
             velocity = [u.detach() for u in velocity]
-        loss = torch.nn.functional.mse_loss(policy(theta, observations), actions)
+        loss = weighted_loss(theta, observations, actions, torch.ones_like(actions[:, 0]), head)
         gradients = torch.autograd.grad(loss, theta, create_graph=True)
         velocity = [momentum * u + lr * g for u, g in zip(velocity, gradients, strict=True)]
         theta = [p - u for p, u in zip(theta, velocity, strict=True)]

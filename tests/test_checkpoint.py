@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sdw_fast as sdw
-from sdw_fast import run as run_module
+from sdw_fast import selection
 from sdw_fast.evaluation import Evaluation
 from sdw_fast.files import write_torch
 from sdw_fast.folder import RunFolder, load_checkpoint, read_metrics
@@ -79,12 +79,13 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, float]]:
     """Evaluations are numbers made of the set's bits, in an environment nobody needs; (step, seed, score) of each."""
     given: list[tuple[int, int, float]] = []
 
-    def evaluate(synthetic: sdw.SyntheticDataset, *, clones: int, episodes: int, seed: int) -> Evaluation:
+    def evaluate(synthetic: sdw.SyntheticDataset, env: None, *, clones: int, episodes: int, seed: int) -> Evaluation:
         score = 1e4 * float(synthetic.observations.sum()) % 100
         given.append((synthetic.config["iteration"], seed, score))
         return Evaluation("Any-v0", seed, np.full(episodes, score), np.ones(episodes, np.int64), None)
 
-    monkeypatch.setattr(run_module, "evaluate_synthetic", evaluate)
+    monkeypatch.setattr("sdw_fast.environments.check_environment", lambda units, env: env)
+    monkeypatch.setattr(selection, "evaluate_synthetic", evaluate)
     return given
 
 
@@ -142,7 +143,7 @@ def other_problem(data: sdw.TransitionDataset, teacher: sdw.Teacher, part: str) 
     elif part == "targets":
         teacher = sdw.Teacher(lambda states: actor(states).roll(1, dims=1), critic)
     elif part == "weights":
-        teacher = sdw.Teacher(actor, lambda states, actions: 1 + critic(states, actions))
+        teacher = sdw.Teacher(actor, lambda states, actions: critic(states, actions) ** 2)
     elif part == "bounds":
         units = dataclasses.replace(units, actions=Affine.between([-1, -1, -1], [1, 1, 2]))
     elif part == "env_id":
@@ -182,11 +183,11 @@ def test_a_state_goes_on_with_what_does_not_matter(small_data, small_teacher) ->
 
 
 OTHER: dict[str, Any] = {
-    "objective": "av-pbc", "density": True, "density_method": "flow", "k": 11, "tau": 0.1, "ess": 0.9, "clip": 0.8,
-    "beta": 0.04, "size": 13, "init": "kmeans++", "hidden": (16, 8), "inner_width": 8, "gain": 1.3, "inner_steps": 6,
-    "inner_lr": 0.2, "inner_momentum": 0.5, "window": 2, "precision": "ieee", "steps": 21, "batch_size": 65,
-    "optimizer": "sgd", "lr": 0.02, "schedule": "constant", "momentum": 0.5, "average": 0.5, "clip_norm": 1e-3,
-    "seed": 1,
+    "objective": "av-pbc", "value_weights": "paper", "beta": 0.04, "density": True, "density_method": "flow", "k": 11,
+    "tau": 0.1, "ess": 0.9, "clip": 0.8, "size": 13, "init": "kmeans++", "hidden": (16, 8), "inner_width": 8,
+    "gain": 1.3, "inner_steps": 6, "inner_lr": 0.2, "inner_momentum": 0.5, "adapt_inner_lr": False, "window": 2,
+    "precision": "ieee", "steps": 21, "batch_size": 65, "optimizer": "sgd", "lr": 0.02, "schedule": "constant",
+    "momentum": 0.5, "average": 0.5, "clip_norm": 1e-3, "select": "last", "seed": 1,
 }  # fmt: skip
 FREE = {"tape": "recompute", "eval_every": 5, "eval_clones": 1, "eval_episodes": 11, "checkpoint_every": 3}
 
@@ -199,9 +200,9 @@ def test_every_setting_is_refused_or_free() -> None:
 def test_a_state_of_other_settings_is_refused(small_data, small_teacher, name: str) -> None:
     own = make(small_data, small_teacher)
     state = own.state_dict()
-    config = sdw.DistillConfig(**{**TINY, name: OTHER[name]})
+    other = {**state["config"], name: OTHER[name]}
     with pytest.raises(ValueError, match=rf"made with other settings of \['{name}'\]"):
-        own.load_state_dict({**state, "config": config.to_dict()})
+        own.load_state_dict({**state, "config": other})
 
 
 def test_settings_that_change_no_step_are_free(small_data, small_teacher) -> None:
@@ -314,6 +315,11 @@ def test_more_than_rounding_is_another_problem(small_data, small_teacher, reques
         {"generators": [torch.zeros(3, dtype=torch.uint8)]},
         {"optimizer": {}},
         {"arithmetic": None},
+        {"inner_lr": [0.2]},
+        {"inner_lr": [float("nan")]},
+        {"inner_lr": []},
+        {"rough": torch.zeros(3, 2, dtype=torch.bool)},
+        {"rough": None},
     ],
     ids=str,
 )
@@ -332,7 +338,7 @@ def test_sets_are_written_anew_from_the_checkpoint(small_data, small_teacher, tm
     data = dataclasses.replace(small_data, units=dataclasses.replace(small_data.units, env_id="Any-v0"))
     settings = {**TINY, "eval_every": 3, "n_runs": n_runs, "out": tmp_path, "progress": False}
     returned = sdw.distill(data, small_teacher, **settings)
-    files = sorted(tmp_path.rglob("*.npz"))
+    files = sorted([*tmp_path.rglob("last.npz"), *tmp_path.rglob("best.npz")])
     assert len(files) == 2 * (n_runs or 1)
     before = {path: path.read_bytes() for path in files}
     for path in files[: len(files) // 2]:
@@ -350,8 +356,8 @@ def test_sets_are_written_anew_from_the_checkpoint(small_data, small_teacher, tm
 def test_a_run_killed_between_checkpoint_and_set_writes_it_on_the_next_start(
     small_data, small_teacher, tmp_path, monkeypatch
 ) -> None:
-    settings = {**TINY, "out": tmp_path, "progress": False}
-    whole = sdw.distill(small_data, small_teacher, **TINY, progress=False)
+    settings = {**TINY, "select": "last", "out": tmp_path, "progress": False}
+    whole = sdw.distill(small_data, small_teacher, **TINY, select="last", progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(sdw.SyntheticDataset, "save", lambda *_: 1 / 0)
         for _ in range(3):  # at steps 7, 14, 20
@@ -359,7 +365,7 @@ def test_a_run_killed_between_checkpoint_and_set_writes_it_on_the_next_start(
                 sdw.distill(small_data, small_teacher, **settings)
             patch.setattr(RunFolder, "_write_sets", lambda *_: None)
     assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 20
-    assert not list(tmp_path.glob("*.npz"))
+    assert not list(tmp_path.glob("[bl]*st.npz"))
     sdw.distill(small_data, small_teacher, **settings)
     assert same_set(sdw.SyntheticDataset.load(tmp_path / "last.npz"), whole)
 

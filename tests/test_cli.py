@@ -38,24 +38,6 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def dataset(toy_env: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = np.random.default_rng(0)
-    observations = rng.normal(size=(401, 11)).astype(np.float32)
-    path = tmp_path_factory.mktemp("data") / "data.npz"
-    np.savez(
-        path,
-        observations=observations[:-1],
-        next_observations=observations[1:],
-        actions=np.tanh(observations[:-1, :3]),
-        rewards=rng.normal(size=400),
-        terminations=np.zeros(400, bool),
-        truncations=np.arange(400) % 20 == 19,
-        env_id=toy_env,
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of six steps."""
     folder = tmp_path_factory.mktemp("finished")
@@ -79,7 +61,9 @@ def test_info() -> None:
     assert "torch" in run("info").stdout
 
 
-@pytest.mark.parametrize("command", ["info", "collect", "train-teacher", "density", "distill", "evaluate", "plot"])
+@pytest.mark.parametrize(
+    "command", ["info", "collect", "train-teacher", "density", "distill", "evaluate", "plot", "report"]
+)
 def test_every_command_shows_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -105,13 +89,14 @@ def test_collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Of every setting a value that is not its default.
 OTHER = {
     "objective": "dbc",
+    "value_weights": "paper",
+    "beta": 0.03,
     "density": False,
     "density_method": "flow",
     "k": 7,
     "tau": 0.25,
     "ess": 0.6,
     "clip": 0.8,
-    "beta": 0.03,
     "size": 9,
     "init": "kmeans++",
     "hidden": [32, 16],
@@ -120,6 +105,7 @@ OTHER = {
     "inner_steps": 4,
     "inner_lr": 0.15,
     "inner_momentum": 0.7,
+    "adapt_inner_lr": False,
     "window": 3,
     "tape": "recompute",
     "precision": "ieee",
@@ -131,6 +117,7 @@ OTHER = {
     "momentum": 0.8,
     "average": 0.85,
     "clip_norm": 0.5,
+    "select": "held-out",
     "seed": 3,
     "eval_every": 2,
     "eval_clones": 1,
@@ -157,23 +144,21 @@ def test_every_setting_is_tested() -> None:
     assert not [name for name, value in DistillConfig().to_dict().items() if OTHER[name] == value]
 
 
-@pytest.fixture(scope="module")
-def other_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("other")
-    result = run("distill", dataset, *as_options(OTHER), "--out", folder)
-    assert result.exit_code == 0, result.output
-    return folder
-
-
 @pytest.mark.parametrize("name", OTHER)
-def test_every_setting_is_an_option_that_reaches_the_run(other_run: Path, name: str) -> None:
-    assert settings_of(other_run)[name] == OTHER[name]
-    assert sdw.SyntheticDataset.load(other_run / "best.npz").config[name] == OTHER[name]
+def test_every_setting_is_an_option_that_reaches_the_run(dataset: Path, monkeypatch, name: str) -> None:
+    reached = []
+    monkeypatch.setattr("sdw_fast.run.new_distiller", lambda data, teacher, config, **_: reached.append(config))
+    evaluated = {"eval_every": 2, "eval_clones": 2}
+    needs = evaluated if name in ("eval_clones", "eval_episodes") else {}
+    run("distill", dataset, *as_options({**needs, name: OTHER[name]}), "--out", "not reached")
+    assert [config.to_dict() for config in reached] == [{**DistillConfig().to_dict(), **needs, name: OTHER[name]}]
 
 
-def test_evaluations_happen_when_and_as_often_as_told(other_run: Path) -> None:
-    metrics = read_metrics(other_run)
-    assert [step["step"] for step in metrics if "score" in step] == [2, 4, 5]  # the last step always
+def test_evaluations_happen_when_and_as_often_as_told(dataset: Path, tmp_path: Path) -> None:
+    often = ["--steps", 5, "--eval-every", 2, "--eval-clones", 1, "--eval-episodes", 3, "--checkpoint-every", 6]
+    assert run("distill", dataset, *TINY, *often, "--out", tmp_path).exit_code == 0
+    assert [step["step"] for step in read_metrics(tmp_path) if "score" in step] == [2, 4, 5]  # the last step always
+    assert sdw.SyntheticDataset.load(tmp_path / "best.npz").config["eval_episodes"] == 3
 
 
 def test_options_that_are_not_given_are_the_defaults(finished: Path) -> None:
@@ -193,9 +178,9 @@ def test_presets_none_and_what_overrides_them(dataset: Path, tmp_path: Path) -> 
     assert run("distill", dataset, *small, "--preset", "published", "--out", tmp_path / "a").exit_code == 0
     published = DistillConfig.preset("published", objective="dbc", size=4, inner_steps=2, batch_size=8, steps=1)
     assert settings_of(tmp_path / "a") == published.to_dict()
-    own = ["--preset", "published", "--inner-width", "none", "--k", 20, "--hidden", "16"]
+    own = ["--preset", "published", "--inner-width", "none", "--density", "--k", 20, "--hidden", "16"]
     assert run("distill", dataset, *small, *own, "--out", tmp_path / "b").exit_code == 0
-    expected = {**published.to_dict(), "inner_width": None, "k": 20, "hidden": [16]}
+    expected = {**published.to_dict(), "inner_width": None, "density": True, "k": 20, "hidden": [16]}
     assert settings_of(tmp_path / "b") == expected
     assert "preset must be one of" in run("distill", dataset, "--preset", "best", "--out", tmp_path / "c").output
 
@@ -217,19 +202,6 @@ def test_words_that_are_no_values_are_refused(dataset: Path, tmp_path: Path, arg
     assert result.exit_code == 2
     assert arguments[0] in result.output
     assert not (tmp_path / "run").exists()
-
-
-def test_every_teacher_setting_reaches_the_training(dataset: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torchrl")
-    teacher = tmp_path / "teacher.safetensors"
-    result = run("train-teacher", dataset, *as_options(OTHER_TEACHER), "--out", teacher)
-    assert result.exit_code == 0, result.output
-    provenance = sdw.Teacher.load(teacher).provenance
-    assert {name: provenance[name] for name in OTHER_TEACHER} == OTHER_TEACHER
-    assert sdw.Teacher.load(teacher).actions(np.zeros((1, 11), np.float32)).shape == (1, 3)
-    result = run("distill", dataset, *TINY, "--objective", "pbc", "--teacher", teacher, "--steps", 2, "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "config.json").read_text())["source"]["teacher"] == str(teacher)
 
 
 # --- density ---------------------------------------------------------------------------------------------------------

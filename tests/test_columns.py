@@ -12,13 +12,16 @@ from conftest import three_episodes
 from sdw_fast.readers import load_dataset
 
 
+@pytest.mark.filterwarnings("error:.*takes actions from")
 @pytest.mark.parametrize(("env_id", "bound"), [("Pendulum-v1", 2.0), ("InvertedPendulum-v5", 3.0)])
 def test_bounds_are_those_of_the_named_environment(env_id: str, bound: float) -> None:
     pytest.importorskip("mujoco")
     source = {**three_episodes(), "env_id": env_id}
     assert [b.tolist() for b in load_dataset(source).action_bounds] == [[-bound], [bound]]
-    told = load_dataset({**source, "action_low": -5, "action_high": 5})
-    assert [b.tolist() for b in told.action_bounds] == [[-5], [5]]  # what the source says comes first
+    load_dataset({**source, "action_low": -bound, "action_high": bound})  # no warning
+    with pytest.warns(UserWarning, match=f"{env_id} takes actions from .* where the data or the policy say .*-5"):
+        told = load_dataset({**source, "action_low": -5, "action_high": 5})
+    assert [b.tolist() for b in told.action_bounds] == [[-bound], [bound]]
 
 
 def test_an_environment_that_cannot_be_made_is_said() -> None:

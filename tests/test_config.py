@@ -13,13 +13,14 @@ from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 
 DEFAULTS = {
     "objective": "sdw",
+    "value_weights": "shifted",
+    "beta": None,
     "density": None,
     "density_method": "knn",
     "k": 10,
     "tau": None,
     "ess": 0.5,
     "clip": 0.99,
-    "beta": 0.02,
     "size": 256,
     "init": "random",
     "hidden": (256, 256, 256),
@@ -28,6 +29,7 @@ DEFAULTS = {
     "inner_steps": 100,
     "inner_lr": 0.1,
     "inner_momentum": 0.9,
+    "adapt_inner_lr": True,
     "window": None,
     "tape": "full",
     "precision": "tf32",
@@ -39,6 +41,7 @@ DEFAULTS = {
     "momentum": 0.9,
     "average": 0.9,
     "clip_norm": 0.02,
+    "select": None,
     "seed": 0,
     "eval_every": 0,
     "eval_clones": 5,
@@ -62,11 +65,13 @@ def test_defaults(config: type, defaults: dict[str, Any]) -> None:
 
 # --- presets ---------------------------------------------------------------------------------------------------------
 
-PUBLISHED = {"inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95}
+PUBLISHED = {"inner_width": 128, "k": 100, "clip": 0.9, "ess": 0.95, "value_weights": "paper", "select": "last"}
 PAPER = {
+    "value_weights": "paper",
     "inner_width": None,
     "gain": math.sqrt(2),
     "inner_momentum": 0.0,
+    "adapt_inner_lr": False,
     "steps": 50_000,
     "optimizer": "sgd",
     "lr": 0.1,
@@ -85,7 +90,7 @@ def test_presets(name: str, changes: dict[str, Any]) -> None:
 
 def test_the_paper_s_settings_that_are_ours_too() -> None:
     config = DistillConfig.preset("paper")
-    assert (config.size, config.hidden, config.batch_size, config.beta) == (256, (256, 256, 256), 2_560, 0.02)
+    assert (config.size, config.hidden, config.batch_size) == (256, (256, 256, 256), 2_560)
     assert (config.inner_steps, config.inner_lr, config.momentum) == (100, 0.1, 0.9)
 
 
@@ -93,7 +98,7 @@ def test_presets_are_three_and_others_are_refused() -> None:
     assert set(PRESETS) == {"default", "published", "paper"}
     with pytest.raises(ValueError, match=r"preset must be one of \['default', 'published', 'paper'\], got 'best'"):
         DistillConfig.preset("best")
-    with pytest.raises(ValueError, match=r"unknown settings \['wdith'\]; the settings are \['average'"):
+    with pytest.raises(ValueError, match=r"unknown settings \['wdith'\]; the settings are \['adapt_inner_lr'"):
         DistillConfig.preset("paper", wdith=3)
 
 
@@ -122,6 +127,7 @@ NAN, INF = float("nan"), float("inf")
             (DistillConfig, name, "best", rf"{name} must be one of \[.*{allowed}.*\], got 'best'")
             for name, allowed in [
                 ("objective", "av-pbc"),
+                ("value_weights", "paper"),
                 ("density_method", "flow"),
                 ("init", "top-q"),
                 ("optimizer", "sgd"),
@@ -153,6 +159,14 @@ NAN, INF = float("nan"), float("inf")
             (DistillConfig, "tau", value, f"tau must be 0 or more and finite.*got {value}")
             for value in (-0.1, NAN, INF)
         ],
+        (
+            DistillConfig,
+            "select",
+            "best",
+            r"select must be one of \['held-out', 'return', 'last'\] or None, got 'best'",
+        ),
+        (DistillConfig, "select", "return", "select='return' chooses by evaluations.*set eval_every"),
+        (DistillConfig, "beta", 0.02, "beta=0.02 is the scale of value_weights='paper' and means nothing without it"),
         (DistillConfig, "eval_clones", 0, "eval_clones must be at least 1, got 0"),
         (DistillConfig, "eval_every", -1, "eval_every must be 0 .* or more, got -1"),
         (DistillConfig, "eval_episodes", 4, "eval_episodes=4 must be at least eval_clones=5"),

@@ -11,6 +11,7 @@ import torch
 
 import sdw_fast as sdw
 from benchmarks import gpu_distill
+from sdw_fast import batches
 from sdw_fast import distiller as module
 from sdw_fast.folder import read_metrics
 from sdw_fast.run import new_distiller, run
@@ -59,7 +60,7 @@ def test_a_step_asks_nothing_back(small_data, small_teacher, n_runs) -> None:
 @pytest.mark.parametrize("resident", [True, False])
 def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_path, monkeypatch, resident) -> None:
     if not resident:
-        monkeypatch.setattr(module, "RESIDENT_BYTES", 0)
+        monkeypatch.setattr(batches, "RESIDENT_BYTES", 0)
 
     def distill(folder: str, steps: int) -> sdw.SyntheticDataset:
         settings = {**TINY, "steps": steps, "schedule": "constant", "device": "cuda", "progress": False}
@@ -78,7 +79,7 @@ def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_pat
 
 def test_a_problem_in_host_memory_takes_the_steps_of_the_cpu_s_rows(small_data, small_teacher, monkeypatch) -> None:
     """The rows are drawn where they lie: whatever the parameters, a run sees the batches of a CPU generator."""
-    monkeypatch.setattr(module, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(batches, "RESIDENT_BYTES", 0)
     problem = sdw.outer_problem(small_data, small_teacher, sdw.DistillConfig(**TINY))
     hosted, plain = (module.OuterBatches(problem, torch.device(device)) for device in ("cuda", "cpu"))
     assert hosted.device.type == "cpu"

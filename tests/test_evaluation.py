@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from sdw_fast.environments import make_env
 from sdw_fast.evaluation import evaluate, evaluate_synthetic
 from sdw_fast.policy import behavior_clone
-from sdw_fast.rollout import BATCH, make_env
+from sdw_fast.rollout import BATCH
 from sdw_fast.synthetic import SyntheticDataset
 from sdw_fast.units import Affine, Units
 
@@ -186,8 +187,6 @@ def test_bad_actions_are_reported(policy: Any, message: str) -> None:
 
 
 def test_unsupported_environments_and_arguments_are_reported() -> None:
-    with pytest.raises(ValueError, match="action space Discrete"):
-        evaluate(zero, "CartPole-v1", episodes=1)
     with pytest.raises(ValueError, match="observation space Discrete"):
         evaluate(zero, "FrozenLake-v1", episodes=1)
     with pytest.raises(ValueError, match="at least 1"):
@@ -266,7 +265,7 @@ def test_a_set_is_normalized_by_its_own_returns_in_its_environment_and_by_d4rls_
 
 
 def test_a_set_of_no_environment_needs_one() -> None:
-    with pytest.raises(ValueError, match="names no environment: pass env_id"):
+    with pytest.raises(ValueError, match="names no environment: pass env"):
         evaluate_synthetic(counting_set(), clones=1)
     assert evaluate_synthetic(counting_set(), "Counting-v3", clones=1, episodes=2).env_id == "Counting-v3"
 

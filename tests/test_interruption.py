@@ -111,6 +111,7 @@ def test_a_checkpoint_cut_off_while_it_is_written_leaves_the_one_before(
         "checkpoint",
         "config.json",
         "metrics.jsonl",
+        "states.npz",
         "best.npz",
         "last.npz",
     }
@@ -175,10 +176,10 @@ def test_ctrl_c_while_the_last_checkpoint_is_written_is_not_swallowed(
     settings = {**TINY, "out": tmp_path, "progress": False}
     checkpoint = module.RunFolder.checkpoint
 
-    def pressed(folder: Any, distiller: sdw.Distiller, returns: list[float]) -> None:
+    def pressed(folder: Any, distiller: sdw.Distiller, *best: Any) -> None:
         if distiller.iteration == 30:
             signal.raise_signal(signal.SIGINT)
-        checkpoint(folder, distiller, returns)
+        checkpoint(folder, distiller, *best)
 
     with monkeypatch.context() as patch:
         patch.setattr(module.RunFolder, "checkpoint", pressed)

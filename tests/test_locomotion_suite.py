@@ -13,9 +13,9 @@ from minari.dataset._storages.hdf5_storage import HDF5Storage
 from safetensors import safe_open
 
 from sdw_fast import disk, suite
+from sdw_fast.environments import make_env
 from sdw_fast.evaluation import evaluate
 from sdw_fast.readers import load_dataset
-from sdw_fast.rollout import make_env
 from sdw_fast.suite import QUALITIES, SUITE, GaussianPolicy, collect, load_policy
 from sdw_fast.units import Affine
 

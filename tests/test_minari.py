@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -13,9 +14,13 @@ import minari
 import numpy as np
 import pytest
 from conftest import assert_is_the_three_episodes, three_episodes
+from gymnasium.wrappers import RescaleAction
 from minari.data_collector import EpisodeBuffer
 
+from sdw_fast.data import concatenate
+from sdw_fast.environments import make_env, recorded
 from sdw_fast.readers import load_dataset
+from sdw_fast.synthetic import real_pairs
 from sdw_fast.units import Affine
 
 
@@ -69,6 +74,43 @@ def test_minari_object_gives_the_episodes_that_it_selects() -> None:
     np.testing.assert_array_equal(data.next_observations()[:, 0], [11, 12, 21, 22])
 
 
+def test_the_recorded_environment_is_kept_with_the_data() -> None:
+    """Its arguments, time limit and wrappers go with parts, joined data, synthetic sets and their export."""
+    env = RescaleAction(gym.make("Pendulum-v1", g=3.0, max_episode_steps=7), -1.0, 1.0)
+    data = load_dataset(make_minari("toy/three-v0", env=env))
+    part = data.subset([0, 1, 2])
+    for kept in (
+        data,
+        part,
+        concatenate([part, data]),
+        concatenate([part, load_dataset(three_episodes(), env_id=env)]),
+    ):
+        assert kept.env_id == "Pendulum-v1"
+        made = make_env(recorded(kept.units))
+        assert (made.unwrapped.g, made.spec.max_episode_steps) == (3.0, 7)
+        np.testing.assert_array_equal(made.action_space.high, 1)
+    exported = real_pairs(data, 3).to_minari("toy/pairs-v0")
+    assert load_dataset(exported).units.env_spec == data.units.env_spec
+    plain = load_dataset(make_minari("toy/plain-v0", env="Pendulum-v1"))
+    assert recorded(plain.units).kwargs == {}
+    unknown = dataclasses.replace(plain, units=dataclasses.replace(plain.units, actions=data.units.actions))
+    with pytest.warns(UserWarning, match="recorded in Pendulum-v1 with different arguments"):
+        assert concatenate([data, unknown]).units.env_spec is None
+    assert load_dataset("toy/three-v0", env_id="Pendulum-v1").units.env_spec is None  # the caller's comes first
+    with pytest.raises(ValueError, match="the recorded environment is not 'Hopper-v5'"):
+        dataclasses.replace(data.units, env_id="Hopper-v5")
+
+
+def test_the_environment_to_evaluate_in_comes_first() -> None:
+    options = {"env": "Pendulum-v1", "eval_env": gym.make("Pendulum-v1", max_episode_steps=5)}
+    assert recorded(load_dataset(make_minari("toy/three-v0", **options)).units).max_episode_steps == 5
+
+
+def test_a_dataset_without_a_recorded_environment_names_none() -> None:
+    units = load_dataset(make_minari("toy/three-v0")).units
+    assert (units.env_id, units.env_spec) == (None, None)
+
+
 def test_minari_bounds_are_the_action_space_s() -> None:
     low, high = np.array([-2], np.float32), np.array([0.7], np.float32)
     assert load_dataset(make_minari("toy/b-v0", action_space=gym.spaces.Box(low, high))).action_bounds == (low, high)
@@ -91,13 +133,6 @@ def test_minari_reference_scores_come_first_and_suite_names_may_be_short() -> No
 def test_unsupported_minari_spaces_are_reported() -> None:
     step = {"rewards": [0.0], "terminations": [True], "truncations": [False]}
     states = np.zeros((2, 2), np.float32)
-    discrete = make_minari(
-        "toy/discrete-v0",
-        [{"observations": states, "actions": np.zeros(1, np.int64), **step}],
-        action_space=gym.spaces.Discrete(3),
-    )
-    with pytest.raises(ValueError, match=r"action space Discrete\(3\)"):
-        load_dataset(discrete)
     box = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     nested = make_minari(
         "toy/dict-v0",

@@ -15,7 +15,7 @@ import sdw_fast as sdw
 from sdw_fast.config import DistillConfig
 from sdw_fast.density import density_weights, effective_sample_size, knn_log_density
 from sdw_fast.networks import MLP, MinCritic
-from sdw_fast.objectives import OuterProblem, outer_problem
+from sdw_fast.objectives import OuterProblem, outer_problem, value_weights
 from sdw_fast.units import Affine, Units
 
 
@@ -49,8 +49,21 @@ def test_pbc_matches_the_teacher(small_data, small_teacher) -> None:
 
 
 def test_av_pbc_weighs_by_value(small_data, small_teacher) -> None:
-    problem = make(small_data, small_teacher, objective="av-pbc", beta=0.5)
+    """A fifth of the largest weight up to the quantile 0.01 of Q, the largest from 0.99 on, a line in between."""
+    problem = make(small_data, small_teacher, objective="av-pbc")
+    values = teacher_values(small_data)
+    low, high = np.quantile(values, [0.01, 0.99])
+    expected = np.interp(values, [low, high], [0.2, 1.0])
+    np.testing.assert_allclose(problem.weights, expected / expected.mean(), rtol=1e-4)
+
+
+def test_av_pbc_weighs_by_the_papers_rule_where_asked(small_data, small_teacher) -> None:
+    problem = make(small_data, small_teacher, objective="av-pbc", value_weights="paper", beta=0.5)
     np.testing.assert_allclose(problem.weights, 0.5 * teacher_values(small_data), rtol=1e-5)
+    usual = make(small_data, small_teacher, objective="av-pbc", value_weights="paper")
+    np.testing.assert_allclose(usual.weights, 0.02 * teacher_values(small_data), rtol=1e-5)
+    paper = outer_problem(small_data, small_teacher, DistillConfig.preset("paper", objective="av-pbc"))
+    np.testing.assert_array_equal(paper.weights, usual.weights)
 
 
 def test_sdw_is_av_pbc_times_density_weights(small_data, small_teacher) -> None:
@@ -69,7 +82,7 @@ def test_without_a_configuration_it_is_sdw_with_the_defaults(small_data, small_t
     np.testing.assert_array_equal(problem.weights, make(small_data, small_teacher, objective="sdw").weights)
     logd = knn_log_density(small_data.normalized_observations(), k=10)
     factor = density_weights(logd, ess=0.5, clip=0.99).weights
-    np.testing.assert_allclose(problem.weights, 0.02 * teacher_values(small_data) * factor, rtol=1e-5)
+    np.testing.assert_allclose(problem.weights, value_weights(teacher_values(small_data)) * factor, rtol=1e-4)
 
 
 def test_any_objective_can_carry_the_density(small_data, small_teacher) -> None:
@@ -80,14 +93,68 @@ def test_any_objective_can_carry_the_density(small_data, small_teacher) -> None:
     np.testing.assert_array_equal(plain.weights, reference.weights)
 
 
-def test_negative_values_are_floored_and_counted(small_data) -> None:
-    """A state of value 0 has weight 0 as it is: it is not counted."""
-    teacher = sdw.Teacher(actor=lambda s: s[:, :3].tanh(), critic=lambda s, a: s[:, 5] * (s[:, 0] > 0))
-    problem = make(small_data, teacher, objective="av-pbc")
-    negative = (small_data.observations[:, 5] < 0) & (small_data.observations[:, 0] > 0)
+# --- rewards of any scale ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, -150.0), (1.0, 1000.0), (1e-3, 0.0), (1e4, -1e6)])
+@pytest.mark.parametrize("objective", ["av-pbc", "sdw"])
+def test_values_on_another_scale_give_the_same_weights(small_data, small_teacher, objective, scale, shift) -> None:
+    """Rewards in cents, rewards that are costs: Q → aQ + b is the same problem."""
+    critic = small_teacher.critic
+    other = sdw.Teacher(small_teacher.actor, lambda s, a: scale * critic(s, a) + shift)
+    first, second = (make(small_data, teacher, objective=objective) for teacher in (small_teacher, other))
+    np.testing.assert_allclose(first.weights, second.weights, rtol=1e-3)
+    for name in ("effective_sample_size", "value_effective_sample_size", "mean_weight", "largest_weight"):
+        assert first.report[name] == pytest.approx(second.report[name], rel=1e-3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_teacher_of_negative_values_gives_a_problem_to_learn_from(small_data, small_teacher) -> None:
+    critic = small_teacher.critic
+    problem = make(small_data, sdw.Teacher(small_teacher.actor, lambda s, a: critic(s, a) - 1e4), objective="sdw")
+    assert (problem.weights > 0).all()
+    assert problem.report["weights_floored"] == 0
+    assert problem.report["effective_sample_size"] > 0.3
+    assert problem.report["mean_q"] < -9_000
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.full(1000, -3.0),
+        np.full(1000, 7.0) + 1e-6 * np.arange(1000) / 1000,  # rounding
+        np.r_[np.zeros(999), 1.0],
+        np.r_[-1e9, np.linspace(0, 1, 998), 1e9],
+        np.random.default_rng(0).standard_cauchy(1000),
+        np.r_[np.zeros(900), np.ones(100)],
+    ],
+    ids=["equal", "rounding", "one other", "outliers", "heavy tails", "two"],
+)
+def test_no_distribution_of_values_leaves_few_states_to_learn_from(values: np.ndarray) -> None:
+    weights = value_weights(values)
+    assert weights.mean() == pytest.approx(1)
+    assert weights.max() <= 5.0001 * weights.min()
+    assert effective_sample_size(weights) >= 4 * 0.2 / 1.2**2
+    assert (np.diff(weights[np.argsort(values, kind="stable")]) >= 0).all()  # more for what is worth more
+    if np.ptp(values) < 1e-5:
+        assert (weights == 1).all()
+
+
+def test_negative_values_are_floored_counted_and_told_by_the_papers_rule(small_data) -> None:
+    teacher = sdw.Teacher(actor=lambda s: s[:, :3].tanh(), critic=lambda s, a: s[:, 5])
+    with pytest.warns(
+        UserWarning, match=r"5\d% of the 400 states have weight 0, .* sample size is .*use value_weights="
+    ):
+        problem = make(small_data, teacher, objective="av-pbc", value_weights="paper")
+    negative = small_data.observations[:, 5] < 0
     assert problem.report["weights_floored"] == negative.sum() > 0
     assert not problem.weights[negative].any()
     assert (problem.weights[~negative] > 0).all()
+
+
+def test_a_tiny_effective_sample_size_is_told(small_data, small_teacher) -> None:
+    with pytest.warns(UserWarning, match=r"0% of the 400 states .*sample size is [0-9.]+% of them: .*; raise ess"):
+        make(small_data, small_teacher, objective="sdw", tau=3.0, clip=1.0)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -124,7 +191,8 @@ def test_density_method_reaches_the_weights(small_data, tmp_path) -> None:
 
 
 def test_beta_scales_the_weights(small_data, small_teacher) -> None:
-    small, large = (make(small_data, small_teacher, objective="sdw", beta=beta).weights for beta in (0.01, 0.04))
+    settings = {"objective": "sdw", "value_weights": "paper"}
+    small, large = (make(small_data, small_teacher, **settings, beta=beta).weights for beta in (0.01, 0.04))
     np.testing.assert_allclose(large, 4 * small, rtol=1e-6)
 
 
@@ -163,7 +231,7 @@ def test_a_teacher_of_other_units_means_the_same_actions(bounded_data) -> None:
     problem = make(bounded_data, teacher, objective="pbc")
     expected = (teacher.actions(bounded_data.observations) - (HIGH + LOW) / 2) / ((HIGH - LOW) / 2)
     np.testing.assert_allclose(problem.targets, expected, rtol=1e-5, atol=1e-5)
-    weights = make(bounded_data, teacher, objective="av-pbc", beta=1.0).weights
+    weights = make(bounded_data, teacher, objective="av-pbc", value_weights="paper", beta=1.0).weights
     values = teacher.values(bounded_data.observations, teacher.actions(bounded_data.observations))
     np.testing.assert_allclose(weights, np.maximum(values, 0), rtol=1e-4, atol=1e-5)
 
@@ -185,6 +253,9 @@ def test_report_by_hand(small_data, small_teacher) -> None:
     plain = make(small_data, objective="dbc").report
     assert "density" not in plain
     assert "mean_q" not in plain
+    assert report["value_effective_sample_size"] == pytest.approx(
+        effective_sample_size(value_weights(values)), rel=1e-5
+    )
 
 
 def test_fingerprint_knows_each_part(bounded_data, small_teacher) -> None:
@@ -222,7 +293,7 @@ def test_refusals(small_data, small_teacher) -> None:
             make(small_data, sdw.Teacher(small_teacher.actor), objective=objective)
     hopeless = sdw.Teacher(actor=lambda s: s[:, :3].tanh(), critic=lambda s, a: -s[:, 5].abs() - 1)
     with pytest.raises(ValueError, match="every weight"):
-        make(small_data, hopeless, objective="av-pbc")
+        make(small_data, hopeless, objective="av-pbc", value_weights="paper")
 
 
 def test_unknown_action_bounds_are_refused(small_data, small_teacher) -> None:

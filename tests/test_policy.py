@@ -118,7 +118,7 @@ def test_behavior_clone_is_full_batch_sgd(momentum: float) -> None:
         (torch.tanh(hidden @ params[4].T + params[5]) - targets).square().mean().backward()
         optimizer.step()
     for trained, expected in zip(policy.parameters(), params, strict=True):
-        torch.testing.assert_close(trained.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trained[0].double(), expected.detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_behavior_clone_learns_and_respects_bounds() -> None:

@@ -1,11 +1,7 @@
-"""Environments: MuJoCo's notes stay silent, and spaces, actions and modules are handled as promised."""
+"""Rollouts: seeds and ends of episodes side by side, and actions and modules handled as promised."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -14,70 +10,43 @@ import pytest
 import torch
 from torch import nn
 
-import sdw_fast as sdw
-from sdw_fast import rollout
-from sdw_fast.rollout import BATCH, act, acting, make_env, make_vector_env
+from sdw_fast.environments import make_env
+from sdw_fast.rollout import BATCH, SeededEnvs, act, acting
 
 SPACE = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 5]))
 
 
-def test_mujoco_deprecation_notes_stay_silent(tmp_path: Path) -> None:
-    script = "from sdw_fast.rollout import make_env; make_env('HalfCheetah-v5'); print('made')"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    command = [sys.executable, "-W", "always", "-c", script]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
-    assert run.stdout == "made\n"
-    assert "deprecated" not in run.stderr
-    assert not list(tmp_path.iterdir())  # MuJoCo would log to a file here
-
-
-def test_other_mujoco_warnings_reach_the_handler_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    mujoco = pytest.importorskip("mujoco")
-    received: list[str] = []
-
-    def compile_model(env_id: str) -> None:
-        mujoco.get_mju_user_warning()("attribute 'x' is deprecated")
-        mujoco.get_mju_user_warning()("Nan, Inf or huge value in QACC")
-
-    monkeypatch.setattr(gym, "make", compile_model)
-    with pytest.warns(UserWarning, match="QACC"):
-        make_env("Any-v0")
-    handler = received.append
-    mujoco.set_mju_user_warning(handler)
-    try:
-        make_env("Any-v0")
-        assert mujoco.get_mju_user_warning() == handler
-    finally:
-        mujoco.set_mju_user_warning(None)
-    assert received == ["Nan, Inf or huge value in QACC"]
-
-
-def test_a_missing_mujoco_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(env_id: str) -> None:
-        raise gym.error.DependencyNotInstalled("no mujoco")
-
-    monkeypatch.setattr(gym, "make", missing)
-    with pytest.raises(ImportError, match=r'Hopper-v5 needs MuJoCo: pip install "sdw_fast\[mujoco\]"'):
-        make_env("Hopper-v5")
-
-
 def test_environments_run_their_seeds_and_then_idle() -> None:
     """Pendulum episodes last 200 steps: the first member runs two of them, the second one, then rests."""
-    envs = make_vector_env("Pendulum-v1", [[5, 6], [7]])
+    envs = SeededEnvs("Pendulum-v1", [[5, 6], [7]])
     alone = make_env("Pendulum-v1")
-    observations, _ = envs.reset()
-    np.testing.assert_array_equal(observations, [alone.reset(seed=seed)[0] for seed in (5, 7)])
+    np.testing.assert_array_equal(envs.observations, [alone.reset(seed=seed)[0] for seed in (5, 7)])
+    assert envs.observations.dtype == np.float32
     action, ended = np.zeros((2, 1), np.float32), []
     for step in range(1, 501):
-        observations, rewards, terminations, truncations, infos = envs.step(action)
+        following, rewards, terminations, truncations = envs.step(action)
         ended += [(step, member) for member in np.flatnonzero(terminations | truncations)]
+        if step == 199:
+            np.testing.assert_array_equal(following, envs.observations)
         if step == 200:
-            np.testing.assert_array_equal(observations[0], alone.reset(seed=6)[0])
-            assert not np.array_equal(infos["final_obs"][0], observations[0])
+            np.testing.assert_array_equal(envs.observations[0], alone.reset(seed=6)[0])
+            last, rested = following.copy(), envs.observations[1].copy()
+            assert not np.array_equal(last[0], envs.observations[0])
+            np.testing.assert_array_equal(last[1], rested)
         if step > 200:
             assert rewards[1] == 0
+            np.testing.assert_array_equal(envs.observations[1], rested)
     envs.close()
     assert ended == [(200, 0), (200, 1), (400, 0)]
+    np.testing.assert_array_equal(last[1], _last_observation(7))
+
+
+def _last_observation(seed: int) -> np.ndarray:
+    env, ended = make_env("Pendulum-v1"), False
+    env.reset(seed=seed)
+    while not ended:
+        observation, _, _, ended, _ = env.step(np.zeros(1, np.float32))
+    return observation
 
 
 def test_actions_are_clipped_to_the_space_bound_by_bound() -> None:
@@ -86,6 +55,27 @@ def test_actions_are_clipped_to_the_space_bound_by_bound() -> None:
     actions = act(lambda x: torch.cat([given, torch.full((BATCH - 3, 2), torch.nan)]), observations, SPACE)
     np.testing.assert_array_equal(actions, np.float32([[-1, 0], [0.5, 4.5], [1, 5]]))  # the padding is not looked at
     assert actions.dtype == np.float32
+
+
+@pytest.mark.parametrize("start", [0, -1])
+def test_actions_of_a_discrete_space_are_its_numbers(start: int) -> None:
+    space = gym.spaces.Discrete(3, start=start)
+    padding = torch.full((BATCH - 3,), 99)  # is not looked at
+    given = torch.tensor([0, 2, 1]) + start
+    actions = act(lambda x: torch.cat([given, padding]), np.zeros((3, 2)), space)
+    np.testing.assert_array_equal(actions, given)
+    for wrong, message in [
+        (torch.zeros(BATCH), r"actions \(16,\) of float32, expected \(16,\) integers"),
+        (torch.zeros(BATCH, 3), r"actions \(16, 3\) of float32, expected \(16,\) integers"),
+        (torch.full((BATCH,), 3 + start), r"not all in Discrete\(3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            act(lambda x, wrong=wrong: wrong, np.zeros((3, 2)), space)
+
+
+def test_a_policy_of_another_width_is_told_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match=r"the policy failed on observations of shape \(16, 2\): mat1 and mat2"):
+        act(nn.Linear(5, 2), np.zeros((1, 2)), SPACE)
 
 
 def test_every_batch_has_the_same_shape() -> None:
@@ -119,24 +109,3 @@ def test_acting_puts_mode_and_threads_back_even_after_an_error() -> None:
             assert [part.training for part in policy.modules()] == [True, False, True]
     finally:
         torch.set_num_threads(threads)
-
-
-def test_an_environment_without_a_time_limit_is_cut_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Endless(gym.Env):
-        observation_space = gym.spaces.Box(-1, 1, (3,))
-        action_space = gym.spaces.Box(-1, 1, (1,))
-
-        def reset(self, *, seed=None, options=None):
-            return np.zeros(3, np.float32), {}
-
-        def step(self, action):
-            return np.zeros(3, np.float32), 1.0, False, False, {}
-
-    gym.register("Endless-v0", entry_point=Endless)
-    monkeypatch.setattr(rollout, "MAX_EPISODE_STEPS", 30)
-    try:
-        with pytest.warns(UserWarning, match="Endless-v0 sets no time limit: episodes are cut after 30 steps"):
-            result = sdw.evaluate(lambda x: torch.zeros(len(x), 1), "Endless-v0", episodes=2)
-    finally:
-        gym.registry.pop("Endless-v0")
-    assert result.lengths.tolist() == [30, 30]

@@ -18,7 +18,8 @@ import torch
 
 import sdw_fast as sdw
 from sdw_fast import run as module
-from sdw_fast.evaluation import Evaluation
+from sdw_fast import selection
+from sdw_fast.evaluation import SELECTION_SEED, Evaluation
 from sdw_fast.folder import RunFolder, load_checkpoint, metrics_line, read_metrics, read_run
 from sdw_fast.run import new_distiller
 
@@ -29,6 +30,9 @@ def same_set(first: sdw.SyntheticDataset, second: sdw.SyntheticDataset) -> bool:
     return np.array_equal(first.observations, second.observations) and np.array_equal(first.actions, second.actions)
 
 
+METRICS = {"loss", "gradient_norm", "adjoint_growth", "inner_loss", "inner_lr", "seconds"}
+
+
 def load(path: Path) -> sdw.SyntheticDataset:
     return sdw.SyntheticDataset.load(path)
 
@@ -36,6 +40,8 @@ def load(path: Path) -> sdw.SyntheticDataset:
 def test_result_carries_where_it_came_from(small_data, small_teacher, tmp_path) -> None:
     data = dataclasses.replace(small_data, name="small")
     result = sdw.distill(data, small_teacher, **TINY, seed=3, out=tmp_path / "run", progress=False)
+    selected = result.config.pop("selected")
+    assert (selected["by"], set(selected)) == ("held-out loss", {"by", "loss"})
     assert result.config == {**sdw.DistillConfig(**TINY, seed=3).to_dict(), "iteration": 30}
     assert (result.dataset_name, result.dataset_hash) == ("small", small_data.content_hash)
     assert result.version == sdw.__version__
@@ -138,7 +144,7 @@ def test_callback_gets_metrics_as_the_sets_are(small_data, small_teacher, n_runs
     given: list[dict[str, Any]] = []
     settings = {**TINY, "steps": 2, "n_runs": n_runs, "progress": False}
     sdw.distill(small_data, small_teacher, **settings, callback=lambda d, m: given.append(m))
-    assert [set(m) for m in given] == [{"loss", "gradient_norm", "adjoint_growth", "seconds"}] * 2
+    assert [set(m) for m in given] == [METRICS, METRICS | {"held_out_loss"}]  # looked at in the last step
     for metrics in given:
         assert isinstance(metrics.pop("seconds"), float)
         for value in metrics.values():
@@ -196,15 +202,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], sdw.Synthetic
     seen = {}
     scripts = {0: {8: 20.0, 16: 50.0, 24: 30.0, 30: 40.0}, 1: {8: -1.0, 16: -3.0, 24: -2.0, 30: -1.0}}
 
-    def evaluate(synthetic: sdw.SyntheticDataset, *, clones: int, episodes: int, seed: int) -> Evaluation:
-        assert (clones, episodes) == (2, 4)
-        step = synthetic.config["iteration"]
+    def evaluate(synthetic: sdw.SyntheticDataset, env: str, *, clones: int, episodes: int, seed: int) -> Evaluation:
+        assert (env, clones, episodes) == ("checked", 2, 4)
+        step, seed = synthetic.config["iteration"], (seed - SELECTION_SEED) // 1000
         seen[seed, step] = synthetic
         score = scripts[seed][step]
         returns = np.full(episodes, 1000 - score)
         return Evaluation("Any-v0", seed, returns, np.ones(episodes, np.int64), np.full(episodes, score))
 
-    monkeypatch.setattr(module, "evaluate_synthetic", evaluate)
+    monkeypatch.setattr("sdw_fast.environments.check_environment", lambda units, env: "checked")
+    monkeypatch.setattr(selection, "evaluate_synthetic", evaluate)
     return seen
 
 

@@ -150,12 +150,12 @@ def test_export_to_minari(synthetic: SyntheticDataset, tmp_path: Path, monkeypat
             [True],
         )
         np.testing.assert_array_equal(episode.observations[1], episode.observations[0])
-    description = json.loads(exported.storage.metadata["description"])
-    assert description["objective"] == "sdw"
-    assert (description["dataset"], description["dataset_hash"]) == ("somewhere", synthetic.dataset_hash)
+    metadata = exported.storage.metadata
+    assert metadata["description"] == synthetic.dataset_card()
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == pytest.approx((1.0, 2.7))
     back = sdw.load_dataset("sdw/test/synthetic-v0")
     assert (len(back), back.env_id) == (9, "Hopper-v5")
-    for bound, expected in zip(back.action_bounds, (LOW, HIGH), strict=True):
+    for bound, expected in zip((exported.action_space.low, exported.action_space.high), (LOW, HIGH), strict=True):
         np.testing.assert_array_equal(bound, expected)
 
 

@@ -110,11 +110,71 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_arbitrary_callables_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="actor is function"):
+    with pytest.raises(TypeError, match="its actor is function"):
         Teacher(lambda s: s).save(tmp_path / "t.safetensors")
-    with pytest.raises(TypeError, match="critic Linear"):
-        Teacher(MLP([D, A], tanh=True), nn.Linear(1, 1)).save(tmp_path / "t.safetensors")
+    with pytest.raises(TypeError, match="its critic is function"):
+        Teacher(MLP([D, A], tanh=True), lambda s, a: a).save(tmp_path / "t.safetensors")
     assert os.listdir(tmp_path) == []
+
+
+class Twin(nn.Module):
+    """Two critics that share a layer, batch norm and its whole-number buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(D + A, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+        self.second = nn.Sequential(self.first[0], nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pair = torch.cat([states, actions], dim=-1)
+        return self.first(pair), self.second(pair)
+
+
+def own_modules() -> Teacher:
+    """What a user would name as the factory."""
+    return Teacher(nn.Sequential(nn.Linear(D, 6), nn.ELU(), nn.Linear(6, A), nn.Tanh()), Twin())
+
+
+def test_modules_of_any_kind_are_saved_by_their_weights(states: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    made = own_modules()
+    made.critic.first[1].running_mean += 1
+    teacher = Teacher(made.actor, made.critic, units=Units(Affine(np.ones(D), np.full(D, 2.0))), provenance={"x": 1})
+    teacher.save(path)
+    loaded = Teacher.load(path, factory=own_modules)
+    actions = teacher.actions(states)
+    np.testing.assert_array_equal(loaded.actions(states), actions)
+    np.testing.assert_array_equal(loaded.values(states, actions), teacher.values(states, actions))
+    assert (loaded.units, loaded.provenance) == (teacher.units, {"x": 1})
+    teacher.save(path, half=True)
+    np.testing.assert_allclose(Teacher.load(path, factory=own_modules).actions(states), actions, atol=1e-2)
+    Teacher(made.actor).save(path)
+    assert Teacher.load(path, factory=own_modules).critic is None
+    with pytest.raises(ValueError, match=r"weights of modules of yours \(Sequential\), .* --teacher-factory"):
+        Teacher.load(path)
+
+
+def test_a_factory_that_makes_other_modules_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    own_modules().save(path)
+    for made, message in (
+        (Teacher(nn.Linear(D, A), Twin()), "the actor that the factory made is not the one in .*Missing key"),
+        (Teacher(own_modules().actor), "the critic .* it is NoneType, no torch module"),
+        (None, "the actor .* it is NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Teacher.load(path, factory=lambda made=made: made)
+
+
+def test_nothing_in_a_teachers_file_is_code(tmp_path: Path) -> None:
+    """A class named in the file is a word in a message; it is never looked up."""
+    path = tmp_path / "teacher.safetensors"
+    own_modules().save(path)
+    tensors, metadata = read_safetensors(path)
+    description = json.loads(metadata["teacher"]) | {"modules": {"actor": "os.system"}}
+    write_safetensors(path, tensors, {"teacher": json.dumps(description)})
+    with pytest.raises(ValueError, match=r"modules of yours \(os.system\)"):
+        Teacher.load(path)
 
 
 def test_truncated_and_foreign_files_are_refused(teacher: Teacher, tmp_path: Path) -> None:

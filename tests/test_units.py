@@ -161,6 +161,24 @@ def test_units_come_back_exactly_through_json(units: Units) -> None:
     assert back.to_dict() == units.to_dict()
 
 
+def test_units_that_hold_the_id_alone_are_read() -> None:
+    """As files of older versions do."""
+    values = Units(STATES, env_id="Hopper-v5").to_dict()
+    assert sorted(values) == ["actions", "env_id", "returns", "states"]
+    assert Units.from_dict(values).env_spec is None
+
+
+def test_a_recorded_environment_has_the_units_id() -> None:
+    spec = json.dumps({"id": "Hopper-v5", "kwargs": {}})
+    for env_id in ("Hopper-v5", "module:Hopper-v5"):
+        units = Units(STATES, env_id=env_id, env_spec=spec)
+        assert Units.from_dict(json.loads(json.dumps(units.to_dict()))) == units
+        assert units != Units(STATES, env_id=env_id)
+    for other in (None, "Hopper-v4"):
+        with pytest.raises(ValueError, match=f"the recorded environment is not {other!r}"):
+            Units(STATES, env_id=other, env_spec=spec)
+
+
 def test_units_differ_where_any_part_does() -> None:
     units = Units(STATES, Affine.between([-1], [1]), Affine.scores(0, 10), "Hopper-v5")
     others = [

@@ -19,8 +19,12 @@ POLICIES, EPISODES = 10, 10  # freshly trained policies a cell, and episodes of 
 POLICIES_FOR_SCALE = 5  # whose training takes longer
 EVALUATION = ("policies", "episodes")  # the settings that a distillation does not depend on
 TEST_SEED = 10_000
+# The papers' weights, steps and choice of the set, whose numbers the table is compared with.
+PAPERS: dict[str, Any] = {"value_weights": "paper", "beta": 0.02, "adapt_inner_lr": False, "select": "last"}
 # What every set is distilled and cloned with.
-SETTINGS: dict[str, Any] = {"size": 256, "steps": 2_000, "k": 100, "ess": 0.8, "clip": 0.9}
+SETTINGS: dict[str, Any] = {"size": 256, "steps": 2_000, "k": 100, "ess": 0.8, "clip": 0.9, **PAPERS}
+# Of settings that are younger than some rows: what was done before there was a choice.
+EARLIER: dict[str, Any] = {"value_weights": "paper", "adapt_inner_lr": False, "select": "last"}
 # Of methods "av-pbc-wide" and "sdw-wide": three times the seconds, and a density that looks farther than the cluster of
 # the first states of all episodes, of which there are 112 to 180 on the six tasks.
 WIDE: dict[str, Any] = {"inner_width": 128, "k": 500}
@@ -133,16 +137,17 @@ def config(cell: Cell) -> DistillConfig:
     """What a cell's set is distilled, or its pairs are chosen, with."""
     _, method, seed = cell
     if method == "sdw-paper":
-        return DistillConfig.preset("paper", steps=FULL_WIDTH_STEPS, seed=seed)
+        return DistillConfig.preset("paper", **PAPERS, steps=FULL_WIDTH_STEPS, seed=seed)
     return DistillConfig(**{**SETTINGS, **OWN.get(method, {"objective": method}), "seed": seed})
 
 
 def up_to_date(row: table.Entries, cell: Cell) -> bool:
     """Whether a row was made with the settings of now.
 
-    A setting that the row does not know counts as its default then: settings that come later leave results as they are.
+    A setting that the row does not know counts as what was done then: settings that come later leave results as they
+    are.
     """
-    known = {**DistillConfig().to_dict(), **row["settings"]}
+    known = {**DistillConfig().to_dict(), **EARLIER, **row["settings"]}
     return all(known.get(key) == value for key, value in settings(cell).items())
 
 

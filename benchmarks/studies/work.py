@@ -89,7 +89,7 @@ def cloning(
     for _ in range(steps):
         rows = torch.randint(len(states), (batch_size,), generator=generator)
         optimizer.zero_grad()
-        sdw.ops.behavior_matching(params, states[rows], actions[rows], ones).backward()
+        sdw.ops.behavior_matching(params, states[rows], actions[rows], ones, head=data.units.head).backward()
         optimizer.step()
         if cosine:
             cosine.step()

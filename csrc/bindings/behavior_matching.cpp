@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "gil.h"
+#include "head.h"
 #include "sdw/flat.h"
 #include "sdw/isa.h"
 #include "views.h"
@@ -23,10 +24,10 @@ using WorkspaceSize = size_t (*)(int64_t rows, const std::vector<int64_t>& width
 void define(py::module_& m, const char* name, int device, Op op, WorkspaceSize workspace_size) {
     m.def(
         name,
-        [device, op, workspace_size](const std::vector<int64_t>& widths, const py::object& params,
-                                     const py::object& states, const py::object& targets, const py::object& weights,
-                                     const py::object& losses, const py::object& gradients, bool ieee,
-                                     const py::object& workspace, uintptr_t stream) {
+        [device, op, workspace_size](const std::vector<int64_t>& widths, const std::string& head,
+                                     const py::object& params, const py::object& states, const py::object& targets,
+                                     const py::object& weights, const py::object& losses, const py::object& gradients,
+                                     bool ieee, const py::object& workspace, uintptr_t stream) {
             require(widths.size() >= 2 && *std::min_element(widths.begin(), widths.end()) >= 1,
                     "widths must name at least one layer, and none that is empty");
             const TensorView<float> w(weights, "weights", 2, device);
@@ -42,6 +43,7 @@ void define(py::module_& m, const char* name, int device, Op op, WorkspaceSize w
             p.problems = problems;
             p.rows = rows;
             p.widths = widths;
+            p.head = head_named(head);
             p.params = theta.data();
             p.states = s.data();
             p.targets = y.data();
@@ -55,9 +57,9 @@ void define(py::module_& m, const char* name, int device, Op op, WorkspaceSize w
             const WithoutGil without_gil;
             op(p);
         },
-        py::arg("widths"), py::arg("params"), py::arg("states"), py::arg("targets"), py::arg("weights"),
-        py::arg("losses"), py::arg("gradients"), py::arg("ieee") = false, py::arg("workspace") = py::none(),
-        py::arg("stream") = 0);
+        py::arg("widths"), py::arg("head"), py::arg("params"), py::arg("states"), py::arg("targets"),
+        py::arg("weights"), py::arg("losses"), py::arg("gradients"), py::arg("ieee") = false,
+        py::arg("workspace") = py::none(), py::arg("stream") = 0);
 }
 
 }  // namespace

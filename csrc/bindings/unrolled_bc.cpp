@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "gil.h"
+#include "head.h"
 #include "sdw/flat.h"
 #include "sdw/isa.h"
 #include "views.h"
@@ -48,7 +49,8 @@ struct PyTape {
 
 // All but where the tensors are.
 UnrolledBCParams options_of(int64_t problems, int64_t rows, const std::vector<int64_t>& widths, int64_t steps,
-                            int64_t window, float momentum, bool keep_tape, bool recompute, bool ieee) {
+                            int64_t window, const std::string& head, float momentum, bool keep_tape, bool recompute,
+                            bool ieee) {
     require(problems >= 1 && rows >= 1, "problems and rows must be at least 1");
     require(widths.size() >= 2 && *std::min_element(widths.begin(), widths.end()) >= 1,
             "widths must name at least one layer, and none that is empty");
@@ -59,6 +61,7 @@ UnrolledBCParams options_of(int64_t problems, int64_t rows, const std::vector<in
     p.widths = widths;
     p.steps = steps;
     p.window = window;
+    p.head = head_named(head);
     p.momentum = momentum;
     p.keep_tape = keep_tape;
     p.recompute = recompute;
@@ -111,8 +114,8 @@ void bind_unrolled_bc(py::module_& m) {
     // frees what a constructor made twice, or ends the process, if memory runs out while it registers the object.
     py::class_<UnrolledBCParams>(m, "UnrolledBCParams", py::module_local());
     m.def("UnrolledBCOptions", &options_of, py::kw_only(), py::arg("problems"), py::arg("rows"), py::arg("widths"),
-          py::arg("steps"), py::arg("window"), py::arg("momentum"), py::arg("keep_tape"), py::arg("recompute"),
-          py::arg("ieee"));
+          py::arg("steps"), py::arg("window"), py::arg("head"), py::arg("momentum"), py::arg("keep_tape"),
+          py::arg("recompute"), py::arg("ieee"));
     py::class_<PyTape>(m, "UnrolledBCTape", py::module_local())
         .def("backward", &PyTape::backward, py::arg("grad_trained"), py::arg("grad_observations"),
              py::arg("grad_actions"), py::arg("grad_params"), py::arg("grad_lr"), py::arg("stream") = 0);

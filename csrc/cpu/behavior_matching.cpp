@@ -47,15 +47,23 @@ void load_rows(const BehaviorMatchingParams& p, const Layout& at, int64_t first,
     }
 }
 
-// From the pre-activations in h[L]: delta[L] = 2 w / (M A) (a - y)(1 - a²), and w |a - y|² added to the rows' losses.
-void output_delta(const Mlp& mlp, const Layout& at, float scale, Range range, double* losses) {
-    mlp.for_each_output(range, [&](int64_t offset, int64_t row) {
-        const float weight = at.row_weights[row];
-        const Vec a = tanh(load(at.pass.h[mlp.layers].data + offset));
-        const Vec error = weight == 0.0f ? Vec{} : a - load(at.targets.data + offset);
-        store(at.pass.delta[mlp.layers].data + offset, 2.0f * scale * weight * error * (1.0f - a * a));
-        const Vec squares = error * error;
-        for (int lane = 0; lane < kLanes; ++lane) losses[row] += static_cast<double>(weight) * squares[lane];
+// From the pre-activations in h[L]: delta[L], and the rows' losses added to `losses`; a loss is `scale` times their
+// sum.
+void output_delta(const Mlp& mlp, const Layout& at, Head kind, float scale, Range range, double* losses) {
+    const float *outputs = at.pass.h[mlp.layers].data, *targets = at.targets.data;
+    float* delta = at.pass.delta[mlp.layers].data;
+    with_head(kind, [&](auto any) {
+        mlp.for_each_output(range, [&](const OutputRow& row) {
+            const float weight = at.row_weights[row.row];
+            const auto head = any.of_outputs(row, outputs, targets);
+            row.for_each([&](int64_t offset, int64_t left) {
+                const Vec z = load(outputs + offset), y = load(targets + offset), a = head.output(z, left);
+                const Vec error = weight == 0.0f ? Vec{} : head.error(a, y);
+                const Vec loss = weight == 0.0f ? Vec{} : head.loss(z, y, error);
+                store(delta + offset, head.delta(loss_slope(kind) * scale * weight * error, a));
+                for (int lane = 0; lane < kLanes; ++lane) losses[row.row] += static_cast<double>(weight) * loss[lane];
+            });
+        });
     });
 }
 
@@ -83,7 +91,7 @@ float loss_of(const BehaviorMatchingParams& p) {
     const Buffer buffer(Layout(mlp, nullptr).bytes);
     const Layout at(mlp, buffer.data());
     const bool want_gradients = p.gradients != nullptr;
-    const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(p.widths.back()));
+    const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(loss_divisor(p.head, p.widths.back())));
     std::fill_n(buffer.data(), at.row_weights - buffer.data(), 0.0f);
     pack_weights(mlp, p.params, at.params, at.transposed);
 
@@ -98,7 +106,7 @@ float loss_of(const BehaviorMatchingParams& p) {
         for (int64_t block = 0; block < blocks; ++block) {
             load_rows(p, at, block * mlp.rows, range);
             mlp.forward(lists, at.params, at.pass, range);
-            output_delta(mlp, at, scale, range, losses.data());
+            output_delta(mlp, at, p.head, scale, range, losses.data());
             if (!want_gradients) continue;
             mlp.backward(lists, at.transposed, at.pass, range);
             team.wait();

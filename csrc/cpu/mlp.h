@@ -1,4 +1,4 @@
-// The ReLU MLP with tanh output in packed matrices: what unrolled_bc and behavior_matching share.
+// The ReLU MLP in packed matrices: what unrolled_bc and behavior_matching share.
 //
 // Layer l takes h[l] (rows, widths[l]) to h[l + 1] by W[l] (widths[l], widths[l + 1]); h[0] is the input, h[L] the
 // output. delta[l] is the gradient for the pre-activation of h[l], l = 1 ... L.
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "gated_product.h"
+#include "head.h"
 #include "product.h"
 #include "team.h"
 
@@ -197,16 +198,10 @@ class Mlp {
         }
     }
 
-    // Calls body(offset, row) for every vector of the output's matrices in some rows.
+    // Calls body(row) for some rows of the output.
     template <typename Body>
     void for_each_output(Range range, const Body& body) const {
-        for (int64_t panel = 0; panel < panels(widths[layers]); ++panel) {
-            const int64_t columns = std::min<int64_t>(kPanel, widths[layers] - panel * kPanel);
-            for (int64_t row = range.begin; row < range.end; ++row) {
-                for (int64_t column = 0; column < columns; column += kLanes)
-                    body(panel * stride + row * kPanel + column, row);
-            }
-        }
+        for (int64_t row = range.begin; row < range.end; ++row) body(OutputRow{row, widths[layers], stride});
     }
 
     // Σ over all rows of the columns of `delta` that are the strip's; calls body(vector, its first column).

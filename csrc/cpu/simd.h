@@ -51,6 +51,13 @@ inline Vec broadcast_scalar_load(const float* x) {
 }
 // x where the ReLU whose output is h is on, else 0.
 inline Vec masked(Vec x, Vec h) { return h > 0.0f ? x : Vec{}; }
+// The lanes of x below `count`, and beyond them those of `rest`.
+inline Vec first_lanes(Vec x, int64_t count, Vec rest) {
+    if (count >= kLanes) return x;
+    IntVec numbers;
+    for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
+    return numbers < static_cast<int32_t>(count) ? x : rest;
+}
 
 // Bit i: lane i is not zero (NaN is not).
 inline uint32_t nonzero_lanes(Vec x) {
@@ -96,8 +103,8 @@ class FlushDenormals {
 #endif
 };
 
-// e^x for x in [0, 20], within 1 ulp: x = n ln 2 + r, a polynomial in r (Cephes, expf), 2^n put into the exponent.
-inline Vec exp_positive(Vec x) {
+// e^x for x in [-87, 20], within 1 ulp: x = n ln 2 + r, a polynomial in r (Cephes, expf), 2^n put into the exponent.
+inline Vec exp(Vec x) {
     const Vec shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const Vec n = (x * 1.44269504f + shift) - shift;
     const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -116,7 +123,7 @@ inline Vec exp_positive(Vec x) {
 inline Vec tanh(Vec x) {
     const Vec magnitude = x < 0.0f ? -x : x;
     const Vec bounded = magnitude < 9.0f ? magnitude : broadcast(9.0f);  // tanh(9) rounds to 1
-    const Vec far = 1.0f - 2.0f / (exp_positive(2.0f * bounded) + 1.0f);
+    const Vec far = 1.0f - 2.0f / (exp(2.0f * bounded) + 1.0f);
     const Vec z = x * x;
     Vec p = broadcast(-5.70498872745e-3f);
     p = p * z + 2.06390887954e-2f;

@@ -6,6 +6,7 @@
 // delta_l takes the place of h_l on the way back: what is left to do at layer l needs h_{l-1} and delta_l only.
 #include <algorithm>
 
+#include "head.h"
 #include "mma.h"
 #include "reduce.h"
 #include "sdw/behavior_matching.h"
@@ -44,7 +45,9 @@ struct Params {
     int64_t gradient_at[kLayers];  // of W_l in a slab; b_l follows
     int64_t slab;                  // floats of a slab
     const float *states, *targets, *row_weights;
-    float scale;
+    Head head;
+    float scale;     // the loss is this times the sum of the rows' weighted losses
+    float slope;     // and delta this times their weighted errors (head.h)
     double* sums;    // one a block
     float* slabs;    // one a block, or null: loss alone
     float* spilled;  // activations of every block, where shared memory is too small
@@ -198,18 +201,33 @@ __device__ void add_gradients(const float* delta, const float* h, int out, int i
     }
 }
 
-// From the pre-activations z in h_L: delta_L = 2 w / (M A) (a - y)(1 - a²) in their place; returns the thread's share
-// of sum w |a - y|². Rows beyond the last have weight zero.
-__device__ inline double output_delta(const Params& p, int64_t first, float* z) {
+// From the pre-activations z in h_L: delta_L in their place; returns the thread's share of the sum of the rows'
+// weighted losses. Rows beyond the last have weight zero. `sums` is memory for a tile's rows.
+__device__ inline double output_delta(const Params& p, int64_t first, float* z, RowSums* sums) {
     const int outputs = p.widths[p.layers], stride = padded(outputs);
+    const float* const targets = p.targets + first * outputs;
+    if (p.head == Head::softmax) {
+        for (int row = threadIdx.x / 32; row < kRows && first + row < p.rows; row += kWarps) {
+            const RowSums row_sums = output_sums(
+                outputs, threadIdx.x % 32, [&](int column) { return z[row * stride + column]; },
+                [&](int column) { return targets[row * outputs + column]; });
+            if (threadIdx.x % 32 == 0) sums[row] = row_sums;
+        }
+        __syncthreads();
+    }
     double loss = 0.0;
     for (int e = threadIdx.x; e < kRows * outputs; e += kThreads) {
         const int row = e / outputs, column = e % outputs;
+        float& at = z[row * stride + column];
         const float weight = first + row < p.rows ? p.row_weights[first + row] : 0.0f;
-        const float a = tanhf(z[row * stride + column]);
-        const float error = weight == 0.0f ? 0.0f : a - p.targets[(first + row) * outputs + column];
-        loss += static_cast<double>(weight) * error * error;
-        z[row * stride + column] = 2.0f * p.scale * weight * error * (1.0f - a * a);
+        if (weight == 0.0f) {
+            at = 0.0f;
+            continue;
+        }
+        const float y = targets[row * outputs + column], a = head_output(p.head, at, sums[row]);
+        const float error = head_error(p.head, a, y, sums[row]);
+        loss += static_cast<double>(weight) * head_loss(p.head, at, y, error, sums[row]);
+        at = head_delta(p.head, p.slope * weight * error, a);
     }
     return loss;
 }
@@ -242,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_tiles(const __grid_constant__
                 });
         }
         __syncthreads();
-        loss += output_delta(p, first, h + p.offsets[p.layers]);
+        loss += output_delta(p, first, h + p.offsets[p.layers], reinterpret_cast<RowSums*>(ring));
         if (slab == nullptr) continue;
         for (int l = p.layers - 1; l >= 0; --l) {
             const int in = p.widths[l], out = p.widths[l + 1];
@@ -349,7 +367,9 @@ void behavior_matching_cuda(const BehaviorMatchingParams& p) {
     }
     params.activations = plan.activations;
     params.slab = plan.slab;
-    params.scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(p.widths.back()));
+    params.head = p.head;
+    params.scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(loss_divisor(p.head, p.widths.back())));
+    params.slope = loss_slope(p.head) * params.scale;
     params.sums = reinterpret_cast<double*>(workspace);
     params.slabs = want_gradients ? reinterpret_cast<float*>(workspace + plan.slabs_at) : nullptr;
     params.spilled = reinterpret_cast<float*>(workspace + plan.spilled_at);

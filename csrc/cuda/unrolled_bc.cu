@@ -3,7 +3,7 @@
 //     u_{t+1}  = mu u_t + alpha g_t,  theta_{t+1} = theta_t - u_{t+1}
 //     lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
 //
-// with g_t the gradient of 1/(N A) sum_i |pi(s_i) - a_i|^2 and momentum mu. Without momentum u is nothing to remember
+// with g_t the gradient of the head's mean loss (sdw/head.h) and momentum mu. Without momentum u is nothing to remember
 // and v is lambda: no step reads or writes either.
 //
 // A problem is run by a group of blocks, one a tile of 16 rows (fewer if the chip is too small). A step is two stages
@@ -15,6 +15,7 @@
 #include <memory>
 #include <utility>
 
+#include "head.h"
 #include "product.h"
 
 namespace sdw {
@@ -31,6 +32,8 @@ struct Kernel {
     unsigned* counters;  // one a group, kCounterStride apart, zero at the start
     const float* lr;
     float momentum;
+    Head head;
+    float scale;  // c of head.h
 };
 
 struct Forward {
@@ -103,7 +106,8 @@ struct Problem {
     const Network& net;
     float* base;
     float lr, momentum;
-    float scale;  // 2 / (N A)
+    Head head;
+    float scale;
 
     __device__ Problem(const Kernel& k, int index)
         : kernel(k),
@@ -111,7 +115,8 @@ struct Problem {
           base(k.workspace + index * k.at.floats),
           lr(k.lr[index]),
           momentum(k.momentum),
-          scale(2.0f / (static_cast<float>(k.net.rows) * static_cast<float>(k.net.layer[k.net.layers - 1].out))) {}
+          head(k.head),
+          scale(k.scale) {}
 
     __device__ float* theta(int64_t step) const { return base + kernel.at.theta + step * net.theta; }
     __device__ float* pass(int64_t step) const { return base + kernel.at.passes + step * net.pass; }
@@ -164,11 +169,51 @@ __device__ inline float2 masked(float x0, float x1, float2 h) {
     return make_float2(h.x > 0 ? x0 : 0.0f, h.y > 0 ? x1 : 0.0f);
 }
 
-// h of every layer, a = tanh(z), delta of the last: c (a - y)(1 - a^2), zero in rows of padding.
+// Two neighbors of the output, and delta there, zero in rows of padding.
+__device__ inline void put_output(const Problem& p, float* pass, int row, int column, float z0, float z1,
+                                  const RowSums& sums) {
+    const Pair out = p.output(pass, p.net.layers - 1), delta = p.delta(pass, p.net.layers - 1);
+    const float2 y = *reinterpret_cast<const float2*>(p.actions() + tiled(row, column, out.width));
+    const float scale = row < p.net.rows ? p.scale : 0.0f;
+    const float a0 = head_output(p.head, z0, sums), a1 = head_output(p.head, z1, sums);
+    out.put(row, column, a0, a1);
+    delta.put(row, column, head_delta(p.head, scale * head_error(p.head, a0, y.x, sums), a0),
+              head_delta(p.head, scale * head_error(p.head, a1, y.y, sums), a1));
+}
+
+// body(row, column, sums(row)) for every pair of neighbors of a tile of the output, a warp a row.
+template <typename Sums, typename Body>
+__device__ void whole_rows(const Problem& p, int row_tile, const Member& me, Sums sums, Body body) {
+    const int width = p.net.outputs();
+    for (int i = me.part * kWarps + me.warp; i < 16; i += kWarps * me.parts) {
+        const int row = 16 * row_tile + i;
+        const RowSums shared = sums(row);
+        for (int column = 2 * me.lane; column < width; column += 64) body(row, column, shared);
+    }
+    me.wait_team();
+}
+
+// From z in place of the output: a softmax needs its whole row, which the columns' owners do not have.
+__device__ void softmax_rows(const Problem& p, float* pass, int row_tile, const Member& me) {
+    const Pair out = p.output(pass, p.net.layers - 1);
+    const int columns = p.net.layer[p.net.layers - 1].out;
+    const auto sums = [&](int row) {
+        return output_sums(
+            columns, me.lane, [&](int column) { return out.rows[tiled(row, column, out.width)]; },
+            [&](int column) { return p.actions()[tiled(row, column, out.width)]; });
+    };
+    whole_rows(p, row_tile, me, sums, [&](int row, int column, const RowSums& shared) {
+        const float2 z = out.get(row, column);  // e^z is 0 in columns of padding
+        put_output(p, pass, row, column, column < columns ? z.x : -INFINITY, column + 1 < columns ? z.y : -INFINITY,
+                   shared);
+    });
+}
+
+// h of every layer, and delta of the last.
 template <typename Product>
 __device__ void forward_rows(const Problem& p, float* theta, float* pass, int row_tile, const Member& me) {
     for (int l = 0; l < p.net.layers; ++l) {
-        const Pair in = p.input(pass, l), out = p.output(pass, l), delta = p.delta(pass, l);
+        const Pair in = p.input(pass, l), out = p.output(pass, l);
         const float* biases = p.biases(theta, l);
         const bool hidden = l + 1 < p.net.layers;
         const Terms terms{{{in.rows, p.weights(theta, l).rows}}, 1, in.width / 16};
@@ -178,14 +223,12 @@ __device__ void forward_rows(const Problem& p, float* theta, float* pass, int ro
             [&](int row, int column, float x0, float x1, float2 bias) {
                 const float z0 = x0 + bias.x, z1 = x1 + bias.y;
                 if (hidden) return out.put(row, column, z0 < 0 ? 0 : z0, z1 < 0 ? 0 : z1);  // NaN stays
-                const float a0 = tanhf(z0), a1 = tanhf(z1);
-                const float2 y = *reinterpret_cast<const float2*>(p.actions() + tiled(row, column, out.width));
-                const float scale = row < p.net.rows ? p.scale : 0.0f;
-                out.put(row, column, a0, a1);
-                delta.put(row, column, scale * (a0 - y.x) * (1 - a0 * a0), scale * (a1 - y.y) * (1 - a1 * a1));
+                if (p.head == Head::softmax) return out.put(row, column, z0, z1);
+                put_output(p, pass, row, column, z0, z1, {});
             });
         me.wait_team();
     }
+    if (p.head == Head::softmax) softmax_rows(p, pass, row_tile, me);
 }
 
 // delta_{l-1} = m_{l-1} (delta_l W_l)
@@ -309,9 +352,41 @@ __device__ void run_segment(const Problem& p, int64_t segment, Member& me) {
         descend<Product>(p, p.theta(i), p.theta(i + 1), p.pass(i), me);
 }
 
-// R h of every layer along v: R z = R h_in W + h_in V + v_b. From R z of the output: R a = (1 - a^2) R z,
-// R delta = c ((1 - a^2) - 2 (a - y) a) R a, and the gradients for the actions, += alpha c R a, and for alpha,
-// -= c (a - y) R a, each element's apart.
+// Two neighbors of R delta of the output, from its values a and R z, and their shares of the gradients for the actions,
+// += alpha c moved, and for alpha, -= c error moved, each element's apart.
+__device__ inline void put_tangent(const Problem& p, int row, int column, float2 values, float z0, float z1,
+                                   const RowSums& sums) {
+    const Pair delta = p.delta(p.tangent(), p.net.layers - 1);
+    const int offset = tiled(row, column, delta.width);
+    const float a[2] = {values.x, values.y}, z[2] = {z0, z1};
+    float moved_delta[2] = {0, 0};
+    for (int i = 0; i < 2 && row < p.net.rows; ++i) {
+        const float error = head_error(p.head, a[i], p.actions()[offset + i], sums);
+        const float moved = head_moved(p.head, a[i], z[i], sums);
+        moved_delta[i] = p.scale * head_curvature(p.head, a[i], error, sums) * moved;
+        p.base[p.kernel.at.actions_gradient + offset + i] += p.lr * p.scale * moved;
+        p.base[p.kernel.at.lr_terms + offset + i] -= p.scale * error * moved;
+    }
+    delta.put(row, column, moved_delta[0], moved_delta[1]);
+}
+
+// The same for a softmax, from R z in place of R h of the output.
+__device__ void softmax_tangent_rows(const Problem& p, float* pass, int row_tile, const Member& me) {
+    const Pair out = p.output(pass, p.net.layers - 1), moved = p.output(p.tangent(), p.net.layers - 1);
+    const auto sums = [&](int row) {
+        return tangent_sums(
+            p.net.layer[p.net.layers - 1].out, me.lane,
+            [&](int column) { return out.rows[tiled(row, column, out.width)]; },
+            [&](int column) { return p.actions()[tiled(row, column, out.width)]; },
+            [&](int column) { return moved.rows[tiled(row, column, out.width)]; });
+    };
+    whole_rows(p, row_tile, me, sums, [&](int row, int column, const RowSums& shared) {
+        const float2 z = moved.get(row, column);
+        put_tangent(p, row, column, out.get(row, column), z.x, z.y, shared);
+    });
+}
+
+// R h of every layer along v: R z = R h_in W + h_in V + v_b, and R delta of the last.
 template <typename Product>
 __device__ void tangent_rows(const Problem& p, float* theta, float* pass, int row_tile, const Member& me) {
     struct Fetched {
@@ -320,7 +395,7 @@ __device__ void tangent_rows(const Problem& p, float* theta, float* pass, int ro
     float *v = p.direction(), *tangent = p.tangent();
     for (int l = 0; l < p.net.layers; ++l) {
         const Pair in = p.input(pass, l), moved = p.input(tangent, l), h = p.output(pass, l);
-        const Pair out = p.output(tangent, l), delta = p.delta(tangent, l);
+        const Pair out = p.output(tangent, l);
         const float* biases = p.biases(v, l);
         const bool hidden = l + 1 < p.net.layers;
         const Terms terms{{{in.rows, p.weights(v, l).rows}, {moved.rows, p.weights(theta, l).rows}},
@@ -332,24 +407,17 @@ __device__ void tangent_rows(const Problem& p, float* theta, float* pass, int ro
                 return Fetched{*reinterpret_cast<const float2*>(biases + column), h.get(row, column)};
             },
             [&](int row, int column, float x0, float x1, Fetched at) {
-                const float z[2] = {x0 + at.bias.x, x1 + at.bias.y}, a[2] = {at.h.x, at.h.y};
+                const float z0 = x0 + at.bias.x, z1 = x1 + at.bias.y;
                 if (hidden) {
-                    const float2 x = masked(z[0], z[1], at.h);
+                    const float2 x = masked(z0, z1, at.h);
                     return out.put(row, column, x.x, x.y);
                 }
-                const int offset = tiled(row, column, out.width);
-                float moved_delta[2] = {0, 0};
-                for (int i = 0; i < 2 && row < p.net.rows; ++i) {
-                    const float slope = 1 - a[i] * a[i], residual = a[i] - p.actions()[offset + i];
-                    const float moved_a = slope * z[i];
-                    moved_delta[i] = p.scale * (slope - 2 * residual * a[i]) * moved_a;
-                    p.base[p.kernel.at.actions_gradient + offset + i] += p.lr * p.scale * moved_a;
-                    p.base[p.kernel.at.lr_terms + offset + i] -= p.scale * residual * moved_a;
-                }
-                delta.put(row, column, moved_delta[0], moved_delta[1]);
+                if (p.head == Head::softmax) return out.put(row, column, z0, z1);
+                put_tangent(p, row, column, at.h, z0, z1, {});
             });
         me.wait_team();
     }
+    if (p.head == Head::softmax) softmax_tangent_rows(p, pass, row_tile, me);
 }
 
 // R delta_{l-1} = m_{l-1} (R delta_l W_l + delta_l V_l); at the observations, unmasked, their gradient.
@@ -553,6 +621,9 @@ Kernel make_kernel(const UnrolledBCParams& params) {
     kernel.counters = reinterpret_cast<unsigned*>(kernel.workspace + params.problems * kernel.at.floats);
     kernel.lr = params.lr;
     kernel.momentum = params.momentum;
+    kernel.head = params.head;
+    kernel.scale = loss_slope(params.head) / (static_cast<float>(params.rows) *
+                                              static_cast<float>(loss_divisor(params.head, params.widths.back())));
     return kernel;
 }
 

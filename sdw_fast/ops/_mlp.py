@@ -1,7 +1,7 @@
-"""The network of the ops: a ReLU multilayer perceptron with tanh on its output, and checks of what comes in.
+"""The network of the ops: a ReLU multilayer perceptron up to its head (_head.py), and checks of what comes in.
 
 params = [W1, b1, W2, b2, …] as `torch.nn.Linear` has them, W_l (out, in), b_l (out,):
-h_l = relu(h_{l-1} W_lᵀ + b_l), a = tanh(h_{L-1} W_Lᵀ + b_L).
+h_l = relu(h_{l-1} W_lᵀ + b_l), z = h_{L-1} W_Lᵀ + b_L.
 R networks of one shape have a leading dimension R on each.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def mlp_activations(params: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
-    """Returns [h_0 = inputs, h_1, …, h_{L-1}, a], each (rows, width)."""
+    """Returns [h_0 = inputs, h_1, …, h_{L-1}, z], each (rows, width)."""
     activations = [inputs]
     last = len(params) // 2 - 1
     for layer in range(last + 1):
         z = torch.addmm(params[2 * layer + 1], activations[-1], params[2 * layer].t())  # (rows, width)
-        activations.append(torch.tanh(z) if layer == last else torch.relu(z))
+        activations.append(z if layer == last else torch.relu(z))
     return activations
 
 

@@ -16,6 +16,7 @@ from sdw_fast.ops._backend import (
     views,
     without_autocast,
 )
+from sdw_fast.ops._head import HEADS, Identity, check_head, one_hot
 from sdw_fast.ops._mlp import (
     check_floating,
     check_mlp,
@@ -26,7 +27,7 @@ from sdw_fast.ops._mlp import (
     mlp_activations,
 )
 from sdw_fast.ops._registration import Adjoint, check_constant, register, wants_gradient
-from sdw_fast.ops.weighted_bc_loss import check_weights, known, weighted_error
+from sdw_fast.ops.weighted_bc_loss import check_weights, known
 
 
 def behavior_matching(
@@ -35,10 +36,17 @@ def behavior_matching(
     targets: Tensor,
     weights: Tensor,
     *,
+    head: str = "tanh",
     precision: str = "tf32",
     backend: str = "auto",
 ) -> Tensor:
-    """Returns Σ_i w_i ‖tanh(MLP(s_i)) − y_i‖² / (M·A), differentiable in `params` alone.
+    """Returns the weighted error of a policy, differentiable in `params` alone.
+
+    | head | z = MLP(s) | result |
+    | --- | --- | --- |
+    | "tanh" | a = tanh(z) | Σ_i w_i ‖a_i − y_i‖² / (M·A) |
+    | "identity" | a = z | Σ_i w_i ‖a_i − y_i‖² / (M·A) |
+    | "softmax" | p = softmax(z) | Σ_i w_i (−Σ_j y_ij log p_ij) / M |
 
     The gradient for the parameters is computed in the same pass as the loss, so that `.backward()` costs nothing. In
     backend "torch" alone it can be differentiated again; the others refuse to.
@@ -49,8 +57,10 @@ def behavior_matching(
     Args:
         params: [W1, b1, W2, b2, …] of the ReLU policy, in `torch.nn.Linear` layout, W (out, in).
         states: (M, D), normalized as the policy shall see them.
-        targets: (M, A) target actions y.
+        targets: (M, A) target actions y; with "softmax" probabilities of A classes, or class numbers from 0 to A − 1,
+            (M,) of an integer dtype.
         weights: (M,); a row of weight zero counts for nothing, whatever its target (NaN included).
+        head: "tanh", "identity" or "softmax", as above.
         precision: Of the products in backend "cuda": "tf32", operands rounded to 10 bits of mantissa for the tensor
             cores, sums in float32; or "ieee", float32 throughout. The others compute in the tensors' own precision.
         backend: "auto", "cpu", "cuda" or "torch"; "torch" also takes float64.
@@ -64,6 +74,8 @@ def behavior_matching(
     """
     op = "behavior_matching"
     params = list(params)
+    check_head(op, head)
+    targets = one_hot(op, head, params, targets=targets)
     check_floating(op, states=states, targets=targets, weights=weights)
     if batched := states.ndim == 3:
         problems = check_problems(op, params, states=states, targets=targets, weights=weights)
@@ -79,10 +91,11 @@ def behavior_matching(
     if resolved == "torch":
         each = zip(*(param if batched else param[None] for param in params), strict=True)
         with without_autocast(states.device):
-            losses = torch.stack([_twin(*problem) for problem in zip(each, states, targets, weights, strict=True)])
+            problem = zip(each, states, targets, weights, strict=True)
+            losses = torch.stack([_twin(HEADS[head], *data) for data in problem])
     else:
         data = flatten(params, problems), states, targets, weights
-        losses = _op(*data, layer_widths(params), precision == "ieee", resolved, False)
+        losses = _op(*data, layer_widths(params), head, precision == "ieee", resolved, False)
     return losses if batched else losses.reshape(())
 
 
@@ -92,10 +105,12 @@ def _check_problem(op: str, params: Sequence[Tensor], states: Tensor, targets: T
     check_weights(op, weights, states.shape[0])
 
 
-def _twin(params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def _twin(head: Identity, params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """The loss of one problem; autograd differentiates it."""
-    output = mlp_activations(params, states)[-1]  # (M, A)
-    return weighted_error(output, targets, weights)
+    z = mlp_activations(params, states)[-1]  # (M, A)
+    none = weights[:, None] == 0  # 0 · NaN would be NaN
+    losses = torch.where(none, 0, head.losses(z, torch.where(none, 0, targets)))  # (M, A)
+    return (weights[:, None] * losses).sum() / head.count(*z.shape)
 
 
 def _run(
@@ -104,6 +119,7 @@ def _run(
     targets: Tensor,
     weights: Tensor,
     widths: list[int],
+    head: str,
     ieee: bool,
     backend: str,
     keep: bool,
@@ -116,19 +132,19 @@ def _run(
     gradients = params.new_empty(params.shape) if keep else None
     p, s, y, w, values, slopes = views(params, states, targets, weights, losses, gradients)
     if backend == "cpu":
-        _C.behavior_matching_cpu(widths, p, s, y, w, values, slopes)
+        _C.behavior_matching_cpu(widths, head, p, s, y, w, values, slopes)
     else:
         with cuda_stream(params) as stream:
             size = _C.behavior_matching_cuda_workspace(states.shape[1], widths, keep)
             workspace = cuda_workspace("behavior_matching", size, params.device, "use a narrower policy")
-            _C.behavior_matching_cuda(widths, p, s, y, w, values, slopes, ieee, workspace, stream)
+            _C.behavior_matching_cuda(widths, head, p, s, y, w, values, slopes, ieee, workspace, stream)
     return losses, None if gradients is None else known(gradients)
 
 
 _op = register(
     "behavior_matching",
     ["params", "states", "targets", "weights"],
-    "SymInt[] widths, bool ieee, str backend",
+    "SymInt[] widths, str head, bool ieee, str backend",
     _run,
     result=lambda params, *_: params.new_empty(params.shape[0]),
     differentiable=1,

@@ -1,9 +1,10 @@
 """Behavior cloning unrolled and differentiated: θ_T(S) of T full-batch SGD steps, and the hypergradient through them.
 
-    u_{t+1} = μ u_t + α g_t ,   θ_{t+1} = θ_t − u_{t+1} ,   g_t = ∇_θ L(θ_t) ,   L(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖²
+    u_{t+1} = μ u_t + α g_t ,   θ_{t+1} = θ_t − u_{t+1} ,   g_t = ∇_θ L(θ_t)
 
-from u_0 = 0: heavy-ball momentum (Polyak 1964), as torch.optim.SGD's. No autograd graph is built. With
-λ_T = ∂H/∂θ_T and v_T = 0, for t running down,
+from u_0 = 0: heavy-ball momentum (Polyak 1964), as torch.optim.SGD's. L is the mean loss of the policy's head
+(_head.py), with tanh 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖². No autograd graph is built. With λ_T = ∂H/∂θ_T and v_T = 0, for t
+running down,
 
     v_t = λ_{t+1} + μ v_{t+1} ,   λ_t = λ_{t+1} − α ∇²L(θ_t) v_t ,
     ∂H/∂(s, a) −= α ∇_{s,a} ⟨g_t, v_t⟩ ,   ∂H/∂α −= ⟨g_t, v_t⟩
@@ -31,6 +32,7 @@ from sdw_fast.ops._backend import (
     views,
     without_autocast,
 )
+from sdw_fast.ops._head import HEADS, Identity, check_head, one_hot
 from sdw_fast.ops._mlp import (
     check_floating,
     check_mlp,
@@ -53,13 +55,22 @@ def unrolled_bc(
     lr: float | Tensor,
     momentum: float = 0.0,
     window: int | None = None,
+    head: str = "tanh",
     tape: str = "full",
     precision: str = "tf32",
     backend: str = "auto",
 ) -> list[Tensor]:
-    """Trains a ReLU policy with tanh output by full-batch behavior cloning and returns its parameters, differentiably.
+    """Trains a ReLU policy by full-batch behavior cloning and returns its parameters, differentiably.
 
-    Each of `steps` SGD steps descends 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖². Any outer loss of the result can call
+    Each of `steps` SGD steps descends the mean loss of the policy's head. With z the output of its last layer:
+
+    | head | policy | loss | targets |
+    | --- | --- | --- | --- |
+    | "tanh" | a = tanh(z) | 1/(N·A) Σ_i ‖a_i − y_i‖² | actions in [-1, 1] |
+    | "identity" | a = z | 1/(N·A) Σ_i ‖a_i − y_i‖² | any real numbers |
+    | "softmax" | p = softmax(z) | −1/N Σ_i Σ_j y_ij log p_ij | probabilities of A classes, or class numbers |
+
+    Any outer loss of the result can call
     `.backward()`: the gradient (the hypergradient) is exact, computed in closed form, for the tensors that require it.
     It cannot be differentiated a second time. At many steps the training itself is chaotic, so that hypergradients of
     different backends, each right along its own trajectory, may differ.
@@ -70,7 +81,8 @@ def unrolled_bc(
 
     Args:
         observations: (N, D) states, normalized as the policy shall see them.
-        actions: (N, A) targets in [-1, 1].
+        actions: (N, A) targets y. With "softmax" they need not add up to 1; or class numbers from 0 to A − 1, (N,) of
+            an integer dtype, which have no gradient.
         params: [W1, b1, W2, b2, …] at the start, in `torch.nn.Linear` layout, W (out, in); depth ≥ 1.
         steps: T ≥ 1, inner SGD steps.
         lr: α, the inner learning rate: a float, or a scalar tensor (of any device) if its gradient is wanted.
@@ -78,6 +90,7 @@ def unrolled_bc(
         window: K: go back through the last K steps only (truncated backpropagation through time), with θ_{T−K}
             and its velocity taken as constants. `params` then receive λ_{T−K}, the gradient for θ_{T−K}, as first-order
             meta-learning takes it. None: all steps, the exact hypergradient.
+        head: "tanh", "identity" or "softmax", as above.
         tape: "full" keeps every step's parameters and activations for the backward pass; "recompute" keeps
             parameters every ~√K steps and runs each stretch again: the same bits, about √K times less memory, a
             third more time.
@@ -94,6 +107,8 @@ def unrolled_bc(
         MemoryError: a compiled backend's tape would not fit the memory available.
     """
     params = list(params)
+    check_head("unrolled_bc", head)
+    actions = one_hot("unrolled_bc", head, params, actions=actions)
     if batched := isinstance(observations, Tensor) and observations.ndim == 3:
         problems = check_problems("unrolled_bc", params, observations=observations, actions=actions)
         _check_problem(observations[0], actions[0], [param[0] for param in params])
@@ -114,7 +129,7 @@ def unrolled_bc(
     data += [tensor if batched else tensor[None] for tensor in (observations, actions)]
     data += [flatten(params, problems)]
     recompute, ieee = tape == "recompute", precision == "ieee"
-    options = layer_widths(params), steps, window or steps, float(momentum), recompute, ieee, resolved
+    options = layer_widths(params), head, steps, window or steps, float(momentum), recompute, ieee, resolved
     trained = _op(*data, *options, False)
     return unflatten(trained, params)
 
@@ -155,7 +170,7 @@ class _Step(NamedTuple):
     """What one inner step leaves for its adjoint."""
 
     params: list[Tensor]  # θ_t
-    activations: list[Tensor]  # h_0 … h_{L-1}, a
+    activations: list[Tensor]  # h_0 … h_{L-1}, and the output
     deltas: list[Tensor]  # δ_1 … δ_L
 
 
@@ -172,15 +187,17 @@ class _Descent(NamedTuple):
     observations: Tensor  # (N, D)
     actions: Tensor  # (N, A)
     alpha: Tensor
+    head: Identity
     momentum: float
 
     def step(self, state: _State) -> tuple[_State, _Step]:
         theta = state.theta
         layers = len(theta) // 2
-        activations = mlp_activations(theta, self.observations)
-        # Output: a = tanh(z), δ_L = c (a − y)(1 − a²), c = 2 / (N·A).
-        output = activations[-1]  # (N, A)
-        deltas = [2 / output.numel() * (output - self.actions) * (1 - output * output)]  # (N, A)
+        *activations, z = mlp_activations(theta, self.observations)
+        # Output: δ_L = c e∘slope.
+        output = self.head.output(z)  # (N, A)
+        activations.append(output)
+        deltas = [self.head.delta(self.head.scale(*z.shape) * self.head.error(output, self.actions), output)]  # (N, A)
         # Backward: δ_{l-1} = m_{l-1} ∘ (δ_l W_l), m_l = [h_l > 0].
         for layer in range(layers - 1, 0, -1):
             deltas.insert(0, deltas[0] @ theta[2 * layer] * (activations[layer] > 0))  # (N, width)
@@ -201,10 +218,11 @@ class _Descent(NamedTuple):
 
 
 def _adjoint_step(
-    step: _Step, actions: Tensor, adjoint: list[Tensor], direction: list[Tensor], alpha: Tensor
+    step: _Step, descent: _Descent, adjoint: list[Tensor], direction: list[Tensor]
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """From λ_{t+1} and the direction v to λ_t, α ∇_s⟨g, v⟩ (N, D), α ∇_a⟨g, v⟩ (N, A) and ⟨g, v⟩."""
     theta, activations, deltas = step
+    _, actions, alpha, head, _ = descent
     layers = len(deltas)
     # Forward: Rz_l = Rh_{l-1} W_lᵀ + h_{l-1} V_lᵀ + v_l, masked where the ReLU is off; the observations do not move.
     tangents: list[Tensor] = [torch.zeros_like(activations[0])]  # Rh_l, (N, width)
@@ -216,14 +234,13 @@ def _adjoint_step(
         if layer < layers - 1:
             tangent *= activations[layer + 1] > 0
         tangents.append(tangent)
-    # Output: a = tanh(z), δ_L = c (a − y)(1 − a²), so Rδ_L = c ((1 − a²) Ra − 2 (a − y) a Ra).
+    # Output: Rδ_L = c curvature∘moved.
     output = activations[-1]
-    slope = 1 - output * output
-    residual = output - actions
-    scale = 2 / actions.numel()
-    tangent_output = slope * tangents[-1]
-    tangent_delta = scale * (slope - 2 * residual * output) * tangent_output
-    lr_gradient = scale * (residual * tangent_output).sum()
+    error = head.error(output, actions)
+    moved = head.moved(output, tangents[-1])
+    scale = head.scale(*output.shape)
+    tangent_delta = scale * head.curvature(output, actions, error) * moved
+    lr_gradient = scale * (error * moved).sum()
     # Backward: Rδ_{l-1} = m_{l-1} ∘ (Rδ_l W_l + δ_l V_l); (Hv)_l = δ_lᵀ Rh_{l-1} + Rδ_lᵀ h_{l-1}.
     result: list[Tensor] = []
     for layer in range(layers - 1, -1, -1):
@@ -240,7 +257,7 @@ def _adjoint_step(
         tangent_delta.addmm_(deltas[layer], direction[2 * layer])
         if layer > 0:
             tangent_delta *= activations[layer] > 0
-    return result, alpha * tangent_delta, -alpha * scale * tangent_output, lr_gradient
+    return result, alpha * tangent_delta, -alpha * scale * moved, lr_gradient
 
 
 class _TwinTape:
@@ -268,7 +285,7 @@ class _TwinTape:
 
     def adjoint(self, grad_params: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """From ∂H/∂θ_T to the gradients of α, observations, actions and the parameters at the window's start."""
-        observations, actions, alpha, momentum = self.descent
+        observations, actions, momentum = self.descent.observations, self.descent.actions, self.descent.momentum
         adjoint = grad_params
         direction = [torch.zeros_like(grad) for grad in adjoint]
         grad_observations = torch.zeros_like(observations)
@@ -277,7 +294,7 @@ class _TwinTape:
         for start, recorded, length in reversed(self.segments):
             for step in reversed(recorded or self.descent.record(start, length)):
                 direction = [torch.add(a, v, alpha=momentum) for a, v in zip(adjoint, direction, strict=True)]
-                adjoint, d_observations, d_actions, d_lr = _adjoint_step(step, actions, adjoint, direction, alpha)
+                adjoint, d_observations, d_actions, d_lr = _adjoint_step(step, self.descent, adjoint, direction)
                 grad_observations -= d_observations
                 grad_actions -= d_actions
                 grad_lr -= d_lr
@@ -287,6 +304,7 @@ class _TwinTape:
 def _run_twin(
     schedule: _Schedule,
     widths: list[int],
+    head: str,
     lr: Tensor,
     observations: Tensor,
     actions: Tensor,
@@ -295,7 +313,7 @@ def _run_twin(
 ) -> tuple[Tensor, Adjoint]:
     with without_autocast(params.device):
         tapes = [
-            _TwinTape(_Descent(*problem, schedule.momentum), schedule)
+            _TwinTape(_Descent(*problem, HEADS[head], schedule.momentum), schedule)
             for problem in zip(observations, actions, lr, strict=True)
         ]
         starts = map(list, zip(*_layers(params, widths), strict=True))
@@ -328,6 +346,7 @@ def _run(
     actions: Tensor,  # (R, N, A)
     params: Tensor,  # (R, P)
     widths: list[int],
+    head: str,
     steps: int,
     window: int,
     momentum: float,
@@ -340,7 +359,7 @@ def _run(
     if backend == "torch":
         lr, observations, actions, params = (t.detach() for t in (lr, observations, actions, params))
         schedule = _Schedule(steps, window, momentum, recompute)
-        trained, adjoint = _run_twin(schedule, widths, lr, observations, actions, params, keep)
+        trained, adjoint = _run_twin(schedule, widths, head, lr, observations, actions, params, keep)
         return trained, adjoint if keep else None
     problems, rows, _ = observations.shape
     options = _C.UnrolledBCOptions(
@@ -349,6 +368,7 @@ def _run(
         widths=widths,
         steps=steps,
         window=window,
+        head=head,
         momentum=momentum,
         keep_tape=keep,
         recompute=recompute,
@@ -385,7 +405,7 @@ def _run(
 _op = register(
     "unrolled_bc",
     ["lr", "observations", "actions", "params"],
-    "SymInt[] widths, SymInt steps, SymInt window, float momentum, bool recompute, bool ieee, str backend",
+    "SymInt[] widths, str head, SymInt steps, SymInt window, float momentum, bool recompute, bool ieee, str backend",
     _run,
     result=lambda lr, observations, actions, params, *_: params.new_empty(params.shape),
     differentiable=4,

@@ -7,7 +7,7 @@ lies from a twin that rounds the same operands does not.
 
 import pytest
 import torch
-from oracle import policy, random_problem, relative_error, to_tf32
+from oracle import random_problem, relative_error, to_tf32, weighted_loss
 
 from sdw_fast import get_num_threads, set_num_threads
 from sdw_fast.ops import behavior_matching
@@ -36,10 +36,6 @@ CUDA_CASES = [
     ((4, 900, 500, 2), 33),  # activations beyond shared memory
     ((2, 3, 1), 128 * 32 + 1),  # 129 tiles of 32 rows for 128 blocks: the first has two, the last tile one row
 ]
-
-
-def plain_loss(params, states, targets, weights):
-    return (weights * (policy(params, states) - targets).square().sum(1)).sum() / targets.numel()
 
 
 def random_case(widths, rows, seed, dtype=torch.float32, device="cpu", kinks=True):
@@ -88,7 +84,7 @@ def check(case, kernel, precision, tolerance, rounded_tolerance=None):
     gradients = [g / 3 for g in torch.autograd.grad(3 * loss, params)]
     assert [g.shape for g in gradients] == [p.shape for p in params]
     double = double_of(*case)
-    exact = plain_loss(*double)
+    exact = weighted_loss(*double)
     references = [(exact.detach(), torch.autograd.grad(exact, double[0]), tolerance)]
     if rounded_tolerance is not None:
         references.append((*rounded_twin(*case), rounded_tolerance))
@@ -115,7 +111,7 @@ def test_by_hand(kernel):
 def test_twin_agrees_with_float64(widths, rows):
     params, *data = random_case(widths, rows, seed=rows, dtype=torch.float64)
     loss = behavior_matching(params, *data)
-    expected = plain_loss(params, *data)
+    expected = weighted_loss(params, *data)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     gradients = torch.autograd.grad(3 * loss, params)
     assert relative_error(gradients, torch.autograd.grad(3 * expected, params)) < 1e-12
@@ -226,7 +222,7 @@ def test_a_row_of_weight_zero_counts_for_nothing(kernel, precision, dtype):
     for one, other in zip(gradients, torch.autograd.grad(without, params), strict=True):
         assert torch.equal(one, other)
     if precision == "ieee":
-        expected = plain_loss(params, states[1::2], targets[1::2], weights[1::2]) / 2
+        expected = weighted_loss(params, states[1::2], targets[1::2], weights[1::2]) / 2
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradients, torch.autograd.grad(expected, params))
 

@@ -35,15 +35,24 @@ def opchecked(op, *arguments):
     assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
 
 
+HEADS = ["tanh", "identity", "softmax"]
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("cpu", torch.float32), ("torch", torch.float32), ("torch", torch.float64)]
+    ("backend", "head", "dtype"),
+    [
+        ("cpu", "tanh", torch.float32),
+        ("cpu", "softmax", torch.float32),
+        ("torch", "identity", torch.float32),
+        ("torch", "tanh", torch.float64),
+    ],
 )
-def test_opcheck_of_unrolled_bc(problem, backend, dtype, keep):
+def test_opcheck_of_unrolled_bc(problem, backend, head, dtype, keep):
     observations, actions, params, _ = problem
     data = [torch.full((2,), 0.1), *(torch.stack([x, x]) for x in (observations, actions, flatten(params, 1)[0]))]
     data = [x.to(dtype) for x in data]
-    options = layer_widths(params), 3, 2, 0.5, False, False, backend
+    options = layer_widths(params), head, 3, 2, 0.5, False, False, backend
     opchecked(torch.ops.sdw.unrolled_bc.default, *(x.clone().requires_grad_() for x in data), *options, keep)
     note = torch.zeros(1, dtype=torch.uint8)
     wanted = [keep, True, not keep, True]
@@ -59,22 +68,23 @@ def test_opcheck_of_the_losses(problem, keep):
     factor = torch.ones((), requires_grad=True)
     opchecked(torch.ops.sdw.weighted_bc_loss_backward.default, factor, note, pred, actions, weights, "cpu", [True])
     flat = flatten(params, 1)
-    data = observations[None], actions[None], weights[None], layer_widths(params), False, "cpu"
+    data = observations[None], actions[None], weights[None], layer_widths(params), "softmax", False, "cpu"
     opchecked(torch.ops.sdw.behavior_matching.default, flat.clone().requires_grad_(), *data, keep)
     opchecked(torch.ops.sdw.behavior_matching_backward.default, torch.ones(1), note, flat, *data, [True])
 
 
-def test_gradcheck_in_float64(problem):
+@pytest.mark.parametrize("head", HEADS)
+def test_gradcheck_in_float64(problem, head):
     observations, actions, params, weights = (
         [y.double() for y in x] if isinstance(x, list) else x.double() for x in problem
     )
     leaves = [x.clone().requires_grad_() for x in (torch.tensor(0.1).double(), observations, actions, *params)]
 
     def unrolled(lr, s, a, *theta):
-        return tuple(unrolled_bc(s, a, theta, lr=lr, backend="torch", **STEPS))
+        return tuple(unrolled_bc(s, a, theta, lr=lr, head=head, backend="torch", **STEPS))
 
     def matched(*theta):
-        return behavior_matching(theta, observations, actions, weights, backend="torch")
+        return behavior_matching(theta, observations, actions, weights, head=head, backend="torch")
 
     def error(pred):
         return weighted_bc_loss(pred, actions, weights, backend="torch")

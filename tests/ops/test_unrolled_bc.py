@@ -184,7 +184,7 @@ def test_compiled_adjoint_is_right_along_its_own_trajectory(
         s, a, *leaf = (tensor.double() for tensor in (observations, actions, *start))
         data = torch.full_like(s[0, :1], 0.1), s[None], a[None], flatten(leaf, 1)
         with rounding():  # which looks into a twin, not into an op
-            backward = twin(*data, [*widths], 1, 1, 0.0, False, False, "torch", True)[1]
+            backward = twin(*data, [*widths], "tanh", 1, 1, 0.0, False, False, "torch", True)[1]
             *d_data, d_params = backward(flatten(adjoint, 1), [True] * 4)
         adjoint, sums = unflatten(d_params, leaf), [total + d[0] for total, d in zip(sums, d_data, strict=True)]
     s, a, leaf, lr = leaves(observations, actions, params, 0.1)

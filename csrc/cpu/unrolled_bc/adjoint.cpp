@@ -7,20 +7,25 @@
 
 namespace sdw::SDW_ISA::unrolled {
 
-// With R z of the output in tangent.h[L]: R a = (1 - a²) R z, R delta = c ((1 - a²) - 2 (a - y) a) R a, and the
-// gradients for the actions, += alpha c R a, and for alpha, -= c <a - y, R a>.
+// With R z of the output in tangent.h[L]: R delta, and the gradients for the actions, += alpha c moved, and for alpha,
+// -= c <error, moved> (head.h).
 void Unroll::output_tangent(const Pass& pass, Range range) {
-    const float* output = pass.h[mlp_.layers].data;
-    mlp_.for_each_output(range, [&](int64_t offset, int64_t row) {
-        const Vec a = load(output + offset);
-        const Vec slope = 1.0f - a * a;
-        const Vec residual = a - load(at_.actions.data + offset);
-        const Vec tangent = slope * load(at_.tangent.h[mlp_.layers].data + offset);
-        store(at_.tangent.delta[mlp_.layers].data + offset, scale_ * (slope - 2.0f * residual * a) * tangent);
-        float* gradient = at_.actions_gradient.data + offset;
-        store(gradient, load(gradient) + lr_ * scale_ * tangent);
-        const Vec products = scale_ * residual * tangent;
-        for (int lane = 0; lane < kLanes; ++lane) lr_gradient_[row] -= products[lane];
+    const float *output = pass.h[mlp_.layers].data, *tangent = at_.tangent.h[mlp_.layers].data;
+    const float* actions = at_.actions.data;
+    float *delta = at_.tangent.delta[mlp_.layers].data, *gradient = at_.actions_gradient.data;
+    with_head(head_, [&](auto kind) {
+        mlp_.for_each_output(range, [&](const OutputRow& row) {
+            const auto head = kind.of_tangents(row, output, actions, tangent);
+            row.for_each([&](int64_t offset, int64_t) {
+                const Vec a = load(output + offset);
+                const Vec error = head.error(a, load(actions + offset));
+                const Vec moved = head.moved(a, load(tangent + offset));
+                store(delta + offset, scale_ * head.curvature(a, error) * moved);
+                store(gradient + offset, load(gradient + offset) + lr_ * scale_ * moved);
+                const Vec products = scale_ * error * moved;
+                for (int lane = 0; lane < kLanes; ++lane) lr_gradient_[row.row] -= products[lane];
+            });
+        });
     });
 }
 

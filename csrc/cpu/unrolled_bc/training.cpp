@@ -29,14 +29,20 @@ void Unroll::transpose_weights(const Weights& theta, const Strips& strips, Team&
     team.wait();
 }
 
-// From the pre-activations in h[L]: a = tanh(z), delta[L] = c (a - y)(1 - a²).
+// From the pre-activations in h[L]: the output in their place, and delta[L].
 void Unroll::output_delta(const Pass& pass, Range range) const {
     float* output = pass.h[mlp_.layers].data;
     float* delta = pass.delta[mlp_.layers].data;
-    mlp_.for_each_output(range, [&](int64_t offset, int64_t) {
-        const Vec a = tanh(load(output + offset));
-        store(output + offset, a);
-        store(delta + offset, scale_ * (a - load(at_.actions.data + offset)) * (1.0f - a * a));
+    const float* actions = at_.actions.data;
+    with_head(head_, [&](auto kind) {
+        mlp_.for_each_output(range, [&](const OutputRow& row) {
+            const auto head = kind.of_outputs(row, output, actions);
+            row.for_each([&](int64_t offset, int64_t left) {
+                const Vec a = head.output(load(output + offset), left);
+                store(output + offset, a);
+                store(delta + offset, head.delta(scale_ * head.error(a, load(actions + offset)), a));
+            });
+        });
     });
 }
 

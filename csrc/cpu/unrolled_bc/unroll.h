@@ -3,7 +3,7 @@
 //     u_{t+1}  = mu u_t + alpha g_t,  theta_{t+1} = theta_t - u_{t+1}
 //     lambda_t = lambda_{t+1} - alpha (Hessian at theta_t) v_t,  v_t = lambda_{t+1} + mu v_{t+1}
 //
-// with g_t the gradient of 1/(N A) sum_i |pi(s_i) - a_i|^2 and momentum mu. Without momentum u is nothing to remember
+// with g_t the gradient of the head's mean loss (sdw/head.h) and momentum mu. Without momentum u is nothing to remember
 // and v is lambda: no step reads or writes either.
 //
 // One step is two stages with a barrier after each: rows through all layers and back, then tiles of weight gradients
@@ -99,7 +99,8 @@ class Unroll {
           problem_(problem),
           lr_(params.lr[problem]),
           momentum_(params.momentum),
-          scale_(2.0f / static_cast<float>(params.rows * params.widths.back())),
+          head_(params.head),
+          scale_(loss_slope(head_) / static_cast<float>(params.rows * loss_divisor(head_, params.widths.back()))),
           buffer_(bytes),
           at_(mlp_, plan_, buffer_.data()) {}
 
@@ -130,7 +131,8 @@ class Unroll {
     const int64_t problem_;  // its number
     const float lr_;
     const float momentum_;
-    const float scale_;  // 2 / (N A)
+    const Head head_;
+    const float scale_;  // c of head.h
     const Buffer buffer_;
     const Layout at_;
     std::vector<double> lr_gradient_;  // of each row

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "sdw/head.h"
+
 namespace sdw {
 
 // Where a field names no device, it is for both. Pointers are to memory of the device that the op runs on.
@@ -13,6 +15,7 @@ struct BehaviorMatchingParams {
     int64_t problems = 1;         // R, at least 1
     int64_t rows = 1;             // M, at least 1
     std::vector<int64_t> widths;  // [D, hidden widths, A], at least two (CUDA: at most 33), each at least 1
+    Head head = Head::tanh;       // of the policy, and with it the loss of a row
 
     const float* params = nullptr;   // (R, P) flat (flat.h)
     const float* states = nullptr;   // (R, M, D)
@@ -27,7 +30,7 @@ struct BehaviorMatchingParams {
     void* stream = nullptr;     // CUDA: a cudaStream_t
 };
 
-// losses[r] = sum_i w_i |tanh(MLP(s_i)) - y_i|^2 / (M A)
+// losses[r] = sum_i w_i (loss of row i, by the head) / M
 void behavior_matching_cpu(const BehaviorMatchingParams& params);
 
 // The same, enqueued on the stream: waits for nothing and allocates nothing.

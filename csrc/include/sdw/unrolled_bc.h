@@ -1,11 +1,13 @@
-// Behavior cloning unrolled: T full-batch SGD steps of a ReLU MLP with tanh output, and the adjoint through them, for R
-// independent problems of one shape.
+// Behavior cloning unrolled: T full-batch SGD steps of a ReLU MLP, and the adjoint through them, for R independent
+// problems of one shape.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
+
+#include "sdw/head.h"
 
 namespace sdw {
 
@@ -16,12 +18,13 @@ struct UnrolledBCParams {
     std::vector<int64_t> widths;  // [D, hidden widths, A], at least two (CUDA: at most 33), each at least 1
     int64_t steps = 1;            // T, at least 1
     int64_t window = 1;           // K in [1, T]: steps at the end that the adjoint goes back through
+    Head head = Head::tanh;       // of the policy, and with it the loss: the mean over rows
     float momentum = 0.0f;        // mu in [0, 1) of the velocity, which starts at 0; 0 is plain SGD
     bool keep_tape = false;       // a backward pass may follow
     bool recompute = false;       // keep the parameters of every ~sqrt(K)-th step only, and run each stretch again
 
     const float* observations = nullptr;  // (R, N, D)
-    const float* actions = nullptr;       // (R, N, A)
+    const float* actions = nullptr;       // (R, N, A) targets
     const float* params = nullptr;        // (R, P) at the start, flat (flat.h)
     const float* lr = nullptr;            // (R,) learning rates alpha; CUDA: must outlive the tape
     float* trained = nullptr;             // out: (R, P) after `steps` steps, flat

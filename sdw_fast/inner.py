@@ -1,0 +1,60 @@
+"""The inner loop as a distillation unrolls it: a narrow policy, T steps of behavior cloning, R sets side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdw_fast import ops
+from sdw_fast.config import DistillConfig
+from sdw_fast.networks import orthogonal_parameters
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """Behavior cloning with the settings of a distillation.
+
+    Attributes:
+        config: hidden, inner_width, gain, inner_steps, inner_momentum, window, tape and precision are read.
+        states, actions: D and A, the policy's inputs and outputs.
+        head: Of the policy, see `sdw_fast.ops.unrolled_bc`.
+    """
+
+    config: DistillConfig
+    states: int
+    actions: int
+    head: str
+
+    def initial(self, generators: Sequence[torch.Generator]) -> list[Tensor]:
+        """Draws θ_0 for each of R sets, on its generator's device."""
+        widths = [min(width, self.config.inner_width or width) for width in self.config.hidden]
+        sizes = (self.states, *widths, self.actions)
+        return orthogonal_parameters(sizes, gain=self.config.gain, generators=generators)
+
+    def unroll(self, observations: Tensor, actions: Tensor, initial: Sequence[Tensor], lr: Tensor) -> list[Tensor]:
+        """θ_T of cloning on the sets (R, N, D) and (R, N, A) from θ_0, with a step size for each, (R,)."""
+        config = self.config
+        return ops.unrolled_bc(
+            observations,
+            actions,
+            initial,
+            steps=config.inner_steps,
+            lr=lr,
+            momentum=config.inner_momentum,
+            window=config.window,
+            head=self.head,
+            tape=config.tape,
+            precision=config.precision,
+        )
+
+    def match(self, params: Sequence[Tensor], states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """The weighted matching loss H of each policy on its batch, (R,)."""
+        return ops.behavior_matching(params, states, targets, weights, head=self.head, precision=self.config.precision)
+
+    def loss(self, params: Sequence[Tensor], observations: Tensor, actions: Tensor) -> Tensor:
+        """L_BC of each policy on its set, (R,), without a graph."""
+        with torch.no_grad():
+            return self.match(params, observations, actions, observations.new_ones(observations.shape[:2]))

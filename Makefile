@@ -9,7 +9,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # What is installed: the checkout, or a file that it was packed into.
 PACKAGE ?= --editable .
 
-.PHONY: help setup sdist demo test test-lowest lint format docs bench suite sanitize clean
+.PHONY: help setup sdist demo test test-lowest lint format docs bench suite sanitize torture clean
 
 help:
 	@echo "make demo      collect, train, distill and evaluate on hopper-medium; writes demo/"
@@ -21,7 +21,8 @@ help:
 	@echo "make docs      build the documentation site into docs/_build; warnings are errors"
 	@echo "make bench     time every op beside its peers"
 	@echo "make suite     distill and evaluate the papers' table; continues from benchmarks/results/suite.jsonl"
-	@echo "make sanitize  run the kernel tests under address, undefined-behavior and thread sanitizers"
+	@echo "make sanitize  run the kernel tests and the whole path under address, undefined-behavior and thread sanitizers"
+	@echo "make torture   attack files, processes, memory and disks for an hour; prints a table (docs/reliability.md)"
 	@echo "make clean     remove .venv and everything built"
 
 setup: $(VENV)/.installed
@@ -79,6 +80,9 @@ suite: setup
 
 sanitize: setup
 	PYTHON=$(BIN)/python .ci/sanitize.sh
+
+torture: setup
+	$(BIN)/python tests/faults --minutes $(or $(MINUTES),60) --seed $(or $(SEED),0)
 
 clean:
 	rm -rf $(VENV) .venv-lowest build dist demo docs/_build sdw_fast/_C*.so *.egg-info

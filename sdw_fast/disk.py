@@ -111,8 +111,12 @@ def _to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """As `replacing`, of a folder: the old one is kept aside until the new one is in its place."""
+def replacing_folder(target: Path, overwrite: bool = True) -> Iterator[Path]:
+    """As `replacing`, of a folder: the old one is kept aside until the new one is in its place.
+
+    Raises:
+        FileExistsError: it is not to be overwritten, and there is one by the time that the block ends.
+    """
     with temporary_beside(target) as temporary:
         try:
             new = temporary / "new"
@@ -120,9 +124,14 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             yield new
             for path in new.rglob("*"):
                 _to_disk(path)
-            if target.exists():
+            if overwrite and target.exists():
                 target.rename(temporary / "replaced")
-            new.rename(target)
+            try:
+                new.rename(target)
+            except OSError as error:
+                if target.exists():  # the system says that it is not empty
+                    raise FileExistsError(error.errno, "is there already", str(target)) from error
+                raise
             _to_disk(target.parent)
         finally:
             _put_back(target, temporary)

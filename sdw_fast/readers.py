@@ -14,7 +14,7 @@ import numpy as np
 
 from sdw_fast.columns import Columns, build_dataset
 from sdw_fast.data import TransitionDataset
-from sdw_fast.files import check_memory, damage_named, read_npz, reading
+from sdw_fast.files import check_memory, damage_named, read_npz, reading, unsealed
 from sdw_fast.tables import NAMES, episodes_of, join_episodes, lacks, read_table, select, table_of
 from sdw_fast.units import Discrete
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from sdw_fast.environments import Environment
 
+METADATA, EPISODES = Path("data/metadata.json"), Path("data/main_data.hdf5")  # of a Minari dataset's folder
 _METADATA_CACHE = 1 << 20  # bytes of HDF5's metadata kept while reading a Minari dataset
 
 
@@ -186,6 +187,7 @@ def _open_minari(dataset_id: str) -> minari.MinariDataset:
     suite_id = f"sdw/{dataset_id}" if dataset_id.rsplit("-v", 1)[-1].isdigit() else f"sdw/{dataset_id}-v0"
     for candidate in (dataset_id, suite_id):
         with contextlib.suppress(FileNotFoundError), damage_named(candidate, "Minari dataset", FileNotFoundError):
+            _check_seal(candidate)
             return minari.load_dataset(candidate)
     try:
         return minari.load_dataset(dataset_id, download=True)
@@ -195,6 +197,17 @@ def _open_minari(dataset_id: str) -> minari.MinariDataset:
             f"({', '.join(minari.list_local_datasets()) or 'there are none'}), and the download failed ({error}). "
             "`sdw-fast collect hopper/medium` makes one of the locomotion suite"
         ) from error
+
+
+def _check_seal(dataset_id: str) -> None:
+    """Raises ValueError where a local Minari dataset that `collect` made is not as it left it. Others have no seal."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    folder = get_dataset_path(dataset_id)
+    if (folder / METADATA).is_file():
+        metadata = json.loads((folder / METADATA).read_text())
+        if "checksum" in metadata:
+            unsealed(metadata, folder / EPISODES)
 
 
 def _from_minari(dataset: minari.MinariDataset) -> Columns:

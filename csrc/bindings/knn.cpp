@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "gil.h"
 #include "views.h"
 
 namespace py = pybind11;
@@ -27,7 +28,7 @@ KnnPoints make_points(const RealView& points, const TensorView<float>& coordinat
 // What `work` returns; the GIL is held again before anything that borrows from Python is freed.
 template <typename Work>
 auto without_gil(const Work& work) {
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     return work();
 }
 
@@ -130,7 +131,7 @@ void bind_cpu(py::module_& m) {
                 answer.query = query.data();
                 answer.squared = squared.data();
                 answer.index = index.data();
-                const py::gil_scoped_release release;
+                const WithoutGil without_gil;
                 self.join->search(first, last, answer);
             },
             py::arg("first"), py::arg("last"), py::arg("query"), py::arg("squared"), py::arg("index"));
@@ -198,7 +199,7 @@ void search_on_cuda(const py::object& points_, const py::object& coordinates_, c
     require(counts.size(0) == (p.rows + kKnnFan - 1) / kKnnFan && counts.size(1) == 3,
             "counts must have shape (groups, 3)");
     require(static_cast<size_t>(workspace.size(0)) >= knn_cuda_workspace(p.rows, k), "the workspace is too small");
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     knn_cuda(p, reinterpret_cast<void*>(stream));
 }
 

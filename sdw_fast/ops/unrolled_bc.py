@@ -131,8 +131,8 @@ def unrolled_bc(
 
 def check_tape(steps: int, window: int | None, tape: str) -> None:
     """Raises ValueError where they are not as `unrolled_bc` takes them."""
-    if steps < 1:
-        raise ValueError(f"unrolled_bc: steps must be at least 1, got {steps}")
+    if not 1 <= steps < 1 << 63:
+        raise ValueError(f"unrolled_bc: steps must be at least 1 and below 2^63, got {steps}")
     if window is not None and not 1 <= window <= steps:
         raise ValueError(f"unrolled_bc: window must be between 1 and steps = {steps}, or None, got {window}")
     if tape not in ("full", "recompute"):

@@ -1,12 +1,12 @@
 """Runs an op once for every request for memory or a thread that it makes of the system, with that request refused.
 
-    python refusals.py LIBRARY OP
-    python refusals.py LIBRARY forks
+    LD_PRELOAD=LIBRARY python refusals.py OP
+    LD_PRELOAD=LIBRARY python refusals.py forks
 
-LIBRARY is refusals.cpp, built. The op must raise MemoryError or, where only a thread was refused, give the same answer;
-and give that answer the next time in any case. Each time in a forked child, which starts its own threads. Prints how
-many requests were refused, and how often it still answered. With "forks", forks while another thread frees memory,
-slowly, and prints how many children computed.
+LIBRARY is refusals.cpp, which `build` builds. The op must raise MemoryError or, where only a thread was refused, give
+the same answer; and give that answer the next time in any case. Each time in a forked child, which starts its own
+threads. Prints how many requests were refused, and how often it still answered. With "forks", forks while another
+thread frees memory, slowly, and prints how many children computed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,12 +23,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-LIBRARY = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before any other C++ library
+import torch
 
-import torch  # noqa: E402
+from sdw_fast import _C, ops, set_num_threads
 
-from sdw_fast import _C, ops, set_num_threads  # noqa: E402
-
+LIBRARY = ctypes.CDLL(None)  # of the names of this process, those of the library that was loaded first among them
 EACH = 50  # requests that are refused one by one; of those beyond, about as many in all
 FOREVER = 1 << 40
 
@@ -114,13 +114,21 @@ def forks() -> None:
     print(computed)
 
 
-def main() -> None:
+def build(folder: Path) -> Path:
+    """The library, built in a folder."""
+    path = folder / "refusals.so"
+    source = Path(__file__).with_suffix(".cpp")
+    compiler = [os.environ.get("CXX", "c++"), "-O1", "-fPIC", "-shared", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*compiler, str(source), "-ldl", "-o", str(path)], check=True)
+    return path
+
+
+def refusing(op: str) -> tuple[int, Callable[[int], int]]:
+    """How many requests an op makes, and what refuses the n-th of them, from 1 on: how often it still answered."""
     torch.set_num_threads(1)
     set_num_threads(3)
     watch_the_core()
-    if sys.argv[2] == "forks":
-        return forks()
-    work = globals()[sys.argv[2]]()
+    work = globals()[op]()
     expected = work()
 
     def answers() -> bool:
@@ -145,11 +153,10 @@ def main() -> None:
         assert answers(), f"another answer, one call after request {first} was refused"
         return answered
 
-    made = in_a_child(requests)
-    numbers = [*range(1, min(made, EACH) + 1), *range(EACH + 1, made + 1, max(1, made // EACH))]
     # This one alone, or memory is at an end.
-    trials = [partial(answers_without, number, last) for number in numbers for last in (number, FOREVER)]
-    print(len(trials), sum(map(in_a_child, trials)))
+    return in_a_child(requests), lambda number: sum(
+        in_a_child(partial(answers_without, number, last)) for last in (number, FOREVER)
+    )
 
 
 def in_a_child(work: Callable[[], int]) -> int:
@@ -168,6 +175,16 @@ def in_a_child(work: Callable[[], int]) -> int:
     if not number:
         sys.exit("a child has failed")
     return int(number)
+
+
+def main() -> None:
+    if sys.argv[1] == "forks":
+        torch.set_num_threads(1)
+        watch_the_core()
+        return forks()
+    requests, trial = refusing(sys.argv[1])
+    numbers = [*range(1, min(requests, EACH) + 1), *range(EACH + 1, requests + 1, max(1, requests // EACH))]
+    print(2 * len(numbers), sum(map(trial, numbers)))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,30 @@
-"""`sdw-fast`: a thin shell over the package's functions. Settings become options by themselves, see `settings_of`."""
+"""`sdw-fast`: a thin shell over the package's functions. Settings become options by themselves: `sdw_fast.options`."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
-import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 import sdw_fast as sdw
 from sdw_fast import run as runs
+from sdw_fast.adapters import named_factory
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 from sdw_fast.density import DensityWeights
 from sdw_fast.disk import check_writable, replacing
 from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
 from sdw_fast.folder import find_runs, read_metrics, read_run
+from sdw_fast.options import refuse_unused, settings_of
+from sdw_fast.ranks import process_group
 
 _TRACEBACK = "SDW_FAST_TRACEBACK"  # set: errors are shown with where they arose
 
@@ -37,7 +37,9 @@ app = typer.Typer(
     f"variable {_TRACEBACK} is set); 2 a wrong command line; 130 interrupted by Ctrl-C.",
 )
 
-Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, or .npz")]
+Dataset = Annotated[
+    str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, .npz, .parquet, .csv or .arrow")
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 
 
@@ -56,65 +58,6 @@ Env = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-def settings_of(config: type, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each setting of a dataclass (or for those named), in place of its **settings.
-
-    The command receives those that were given. Where None is a value, it is given as "none".
-    """
-    hints = get_type_hints(config, include_extras=True)
-    options = {}
-    for setting in fields(config):
-        if not names or setting.name in names:
-            kind, help_text = get_args(hints[setting.name])
-            default = setting.default
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-            if kind in (bool, bool | None):
-                options[setting.name] = Annotated[bool | None, typer.Option(help=help_text)]
-                continue
-            option = typer.Option(
-                help=f"{help_text} [{shown}]", metavar=_word(kind), parser=functools.partial(_parse, kind)
-            )
-            options[setting.name] = Annotated[str | None, option]
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature, types = inspect.signature(command), get_type_hints(command, include_extras=True)
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        own = [
-            parameter.replace(kind=keyword, annotation=types[parameter.name])
-            for parameter in signature.parameters.values()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-
-        @functools.wraps(command)
-        def wrapped(**arguments: Any) -> None:
-            given = {name: arguments.pop(name) for name in options}
-            settings = {n: None if v == "none" else v for n, v in given.items() if v is not None}
-            command(**arguments, **settings)
-
-        extra = [inspect.Parameter(name, keyword, default=None, annotation=option) for name, option in options.items()]
-        wrapped.__signature__ = signature.replace(parameters=own + extra)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {**types, **options}
-        return wrapped
-
-    return decorate
-
-
-def _word(kind: Any) -> str:
-    """How a setting's type is written in the help."""
-    types = [t for t in get_args(kind) if t is not type(None)] or [kind]
-    return "INT,INT,…" if types[0] is int and ... in types else f"{types[0].__name__.upper()}"
-
-
-def _parse(kind: Any, text: str) -> Any:
-    """Text as a setting's type; "none" where it may be None."""
-    types = get_args(kind) or (kind,)
-    if text == "none" and type(None) in types:
-        return text
-    if ... in types:
-        return tuple(int(width) for width in text.split(","))
-    return next(t for t in types if t is not type(None))(text)
 
 
 @contextlib.contextmanager
@@ -147,13 +90,6 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, values), default=0)
     for name, value in values.items():
         typer.echo(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
-
-
-def _refuse_unused(config: DistillConfig | TeacherConfig, settings: dict[str, Any]) -> None:
-    """Raises ValueError where an option was given that the others leave without effect."""
-    for name, reason in config.unused().items():
-        if name in settings:
-            raise ValueError(f"--{name.replace('_', '-')} would have no effect: {reason}. Leave it out")
 
 
 def _show_version(wanted: bool) -> None:
@@ -207,7 +143,7 @@ def train_teacher(
 ) -> None:
     """Train a teacher (policy and Q) on a dataset by offline RL; the same command goes on with an interrupted one."""
     with _readable_errors():
-        _refuse_unused(TeacherConfig(**settings), settings)
+        refuse_unused(TeacherConfig(**settings), settings)
         check_writable(out)
         sdw.train_teacher(sdw.load_dataset(dataset), out=out, **settings)
         typer.echo(out)
@@ -226,7 +162,7 @@ def density(
     """Estimate every state's log-density, and show the dataset's diversity and the weights it leads to."""
     with _readable_errors():
         config = DistillConfig(**settings)
-        _refuse_unused(config, settings)
+        refuse_unused(config, settings)
         if out is not None:
             check_writable(out)
         data = sdw.load_dataset(dataset)
@@ -263,7 +199,9 @@ def _write_density(
 )
 @settings_of(DistillConfig)
 def distill(
-    dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5 or .npz")] = None,
+    dataset: Annotated[
+        str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5, .npz, .parquet, .csv or .arrow")
+    ] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher (.safetensors); objective dbc needs none.")] = None,
     teacher_factory: Annotated[
         str | None,
@@ -299,7 +237,7 @@ def distill(
             raise ValueError("give DATASET and --out RUN for a new run, or --resume RUN to continue one")
         else:
             config = DistillConfig.preset(preset or "default", **settings)
-            _refuse_unused(config, settings)
+            refuse_unused(config, settings)
             if teacher is not None and config.objective == "dbc" and config.init != "top-q":
                 raise ValueError("--teacher would have no effect: objective dbc asks none. Leave it out")
             source = {
@@ -309,36 +247,24 @@ def distill(
                 "n_runs": n_runs,
                 "env": env,
             }
-        loaded = _teacher(source.get("teacher"), teacher_factory)
-        data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
-        distiller = runs.new_distiller(
-            data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
-        )
-        runs.run(distiller, out, source=source)
-        _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
+        with process_group() as first:
+            loaded = _teacher(source.get("teacher"), teacher_factory)
+            data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
+            distiller = runs.new_distiller(
+                data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
+            )
+            runs.run(distiller, out, source=source)
+            figures = {"sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}
+            if first:
+                _show({"run": str(out), **figures}, as_json)
 
 
 def _teacher(path: str | None, factory: str | None) -> sdw.Teacher | None:
-    """The teacher of a file, of a function of the user's, or of both: the file's weights in the function's modules.
-
-    The function is named on the command line, every time: a file never says which code to run.
-    """
-    function = None
-    if factory is not None:
-        name, _, attribute = factory.partition(":")
-        sys.path.insert(0, os.getcwd())  # as `python -m` does
-        try:
-            function = getattr(importlib.import_module(name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"--teacher-factory must be module:function, got {factory!r}: {error}") from error
-        finally:
-            sys.path.pop(0)
+    """The teacher of a file, of a function of the user's, or of both: the file's weights in the function's modules."""
+    function = None if factory is None else named_factory(factory)
     if path is not None:
         return sdw.Teacher.load(path, factory=function)
-    made = None if function is None else function()
-    if function is not None and not isinstance(made, sdw.Teacher):
-        raise ValueError(f"--teacher-factory must return a sdw_fast.Teacher, got {type(made).__name__}")
-    return made
+    return None if function is None else function()
 
 
 def _absolute(source: str | Path) -> str:

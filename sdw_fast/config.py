@@ -1,7 +1,7 @@
 """Every setting once: name, type, default and the sentence that explains it, in Python, in config.json and in `--help`.
 
 A setting is a field of a dataclass; the second part of its `Annotated` type is its help. The command line makes its
-options from these fields (`sdw_fast.cli`), so that a new field is a new option.
+options from these fields (`sdw_fast.options`), so that a new field is a new option.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ class DistillConfig(Shown):
 
     # the outer loop
     steps: Annotated[int, "Outer steps."] = 5_000
-    batch_size: Annotated[int, "States an outer step."] = 2_560
+    batch_size: Annotated[int, "States an outer step, for each initialization."] = 2_560
+    initializations: Annotated[
+        int | None, "Policies an outer step starts from, whose hypergradients are averaged; none: one a process."
+    ] = None
     optimizer: Annotated[str, "Outer optimizer: adam or sgd."] = "adam"
     lr: Annotated[float, "Outer step size."] = 0.03
     schedule: Annotated[str, "Of the outer step size: constant, or cosine down to 0."] = "cosine"
@@ -98,6 +101,8 @@ class DistillConfig(Shown):
         )
         _check_at_least_one(self, "size", "inner_steps", "steps", "batch_size", "eval_clones", "checkpoint_every", "k")
         _check_positive(self, "lr", "inner_lr", "clip_norm", "gain")
+        if self.initializations is not None:
+            _check_at_least_one(self, "initializations")
         if self.beta is not None:
             _check_positive(self, "beta")
             if self.value_weights != "paper":
@@ -161,8 +166,7 @@ class DistillConfig(Shown):
         if self.tau is not None:
             reasons.setdefault("ess", "tau is given, which it would set")
         if self.objective in ("dbc", "pbc"):
-            names = ("value_weights", "beta")
-            reasons |= dict.fromkeys(names, f"objective {self.objective} has no value weights")
+            reasons |= dict.fromkeys(("value_weights", "beta"), f"objective {self.objective} has no value weights")
         if not self.eval_every:
             reasons |= dict.fromkeys(("eval_clones", "eval_episodes"), "eval_every is 0, never")
         return reasons

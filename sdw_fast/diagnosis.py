@@ -91,8 +91,8 @@ def _weights(objective: Mapping[str, Any]) -> list[Finding]:
     if floored > _FLOORED:
         findings.append(
             Finding(
-                f"{floored:.0%} of the states have weight 0, because the teacher's Q is negative there. If rewards are "
-                "negative by design (costs), see docs: negative rewards; else train the teacher longer, or use pbc."
+                f"{floored:.0%} of the states have weight 0, because the teacher's Q is negative there. Use "
+                "value_weights=shifted, which no zero of Q matters to."
             )
         )
     effective = objective.get("effective_sample_size")

@@ -14,6 +14,14 @@ from sdw_fast.density import DensityWeights, density_weights
 from sdw_fast.disk import replacing
 
 Metrics = Sequence[Mapping[str, float]]  # one dict an outer step
+# Figures of a run that are worth a panel, and what it is called.
+PANELS = {
+    "loss": "outer loss",
+    "held_out_loss": "outer loss on states held out",
+    "gradient_norm": "hypergradient norm",
+    "adjoint_growth": "adjoint growth ‖λ_0‖ / ‖λ_T‖",
+    "score": "score (normalized return)",
+}
 POINTS = 20_000  # drawn in a scatter plot at most: more hide one another and make files heavy
 
 
@@ -93,19 +101,12 @@ def plot_metrics(runs: Mapping[str, Metrics]) -> Figure:
     Args:
         runs: for each run its name and its metrics, one dict an outer step, as `read_metrics` gives them.
     """
-    panels = {
-        "loss": "outer loss",
-        "held_out_loss": "outer loss on states held out",
-        "gradient_norm": "hypergradient norm",
-        "adjoint_growth": "adjoint growth ‖λ_0‖ / ‖λ_T‖",
-        "score": "score (normalized return)",
-    }
-    names = [name for name in panels if any(name in step for metrics in runs.values() for step in metrics)]
+    names = [name for name in PANELS if any(name in step for metrics in runs.values() for step in metrics)]
     figure = Figure(figsize=(4.6 * max(len(names), 1), 3.8), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(1, max(len(names), 1))), names, strict=False):
         for run, metrics in runs.items():
             _draw_curve(axes, metrics, name, run)
-        axes.set(xlabel="outer step", title=panels[name], yscale="linear" if name == "score" else "log")
+        axes.set(xlabel="outer step", title=PANELS[name], yscale="linear" if name == "score" else "log")
         axes.legend(frameon=False)
     return figure
 

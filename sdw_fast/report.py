@@ -16,20 +16,14 @@ import numpy as np
 from sdw_fast import charts
 from sdw_fast.config import DistillConfig
 from sdw_fast.diagnosis import diagnose
-from sdw_fast.files import read_npz, reading, write_text
+from sdw_fast.files import check_sum, read_npz, reading, unsealed, write_text
 from sdw_fast.folder import find_runs, read_metrics
-from sdw_fast.plots import principal_components, smoothed
+from sdw_fast.plots import PANELS, principal_components, smoothed
 from sdw_fast.synthetic import SyntheticDataset
 from sdw_fast.version import __version__
 
 Metrics = dict[str, float]
 _NUMBERS = 24  # of a state that hovering shows
-_PANELS = {
-    "score": "normalized return of cloned policies, mean ± sd over episodes",
-    "loss": "outer loss",
-    "gradient_norm": "norm of the hypergradient",
-    "adjoint_growth": "adjoint growth ‖∂H/∂θ_0‖ / ‖∂H/∂θ_T‖",
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Run:
         shared = folder if (folder / "config.json").exists() else folder.parent  # of several sets: one for all
         path = shared / "config.json"
         with reading(path, "configuration of a run"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = unsealed(json.loads(path.read_text(encoding="utf-8")))
             config = DistillConfig.from_dict(content["config"])
             for part in ("dataset", "objective"):
                 if not isinstance(content[part], dict):
@@ -69,6 +63,7 @@ class Run:
         states: dict[str, np.ndarray] = {}
         if sample.exists():
             with reading(sample, "sample of states"):
+                check_sum(sample)
                 states = read_npz(sample)
         synthetic = SyntheticDataset.load(sets[0]) if sets else None
         return cls(name, content, config, read_metrics(folder), synthetic, states)
@@ -98,7 +93,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
 def page(runs: Sequence[Run]) -> str:
     """The page as text."""
     colors = {run.name: charts.COLORS[i % len(charts.COLORS)] for i, run in enumerate(runs)}
-    curves = "".join(f"<figure>{_curves(runs, name, title, colors)}</figure>" for name, title in _PANELS.items())
+    curves = "".join(f"<figure>{_curves(runs, name, title, colors)}</figure>" for name, title in PANELS.items())
     title = "Distillation report: " + ", ".join(run.name for run in runs[:4]) + (" …" if len(runs) > 4 else "")
     style, script = (files("sdw_fast").joinpath(f"assets/report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     return (
@@ -107,7 +102,8 @@ def page(runs: Sequence[Run]) -> str:
         f"<title>{html.escape(title)}</title><style>{style}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><p>{_legend(colors)}</p>"
         f"<section><h2>Result and diagnosis</h2><div class='cards'>{''.join(map(_summary, runs))}</div></section>"
-        f"<section><h2>Curves</h2><div class='grid'>{curves.replace('<figure></figure>', '')}</div></section>"
+        f"<section><h2>Curves</h2><p>Bars at the score: standard deviation over episodes of several policies.</p>"
+        f"<div class='grid'>{curves.replace('<figure></figure>', '')}</div></section>"
         "<section><h2>States</h2><p>Real states (gray, a sample) and synthetic ones in the two principal components of "
         "the real ones. Hover or tap a synthetic state for its pair, in the environment's units.</p>"
         f"<div class='grid'>{''.join(_states(run, colors[run.name]) for run in runs)}</div></section>"

@@ -16,23 +16,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdw_fast.units import Affine, Units
+from sdw_fast.units import Affine, Discrete, Units
 
 
 def parts_of_sb3(model: Any) -> dict[str, Any]:
     """Teacher's arguments from a stable-baselines3 model; see `sdw_fast.teacher.Teacher.from_sb3`."""
     _require(model, "from_sb3", "a stable-baselines3 model, such as SAC.load(path)", "policy", "action_space")
     policy, actions = model.policy, model.action_space
+    discrete = type(actions).__name__ == "Discrete"
     for name, space in (("observation", model.observation_space), ("action", actions)):
-        if type(space).__name__ != "Box" or len(space.shape) != 1:
+        vector = type(space).__name__ == "Box" and len(space.shape) == 1
+        if not vector and not (name == "action" and discrete):
             raise ValueError(
                 f"this model has {name} space {space}; a teacher needs a one-dimensional Box space of numbers"
+                + (" or Discrete actions" if name == "action" else "")
             )
     normalizer = model.get_vec_normalize_env()
     states, limit = Affine(np.zeros(model.observation_space.shape), np.ones(model.observation_space.shape)), np.inf
     if normalizer is not None and normalizer.norm_obs:
         spread = np.sqrt(normalizer.obs_rms.var + normalizer.epsilon)
         states, limit = Affine(normalizer.obs_rms.mean, spread), float(normalizer.clip_obs)
+    provenance = {"source": "stable-baselines3", "algorithm": type(model).__name__}
+    if discrete:
+        return {
+            "actor": Sb3DiscreteActor(policy, limit),
+            "critic": Sb3QNetwork(policy.q_net, limit) if hasattr(policy, "q_net") else None,
+            "units": Units(states, Discrete(actions.n, actions.start)),
+            "provenance": provenance,
+        }
     squashed = policy.squash_output
     bounds = None if squashed else (torch.as_tensor(actions.low), torch.as_tensor(actions.high))
     critic = getattr(policy, "critic", None)
@@ -40,7 +51,7 @@ def parts_of_sb3(model: Any) -> dict[str, Any]:
         "actor": Sb3Actor(policy, limit, bounds),
         "critic": None if critic is None else Sb3Critic(critic, limit),
         "units": Units(states, Affine.between(actions.low, actions.high) if squashed else None),
-        "provenance": {"source": "stable-baselines3", "algorithm": type(model).__name__},
+        "provenance": provenance,
     }
 
 
@@ -66,6 +77,31 @@ class Sb3Critic(nn.Module):
 
     def forward(self, states: Tensor, actions: Tensor) -> Tensor:
         return torch.cat(self.critic(states.clamp(-self.limit, self.limit), actions), dim=1).amin(dim=1)
+
+
+class Sb3DiscreteActor(nn.Module):
+    """The numbers of the actions that Q values most (DQN), or the probabilities of a stochastic policy (PPO, A2C)."""
+
+    def __init__(self, policy: nn.Module, limit: float) -> None:
+        super().__init__()
+        self.policy, self.limit = policy, limit
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = states.clamp(-self.limit, self.limit)
+        if hasattr(self.policy, "q_net"):
+            return self.policy(states, deterministic=True)
+        return self.policy.get_distribution(states).distribution.probs
+
+
+class Sb3QNetwork(nn.Module):
+    """The values of actions by their numbers, of a network with one output an action (DQN)."""
+
+    def __init__(self, network: nn.Module, limit: float) -> None:
+        super().__init__()
+        self.network, self.limit = network, limit
+
+    def forward(self, states: Tensor, numbers: Tensor) -> Tensor:
+        return self.network(states.clamp(-self.limit, self.limit)).gather(1, numbers.unsqueeze(1)).squeeze(1)
 
 
 def parts_of_d3rlpy(algo: Any) -> dict[str, Any]:

@@ -259,15 +259,17 @@ class Teacher(Shown):
 
     @classmethod
     def from_sb3(cls, model: Any) -> Teacher:
-        """Takes a stable-baselines3 model (SAC, TD3, DDPG, PPO, …; `SAC.load(path)`) as it acts without exploration.
+        """Takes a stable-baselines3 model (SAC, TD3, PPO, DQN, …; `SAC.load(path)`) as it acts without exploration.
 
         Actions are the deterministic ones, in the environment's bounds; values the smallest of the model's critics. PPO
-        and A2C have no Q(s, a): such a teacher serves `pbc`. If the model was trained in a VecNormalize, set it on the
-        model (`SAC.load(path, env=normalized)`): its statistics are used, and its values are of normalized rewards.
+        and A2C have no Q(s, a): such a teacher serves `pbc`. Where actions are discrete, DQN teaches the number of the
+        one that it values most, PPO and A2C the probabilities of all. If the model was trained in a VecNormalize, set
+        it on the model (`SAC.load(path, env=normalized)`): its statistics are used, and its values are of normalized
+        rewards.
 
         Raises:
             TypeError: something else was given.
-            ValueError: its observations or actions are not one-dimensional Box spaces.
+            ValueError: its observations are not a one-dimensional Box space, or its actions neither one nor Discrete.
         """
         return cls(**adapters.parts_of_sb3(model))
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sdw_fast.teacher import Teacher
-from sdw_fast.units import Affine, Units
+from sdw_fast.units import Affine, Discrete, Units
 
 
 @pytest.fixture
@@ -87,8 +87,34 @@ def test_statistics_of_a_vecnormalize_are_applied(states: np.ndarray) -> None:
 def test_sb3_models_that_cannot_teach_are_refused() -> None:
     with pytest.raises(TypeError, match=r"from_sb3 takes a stable-baselines3 model, such as SAC.load\(path\), got str"):
         Teacher.from_sb3("model.zip")
-    with pytest.raises(ValueError, match=r"action space Discrete\(2\)"):
-        Teacher.from_sb3(sb3_model("DQN", "CartPole-v1"))
+    with pytest.raises(ValueError, match=r"observation space Discrete\(16\)"):
+        Teacher.from_sb3(sb3_model("PPO", "FrozenLake-v1"))
+
+
+def test_an_sb3_model_of_discrete_actions_acts_and_values_by_numbers() -> None:
+    states = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    model = sb3_model("DQN", "CartPole-v1")
+    nn.init.normal_(model.q_net.q_net[-1].weight)  # a fresh one takes one action everywhere
+    teacher, numbers = Teacher.from_sb3(model), np.arange(200) % 2
+    greedy, _ = model.predict(states, deterministic=True)
+    assert set(greedy) == {0, 1}
+    np.testing.assert_array_equal(teacher.actions(states), greedy)
+    with torch.no_grad():
+        q = model.q_net(torch.from_numpy(states)).numpy()
+    np.testing.assert_allclose(teacher.values(states, numbers), q[np.arange(200), numbers], atol=1e-6)
+    targets, values = teacher.label(states, Units(Affine(np.zeros(4), np.ones(4)), Discrete(2)), values=True)
+    np.testing.assert_array_equal(targets, np.eye(2)[greedy])
+    np.testing.assert_allclose(values, q.max(1), atol=1e-6)
+
+
+def test_an_sb3_model_with_probabilities_teaches_them() -> None:
+    states = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    model = sb3_model("PPO", "CartPole-v1")
+    nn.init.normal_(model.policy.action_net.weight)
+    with torch.no_grad():
+        wanted = model.policy.get_distribution(torch.from_numpy(states)).distribution.probs.numpy()
+    np.testing.assert_allclose(Teacher.from_sb3(model).actions(states), wanted, atol=1e-6)
+    assert np.ptp(wanted[:, 0]) > 0.1
 
 
 # TorchRL

@@ -76,7 +76,7 @@ def test_cloning_on_all_data_keeps_the_parameters_of_the_least_held_out_loss(
     losses = iter([0.3, 0.1, 0.2])
     taken = []
 
-    def loss(params: Any, *_: Any) -> float:
+    def loss(params: Any, *_: Any, **__: Any) -> float:
         taken.append(params[0].detach().clone())
         return next(losses)
 

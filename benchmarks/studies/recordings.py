@@ -94,10 +94,10 @@ TASKS = {
         "LunarLander-v3", 120, {"continuous": True}, settings={"learning_rate": 7.3e-4, "tau": 0.01}
     ),
     "pusher": Task("Pusher-v5", 40),
-    "swimmer": Task("Swimmer-v5", 70, settings={"gamma": 0.9999}),
+    "swimmer": Task("Swimmer-v5", 50, settings={"gamma": 0.9999}),
     "lunar-lander": Task(
         "LunarLander-v3",
-        90,
+        60,
         algorithm="DQN",
         settings={
             **{"learning_rate": 6.3e-4, "batch_size": 128, "learning_starts": 1_000, "target_update_interval": 250},
@@ -105,8 +105,8 @@ TASKS = {
         },
         steps=100_000,
     ),
-    "ant": Task("Ant-v5", 120),
-    "humanoid": Task("Humanoid-v5", 120),
+    "ant": Task("Ant-v5", 150),
+    "humanoid": Task("Humanoid-v5", 150),
     "maze": Task("gymnasium_robotics:PointMaze_UMazeDense-v3", 45),
     "hand": Task("gymnasium_robotics:AdroitHandDoor-v1", 60),
 }

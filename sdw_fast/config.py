@@ -161,8 +161,7 @@ class DistillConfig(Shown):
         if self.tau is not None:
             reasons.setdefault("ess", "tau is given, which it would set")
         if self.objective in ("dbc", "pbc"):
-            names = ("value_weights", "beta")
-            reasons |= dict.fromkeys(names, f"objective {self.objective} has no value weights")
+            reasons |= dict.fromkeys(("value_weights", "beta"), f"objective {self.objective} has no value weights")
         if not self.eval_every:
             reasons |= dict.fromkeys(("eval_clones", "eval_episodes"), "eval_every is 0, never")
         return reasons

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the compiled core with sanitizers and runs the kernel tests (tests/ops) under them:
+# Builds the compiled core with sanitizers and runs the kernel tests (tests/ops) and the whole path, from a dataset to a
+# cloned policy (tests/faults/test_attacks.py), under them:
 #   .ci/sanitize.sh                 address and undefined behavior together, then threads
 #   .ci/sanitize.sh thread          one of them ("address" or "thread")
 # Each build has its own tree (build/cmake-*) and its own copy of the package (build/sanitize-*): the package in use is
@@ -16,8 +17,8 @@ library() { "${CXX:-c++}" -print-file-name="$1"; }
 # Python's and torch's own leaks are not ours. Reports end the process: a test that goes on could hide them.
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-# The kernels' threads meet through std::thread and std::atomic, which the thread sanitizer follows. PyTorch and OpenMP
-# are not instrumented, so that what their threads hand over is invisible to it: calls out of them are ignored.
+# The kernels' threads meet through std::thread and std::atomic, which the thread sanitizer follows. PyTorch is
+# not instrumented, so that what its threads hand over is invisible to it: calls out of it are ignored.
 export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 
 run() { # name, -fsanitize= argument, runtime library
@@ -30,7 +31,7 @@ run() { # name, -fsanitize= argument, runtime library
     # take longer than elsewhere. SDW_SANITIZE tells the tests, which leave the CUDA emulator out.
     (cd "$package" && env LD_PRELOAD="$runtime $(library libstdc++.so.6)" OMP_NUM_THREADS=2 PYTHONPATH="$package" \
         SDW_SANITIZE=$2 setarch "$(uname -m)" -R "$PYTHON" -m pytest -q -p no:cacheprovider --capture=sys \
-        --timeout=1800 "$root/tests/ops")
+        --timeout=1800 "$root/tests/ops" "$root/tests/faults/test_attacks.py" -k "not first_trials")
 }
 
 [ $# -gt 0 ] || set -- address thread

@@ -6,7 +6,10 @@ libraries are not imported unless the object already comes from one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,6 +146,32 @@ class TorchrlCritic(nn.Module):
             inputs = dict(zip(module.in_keys, (states, actions), strict=True))
             values.append(module(TensorDict(inputs, [len(states)]))["state_action_value"])
         return torch.cat(values, dim=-1).amin(dim=-1)
+
+
+def named_factory(name: str) -> Callable[[], Any]:
+    """The function "module:function" of the user's that makes a teacher, which is looked for in the current folder too.
+
+    It is named by the user every time: a file never says which code to run.
+
+    Raises:
+        ValueError: there is no such function; called, it returns something else.
+    """
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--teacher-factory must be module:function, got {name!r}: {error}") from error
+    finally:
+        sys.path.pop(0)
+
+    def make() -> Any:
+        made = function()
+        if not hasattr(made, "actor"):
+            raise ValueError(f"--teacher-factory must return a sdw_fast.Teacher, got {type(made).__name__}")
+        return made
+
+    return make
 
 
 def _require(given: Any, method: str, expected: str, *attributes: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 import warnings
@@ -17,6 +16,7 @@ import typer
 
 import sdw_fast as sdw
 from sdw_fast import run as runs
+from sdw_fast.adapters import named_factory
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 from sdw_fast.density import DensityWeights
 from sdw_fast.disk import check_writable, replacing
@@ -24,6 +24,7 @@ from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
 from sdw_fast.folder import find_runs, read_metrics, read_run
 from sdw_fast.options import refuse_unused, settings_of
+from sdw_fast.ranks import process_group
 
 _TRACEBACK = "SDW_FAST_TRACEBACK"  # set: errors are shown with where they arose
 
@@ -36,7 +37,9 @@ app = typer.Typer(
     f"variable {_TRACEBACK} is set); 2 a wrong command line; 130 interrupted by Ctrl-C.",
 )
 
-Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, or .npz")]
+Dataset = Annotated[
+    str, typer.Argument(metavar="DATASET", help="Minari id, D4RL-style .hdf5, .npz, .parquet, .csv or .arrow")
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 
 
@@ -196,7 +199,9 @@ def _write_density(
 )
 @settings_of(DistillConfig)
 def distill(
-    dataset: Annotated[str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5 or .npz")] = None,
+    dataset: Annotated[
+        str | None, typer.Argument(metavar="DATASET", help="Minari id, .hdf5, .npz, .parquet, .csv or .arrow")
+    ] = None,
     teacher: Annotated[Path | None, typer.Option(help="Teacher (.safetensors); objective dbc needs none.")] = None,
     teacher_factory: Annotated[
         str | None,
@@ -242,36 +247,24 @@ def distill(
                 "n_runs": n_runs,
                 "env": env,
             }
-        loaded = _teacher(source.get("teacher"), teacher_factory)
-        data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
-        distiller = runs.new_distiller(
-            data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
-        )
-        runs.run(distiller, out, source=source)
-        _show({"run": str(out), "sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}, as_json)
+        with process_group() as first:
+            loaded = _teacher(source.get("teacher"), teacher_factory)
+            data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
+            distiller = runs.new_distiller(
+                data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
+            )
+            runs.run(distiller, out, source=source)
+            figures = {"sets": distiller.n_runs, "pairs": config.size, "steps": distiller.iteration}
+            if first:
+                _show({"run": str(out), **figures}, as_json)
 
 
 def _teacher(path: str | None, factory: str | None) -> sdw.Teacher | None:
-    """The teacher of a file, of a function of the user's, or of both: the file's weights in the function's modules.
-
-    The function is named on the command line, every time: a file never says which code to run.
-    """
-    function = None
-    if factory is not None:
-        name, _, attribute = factory.partition(":")
-        sys.path.insert(0, os.getcwd())  # as `python -m` does
-        try:
-            function = getattr(importlib.import_module(name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"--teacher-factory must be module:function, got {factory!r}: {error}") from error
-        finally:
-            sys.path.pop(0)
+    """The teacher of a file, of a function of the user's, or of both: the file's weights in the function's modules."""
+    function = None if factory is None else named_factory(factory)
     if path is not None:
         return sdw.Teacher.load(path, factory=function)
-    made = None if function is None else function()
-    if function is not None and not isinstance(made, sdw.Teacher):
-        raise ValueError(f"--teacher-factory must return a sdw_fast.Teacher, got {type(made).__name__}")
-    return made
+    return None if function is None else function()
 
 
 def _absolute(source: str | Path) -> str:

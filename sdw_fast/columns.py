@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from sdw_fast.data import TransitionDataset
 from sdw_fast.units import Affine, Discrete, Units, d4rl_returns
 
 _ROW_BLOCK = 16_384  # rows looked at together where a whole-array temporary would double the memory
+_FEWEST_STEPS, _MOST_STEPS = 100, 200_000  # from which leaps can be told from steps; which are looked at
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Columns:
     """What a source holds, under Gymnasium's names, unchecked.
 
     Attributes:
-        arrays: observations, actions, rewards, terminations, and truncations and next_observations where it has them.
+        arrays: observations and actions; rewards, terminations, truncations, next_observations, and episode_index and
+            frame_index, where it has them.
         jumps: where the source itself knows them, (rows, next observations) of the rows whose next observation is not
             the following row's; None: found by comparing next_observations, or derived without them.
         action_bounds: (low, high), or None where the source does not say them.
@@ -53,26 +55,27 @@ class Columns:
 def build_dataset(columns: Columns) -> TransitionDataset:
     """Checks and completes the columns, each once, and constructs the dataset."""
     arrays = columns.arrays
+    episode_ends = _in_order(arrays)
     observations = _matrix("observations", arrays.pop("observations"))
     rows = len(observations)
     actions = _actions(arrays.pop("actions"), rows)
-    rewards = _column("rewards", arrays.pop("rewards"), rows, np.float32)
-    terminations = _column("terminations", arrays.pop("terminations"), rows, np.bool_)
-    truncations = arrays.pop("truncations", None)
+    rewards, truncations = arrays.pop("rewards", None), arrays.pop("truncations", None)
+    rewards = None if rewards is None else _column("rewards", rewards, rows, np.float32)
+    terminations = _column("terminations", arrays.pop("terminations", np.zeros(rows, bool)), rows, np.bool_)
     truncations = None if truncations is None else _column("truncations", truncations, rows, np.bool_)
 
     jumps = columns.jumps
     following = arrays.pop("next_observations", None)
     if following is not None:
         jumps = _jumps(observations, _numeric("next_observations", following))
-    if truncations is None:
-        assert jumps is not None  # a source has truncations or next observations
-        truncations = np.zeros(rows, bool)
-        truncations[jumps[0]] = ~terminations[jumps[0]]
-    if not (terminations[-1] or truncations[-1]):
-        truncations = truncations.copy()
-        truncations[-1] = True
+    if jumps is not None:
+        jumps = jumps[0], _finite("next_observations", jumps[1], numbers=jumps[0])
+    truncations = _ends_marked(terminations, truncations, episode_ends, None if jumps is None else jumps[0])
+    if jumps is None and rewards is None:
+        ends = np.flatnonzero(terminations | truncations)
+        jumps = ends, observations[ends]
     if jumps is None:
+        _tell_of_resets(observations, terminations | truncations)
         kept = ~(truncations & ~terminations)
         if not kept.any():
             raise ValueError("every row is a truncated end without next_observations: no transition is left")
@@ -80,7 +83,7 @@ def build_dataset(columns: Columns) -> TransitionDataset:
         truncations = (truncations | cut)[kept]
         observations = observations[kept]  # one after the other, so that the peak is the data and one column of it
         actions = actions[kept]
-        rewards, terminations = rewards[kept], terminations[kept]
+        rewards, terminations = cast("np.ndarray", rewards)[kept], terminations[kept]
     units = _units(columns, observations, actions)
     if isinstance(units.actions, Affine):
         _tell_of_actions_beyond(actions, units.actions)
@@ -91,11 +94,95 @@ def build_dataset(columns: Columns) -> TransitionDataset:
         terminations=terminations,
         truncations=truncations,
         jumps=jumps[0],
-        jump_observations=_finite("next_observations", jumps[1], numbers=jumps[0]),
+        jump_observations=jumps[1],
         units=units,
         name=columns.name,
         path=columns.path,
     )
+
+
+def _in_order(arrays: dict[str, Any]) -> NDArray[np.bool_] | None:
+    """Takes episode_index and frame_index out of the arrays, and sorts the others by them where they need it.
+
+    Returns:
+        The rows that end an episode, (M,): where the episode changes, or its frames do not go on by one. None where no
+        episode is named.
+
+    Raises:
+        ValueError: the indices do not fit the observations.
+    """
+    episodes, frames = arrays.pop("episode_index", None), arrays.pop("frame_index", None)
+    if episodes is None:
+        return None
+    rows = len(arrays["observations"])
+    for name, index in (("episode_index", episodes), ("frame_index", frames)):
+        if index is not None and np.shape(index) not in ((rows,), (rows, 1)):
+            raise ValueError(f"{name} must have shape ({rows},) to match observations, got {np.shape(index)}")
+    numbers = np.unique(np.asarray(episodes).reshape(-1), return_inverse=True)[1].reshape(-1)
+    frames = None if frames is None else _column("frame_index", frames, rows, np.int64)
+    apart = _apart(numbers, frames)
+    if frames is not None and apart.sum() > len(np.unique(numbers)):
+        order = np.lexsort((frames, numbers))
+        for name in arrays:
+            arrays[name] = np.asarray(arrays[name])[order]
+        apart = _apart(numbers[order], frames[order])
+    return apart
+
+
+def _apart(episodes: np.ndarray, frames: np.ndarray | None) -> NDArray[np.bool_]:
+    """The rows that the following row does not continue."""
+    following = np.append(episodes[1:] == episodes[:-1], False)
+    if frames is not None:
+        following[:-1] &= frames[1:] == frames[:-1] + 1
+    return ~following
+
+
+def _ends_marked(
+    terminations: np.ndarray, truncations: np.ndarray | None, ends: np.ndarray | None, jumps: np.ndarray | None
+) -> NDArray[np.bool_]:
+    """Truncations, with the ends that the source knows of by the episodes' index, or, without flags, by the jumps.
+
+    The last row ends an episode in any case. Flags that leave jumps unmarked are told.
+    """
+    marked = np.zeros(len(terminations), bool) if truncations is None else truncations
+    if ends is not None:
+        marked = marked | (ends & ~terminations)
+    elif truncations is None and jumps is not None:
+        marked[jumps] = ~terminations[jumps]
+    elif jumps is not None:
+        unmarked = jumps[:-1][~(terminations | marked)[jumps[:-1]]]
+        if len(unmarked):
+            warnings.warn(
+                f"the next observation of {len(unmarked)} of {len(marked)} rows, first of row {unmarked[0]}, is not "
+                "the observation of the row that follows, and no flag ends an episode there: returns of episodes will "
+                "be wrong; without truncations the ends are found there",
+                stacklevel=4,
+            )
+    if not (terminations[-1] or marked[-1]):
+        marked = marked.copy()
+        marked[-1] = True
+    return marked
+
+
+def _tell_of_resets(observations: np.ndarray, ends: np.ndarray) -> None:
+    """Warns where flags end no episode but the last, and yet the states leap as they do when an environment is reset.
+
+    A leap is a step five times as long as all but a hundredth of the steps are, or one, three times as long as the
+    median, to where the data began.
+    """
+    if ends[:-1].any() or len(observations) < _FEWEST_STEPS:
+        return
+    states = Affine.fit(observations).normalize(observations[:_MOST_STEPS])
+    steps = np.linalg.norm(np.diff(states, axis=0), axis=1)
+    middle, long = np.quantile(steps, [0.5, 0.99])
+    back = np.linalg.norm(states[1:] - states[0], axis=1) < middle
+    leaps = np.flatnonzero((steps > 5 * long) | (back & (steps > 3 * middle)))
+    if len(leaps):
+        warnings.warn(
+            f"the flags end no episode before the last row, but the observations leap {len(leaps)} times, first after "
+            f"row {leaps[0]}, as they do when an environment is reset: mark the ends (truncations, or episode_index)",
+            stacklevel=4,
+        )
 
 
 def _jumps(observations: np.ndarray, following: np.ndarray) -> tuple[NDArray[np.int64], np.ndarray]:

@@ -63,7 +63,10 @@ class DistillConfig(Shown):
 
     # the outer loop
     steps: Annotated[int, "Outer steps."] = 5_000
-    batch_size: Annotated[int, "States an outer step."] = 2_560
+    batch_size: Annotated[int, "States an outer step, for each initialization."] = 2_560
+    initializations: Annotated[
+        int | None, "Policies an outer step starts from, whose hypergradients are averaged; none: one a process."
+    ] = None
     optimizer: Annotated[str, "Outer optimizer: adam or sgd."] = "adam"
     lr: Annotated[float, "Outer step size."] = 0.03
     schedule: Annotated[str, "Of the outer step size: constant, or cosine down to 0."] = "cosine"
@@ -98,6 +101,8 @@ class DistillConfig(Shown):
         )
         _check_at_least_one(self, "size", "inner_steps", "steps", "batch_size", "eval_clones", "checkpoint_every", "k")
         _check_positive(self, "lr", "inner_lr", "clip_norm", "gain")
+        if self.initializations is not None:
+            _check_at_least_one(self, "initializations")
         if self.beta is not None:
             _check_positive(self, "beta")
             if self.value_weights != "paper":

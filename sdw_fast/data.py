@@ -34,7 +34,7 @@ class TransitionDataset(Shown):
     Attributes:
         observations: (M, D) float32.
         actions: (M, A) float32; discrete ones (M,) int64, the environment's numbers.
-        rewards: (M,) float32.
+        rewards: (M,) float32; None of demonstrations, which are observations and actions alone.
         terminations: (M,) bool, true ends of an episode (nothing follows).
         truncations: (M,) bool, episodes cut short, by a time limit or by the end of the data.
         jumps: (J,) int64, ascending: rows whose next observation is not the following row's observation.
@@ -46,7 +46,7 @@ class TransitionDataset(Shown):
 
     observations: NDArray[np.float32] = field(repr=False)
     actions: NDArray[Any] = field(repr=False)
-    rewards: NDArray[np.float32] = field(repr=False)
+    rewards: NDArray[np.float32] | None = field(repr=False)
     terminations: NDArray[np.bool_] = field(repr=False)
     truncations: NDArray[np.bool_] = field(repr=False)
     jumps: NDArray[np.int64] = field(repr=False)
@@ -67,20 +67,25 @@ class TransitionDataset(Shown):
 
     def card(self) -> Card:
         """What the dataset is, for people."""
-        returns, scores = self.episode_returns, self.units.returns
-        shown = f"{returns.mean():.0f} ± {returns.std():.0f}"
         return Card(
             "TransitionDataset",
             {
                 "name": self.name,
                 "environment": self.env_id,
                 "transitions": len(self),
-                "episodes": len(returns),
+                "episodes": len(self.episode_ends),
                 "dimensions": f"{self.observations.shape[1]} → {self.actions.shape[1]}",
-                "return": shown if scores is None else f"{shown} (normalized {scores.normalize(returns).mean():.1f})",
+                "return": self._shown_returns(),
                 "hash": self.content_hash[:8],
             },
         )
+
+    def _shown_returns(self) -> str:
+        if self.rewards is None:
+            return "unknown: no rewards"
+        returns, scores = self.episode_returns, self.units.returns
+        shown = f"{returns.mean():.0f} ± {returns.std():.0f}"
+        return shown if scores is None else f"{shown} (normalized {scores.normalize(returns).mean():.1f})"
 
     def __len__(self) -> int:
         return len(self.observations)
@@ -112,8 +117,8 @@ class TransitionDataset(Shown):
     def next_observations(self, rows: ArrayLike | None = None) -> NDArray[np.float32]:
         """A new array of the observations that follow, (len(rows), D); of all rows where none are given.
 
-        What follows a termination is never used, its value being zero; where the source does not say it, it is the
-        row's own observation.
+        What follows a termination is never used, its value being zero; where the source does not say it, as at an end
+        of a demonstration, it is the row's own observation.
 
         Raises:
             IndexError: `rows` are not row numbers in 0 … M − 1.
@@ -136,6 +141,8 @@ class TransitionDataset(Shown):
         digest = hashlib.blake2b(digest_size=16)
         for name in _ARRAYS:
             array = getattr(self, name)
+            if array is None:
+                continue
             digest.update(f"{name}{array.shape}{array.dtype.str}".encode())
             digest.update(array.data if array.size else b"")
         digest.update(json.dumps(self.units.to_dict()).encode())
@@ -148,9 +155,18 @@ class TransitionDataset(Shown):
 
     @property
     def episode_returns(self) -> NDArray[np.float64]:
-        """Undiscounted return of each episode, (E,) float64."""
+        """Undiscounted return of each episode, (E,) float64. Raises ValueError where there are no rewards."""
         starts = np.concatenate([[0], self.episode_ends[:-1] + 1])
-        return np.add.reduceat(self.rewards, starts, dtype=np.float64)
+        return np.add.reduceat(self.require_rewards(), starts, dtype=np.float64)
+
+    def require_rewards(self) -> NDArray[np.float32]:
+        """The rewards, (M,) float32. Raises ValueError where there are none."""
+        if self.rewards is None:
+            raise ValueError(
+                "this dataset is of demonstrations, observations and actions alone: returns and the training of a "
+                "teacher need rewards; objective 'dbc' needs none, nor do the others with a teacher trained elsewhere"
+            )
+        return self.rewards
 
     def subset(self, indices: Sequence[int] | np.ndarray | slice) -> TransitionDataset:
         """Takes rows, in the given order, as a new dataset in this one's units.
@@ -172,7 +188,7 @@ class TransitionDataset(Shown):
         return TransitionDataset(
             observations=self.observations[rows],
             actions=self.actions[rows],
-            rewards=self.rewards[rows],
+            rewards=None if self.rewards is None else self.rewards[rows],
             terminations=self.terminations[rows],
             truncations=self.truncations[rows] | (apart & ~self.terminations[rows]),
             jumps=np.flatnonzero(jumping),
@@ -189,21 +205,25 @@ class TransitionDataset(Shown):
             name, env_id, transitions, episodes, observation_dim, action_dim (how many there are, of discrete actions),
             mean_episode_length, return_mean, return_std, return_min, return_max (over episodes, the cut ones included)
             and normalized_return_mean, which is None where neither the dataset nor D4RL gives reference scores.
+            All of returns is None without rewards.
         """
-        returns, scores = self.episode_returns, self.units.returns
+        returns, scores = None if self.rewards is None else self.episode_returns, self.units.returns
+        episodes = len(self.episode_ends)
         return {
             "name": self.name,
             "env_id": self.env_id,
             "transitions": len(self),
-            "episodes": len(returns),
+            "episodes": episodes,
             "observation_dim": self.observations.shape[1],
             "action_dim": _width(self),
-            "mean_episode_length": len(self) / len(returns),
-            "return_mean": float(returns.mean()),
-            "return_std": float(returns.std()),
-            "return_min": float(returns.min()),
-            "return_max": float(returns.max()),
-            "normalized_return_mean": None if scores is None else float(scores.normalize(returns.mean())),
+            "mean_episode_length": len(self) / episodes,
+            **{
+                f"return_{name}": None if returns is None else float(getattr(returns, name)())
+                for name in ("mean", "std", "min", "max")
+            },
+            "normalized_return_mean": (
+                None if scores is None or returns is None else float(scores.normalize(returns.mean()))
+            ),
         }
 
 
@@ -226,6 +246,9 @@ def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
     if any(u.actions != first.actions for u in units):
         known = [u.actions for u in units]
         raise ValueError(f"datasets differ in their action bounds: {known}; load them with the same bounds")
+    rewards = [d.rewards for d in datasets if d.rewards is not None]
+    if 0 < len(rewards) < len(datasets):
+        raise ValueError("some datasets have rewards and some are demonstrations without: leave the rewards out of all")
     env_id = first.env_id if all(u.env_id == first.env_id for u in units) else None
     records = {u.env_spec for u in units if env_id and u.env_spec}
     if len(records) > 1:
@@ -239,7 +262,7 @@ def concatenate(datasets: Sequence[TransitionDataset]) -> TransitionDataset:
     return TransitionDataset(
         observations=observations,
         actions=np.concatenate([d.actions for d in datasets]),
-        rewards=np.concatenate([d.rewards for d in datasets]),
+        rewards=np.concatenate(rewards) if len(rewards) == len(datasets) else None,
         terminations=np.concatenate([d.terminations for d in datasets]),
         truncations=np.concatenate([d.truncations for d in datasets]),
         jumps=np.concatenate([d.jumps + start for d, start in zip(datasets, starts, strict=True)]),

@@ -23,9 +23,11 @@ from sdw_fast.arrays import real_numbers
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import computed_once
 from sdw_fast.neighbors import (
+    Reduce,
     States,
     dataset_neighbor_distances,
     floored_radius,
+    here,
     intrinsic_dimension,
     like,
     neighbor_distances,
@@ -77,7 +79,7 @@ def knn_log_density(
     """
     states = states_of(observations, "observations")
     distances, searched = neighbor_distances(states, k, references, seed=seed, backend=backend, progress=progress)
-    return like(_log_density_of_distances(distances, searched, varying_columns(states), dimension), observations)
+    return like(log_density_at(distances, searched, varying_columns(states), dimension), observations)
 
 
 def flow_log_density(
@@ -160,7 +162,7 @@ def log_density(data: TransitionDataset, method: str = "knn", *, progress: bool 
         distances, searched = dataset_neighbor_distances(data, options.pop("k", 10), progress=progress, **options)
         extremes = np.stack([data.observations.min(axis=0), data.observations.max(axis=0)])
         columns = varying_columns(torch.from_numpy(data.units.states.normalize(extremes)))
-        return _log_density_of_distances(distances, searched, columns, dimension).numpy()
+        return log_density_at(distances, searched, columns, dimension).numpy()
     if method != "flow":
         raise ValueError(f"method must be 'knn' or 'flow', got {method!r}")
 
@@ -347,19 +349,24 @@ def _flow_log_prob(flow: Any, x: Tensor) -> Tensor:
     return torch.cat([flow().log_prob(block) for block in x.split(1 << 14)])
 
 
-def _log_density_of_distances(distances: Tensor, searched: Tensor, columns: int, dimension: str | float) -> Tensor:
-    """Log-densities from (M, k) neighbor distances found among `searched` states in `columns` varying columns."""
+def log_density_at(
+    distances: Tensor, searched: Tensor | int, columns: int, dimension: str | float, total: Reduce = here
+) -> Tensor:
+    """Log-densities (M,) from (M, k) neighbor distances found among `searched` states in `columns` varying columns.
+
+    `total` makes the sum or the minimum over the states here one over the states of all ranks.
+    """
     k = distances.shape[1]
-    radius = floored_radius(distances)
+    radius = floored_radius(distances, total)
     if dimension == "ambient":
         m = float(columns)
     elif dimension == "intrinsic":
-        m = intrinsic_dimension(distances)
+        m = intrinsic_dimension(distances, total)
     elif not isinstance(dimension, str) and dimension > 0 and math.isfinite(dimension):
         m = float(dimension)
     else:
         raise ValueError(f"dimension must be 'ambient', 'intrinsic' or a positive number, got {dimension!r}")
-    log_searched = searched.to(distances.device, torch.float64).log()
+    log_searched = torch.as_tensor(searched, dtype=torch.float64, device=distances.device).log()
     return math.log(k) - log_searched - log_unit_ball(m) - m * radius.log()
 
 

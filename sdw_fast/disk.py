@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import fcntl
 import filecmp
 import itertools
 import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 PathLike = str | os.PathLike[str]
 
@@ -78,6 +85,11 @@ def leftovers(path: Path) -> list[Path]:
 
 def _lives(process: int) -> bool:
     """Whether another process of this number runs; what this one writes is in `_unfinished`."""
+    if sys.platform == "win32":  # where os.kill ends any process
+        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
+        if handle:
+            ctypes.windll.kernel32.CloseHandle(handle)
+        return bool(handle) and process != os.getpid()
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -89,7 +101,9 @@ def _lives(process: int) -> bool:
 
 def _to_disk(path: Path) -> None:
     """Waits until a file, or the names in a folder, would survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and path.is_dir():  # not to be opened there
+        return
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -97,8 +111,12 @@ def _to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """As `replacing`, of a folder: the old one is kept aside until the new one is in its place."""
+def replacing_folder(target: Path, overwrite: bool = True) -> Iterator[Path]:
+    """As `replacing`, of a folder: the old one is kept aside until the new one is in its place.
+
+    Raises:
+        FileExistsError: it is not to be overwritten, and there is one by the time that the block ends.
+    """
     with temporary_beside(target) as temporary:
         try:
             new = temporary / "new"
@@ -106,9 +124,14 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             yield new
             for path in new.rglob("*"):
                 _to_disk(path)
-            if target.exists():
+            if overwrite and target.exists():
                 target.rename(temporary / "replaced")
-            new.rename(target)
+            try:
+                new.rename(target)
+            except OSError as error:
+                if target.exists():  # the system says that it is not empty
+                    raise FileExistsError(error.errno, "is there already", str(target)) from error
+                raise
             _to_disk(target.parent)
         finally:
             _put_back(target, temporary)
@@ -161,7 +184,7 @@ def locked(path: Path) -> Iterator[None]:
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     with lock.open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
@@ -178,3 +201,16 @@ def locked(path: Path) -> Iterator[None]:
         finally:
             if lock.parent != path:  # a folder keeps its lock
                 lock.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str]) -> None:
+    """Raises BlockingIOError where another process holds the file."""
+    if sys.platform == "win32":  # locks bytes, which no one can read then: one far behind what is written
+        file.seek(1 << 30)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(*error.args) from None
+        file.seek(0)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

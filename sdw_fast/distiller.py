@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdw_fast.batches import OuterBatches
+from sdw_fast.batches import Draws, OuterBatches
 from sdw_fast.config import DistillConfig
 from sdw_fast.files import damage_named
 from sdw_fast.identity import identity, refuse_other
 from sdw_fast.inner import InnerLoop
 from sdw_fast.objectives import OuterProblem
+from sdw_fast.ranks import Ranks, ranked
 from sdw_fast.stability import LEAST, Watch, bearable_lr, rough, tell_of
 from sdw_fast.synthetic import SyntheticDataset
 from sdw_fast.version import __version__
@@ -43,6 +44,10 @@ class Distiller:
     weighted matching loss at θ_T, and follows its hypergradient (design of Lei et al.; see `sdw_fast.ops.unrolled_bc`).
     The synthetic states and actions are optimized in normalized units; the probabilities of discrete actions as the
     softmax of free numbers, since the unrolled loss is linear in its targets and would push them without end.
+
+    The hypergradient is the mean over `initializations` θ_0, each with a batch of its own. Under a process group of
+    `torch.distributed` its ranks share them out, with one all-reduce a step; every rank holds the same set, and the
+    draws do not depend on the number of ranks.
 
     On a GPU everything that a step needs lies there; a problem beyond 8 GiB stays in host memory, where each batch is
     gathered and sent ahead.
@@ -79,7 +84,8 @@ class Distiller:
         device: str | torch.device = "cpu",
     ) -> None:
         self.problem = problem
-        self.config = config = config or DistillConfig()
+        self._ranks = Ranks() if ranked() else None
+        self.config = config = _shared_out(config or DistillConfig(), self._ranks)
         self.device = _device(device)
         self.batched = not isinstance(start, SyntheticDataset)
         self._start = [start] if isinstance(start, SyntheticDataset) else list(start)
@@ -87,7 +93,7 @@ class Distiller:
         self.n_runs = len(self._start)
         self.seeds = [config.seed + run for run in range(self.n_runs)]
         rows = None if config.select == "last" else problem.split()[0]
-        self._batches = OuterBatches(problem, self.device, rows)
+        batches = OuterBatches(problem, self.device, rows)
         states, actions = zip(*(one.normalized() for one in self._start), strict=True)
         self.observations, self.actions = self._leaf(states), self._leaf([self._free(x) for x in actions])
         self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
@@ -95,12 +101,10 @@ class Distiller:
         rates = usual = [config.inner_lr] * self.n_runs
         if config.adapt_inner_lr:
             rates = bearable_lr(self.inner_loop, *self.normalized, self.seeds)
+            rates = self._ranks.gather(rates)[0] if self._ranks else rates
             tell_of(usual, rates, "cloning on the starting pairs is unstable with more", batched=self.batched)
         self._watch = Watch(rates, LEAST * config.inner_lr, self.device, batched=self.batched)
-        self._generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
-        self._row_generators = self._generators
-        if self._batches.device != self.device:
-            self._row_generators = [torch.Generator(self._batches.device).manual_seed(seed) for seed in self.seeds]
+        self._draws = Draws(self.inner_loop, batches, self.device, self.seeds, config.batch_size)
         self._optimizer = _optimizer(config, self._leaves, fused=self.runs_ahead)
         self._left_out = 0  # steps in a row, up to the last fetched
         self.iteration = 0
@@ -160,24 +164,26 @@ class Distiller:
 
     def advance(self) -> Tensor:
         """Takes one outer step and hardly waits; returns its figures (5, R), to be given to `fetch`."""
-        initial = self.inner_loop.initial(self._generators)
-        states, targets, weights = self._draw_batches()
+        rank, ranks = (self._ranks.rank, self._ranks.size) if self._ranks else (0, 1)
+        initial, batch = self._draws.draw(range(rank, self.config.initializations or 1, ranks), self.iteration)
+        count = len(batch[0]) // self.n_runs
         for parameter in initial:
             parameter.requires_grad_()
-        rates = self._watch.tensor
-        final = self.inner_loop.unroll(self.observations, self._targets(self.actions), initial, rates)
+        rates = self._watch.tensor.repeat(count)
+        states, actions = (x.repeat(count, 1, 1) for x in (self.observations, self._targets(self.actions)))
+        final = self.inner_loop.unroll(states, actions, initial, rates)
         for parameter in final:
             parameter.retain_grad()
-        losses = self.inner_loop.match(final, states, targets, weights)
+        losses = self.inner_loop.match(final, *batch)
         self._optimizer.zero_grad()
         losses.sum().backward()
+        before, after = (self.inner_loop.loss(params, states, actions) for params in (initial, final))
+        own = torch.stack([losses.detach(), _norms(initial) / _norms(final), before, after])
+        losses, growths, before, after = self._averaged(own)
         norms = _clip(self._leaves, self.config.clip_norm)
-        sets = self.observations.detach(), self._targets(self.actions.detach())
-        before, after = (self.inner_loop.loss(params, *sets) for params in (initial, final))
-        figures = torch.stack([losses.detach(), norms, _norms(initial) / _norms(final), after, rates])
+        figures = torch.stack([losses, norms, growths, after, self._watch.tensor])
         self.iteration += 1
         if self.config.adapt_inner_lr:
-            losses, norms, growths, *_ = figures
             self._watch.see(rough(losses, norms, growths, (before, after)), self.iteration)
         finite = figures[:2].isfinite().all()
         if self.runs_ahead:
@@ -193,10 +199,15 @@ class Distiller:
             average.lerp_(leaf.detach(), share)
         return figures
 
-    def _draw_batches(self) -> list[Tensor]:
-        """Every run's states (R, B, D), targets (R, B, A) and weights (R, B)."""
-        draws = [self._batches.draw(self.config.batch_size, generator) for generator in self._row_generators]
-        return [torch.stack(parts) for parts in zip(*draws, strict=True)]
+    def _averaged(self, figures: Tensor) -> Tensor:
+        """Figures (F, J·R) as means over all initializations, (F, R); the hypergradients likewise, in place."""
+        own = figures.unflatten(1, (-1, self.n_runs)).sum(1)
+        gradients = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
+        if self._ranks:
+            self._ranks.add([own, *gradients])
+        for part in (own, *gradients):
+            part /= self.config.initializations or 1
+        return own
 
     def fetch(self, steps: Sequence[Tensor]) -> list[Metrics]:
         """Waits for the last steps taken by `advance`, and returns the metrics of each. Raises as `step`."""
@@ -242,9 +253,6 @@ class Distiller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on to the same bits: copies of tensors, and plain values."""
-        generators = [self._generators]
-        if self._row_generators is not self._generators:
-            generators.append(self._row_generators)
         return {
             **identity(self, self._fingerprint),
             **self._watch.state(),
@@ -254,7 +262,7 @@ class Distiller:
             "actions": self.actions.detach().clone(),
             "averages": [average.clone() for average in self._averages],
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
-            "generators": [torch.stack([generator.get_state() for generator in group]) for group in generators],
+            "generators": self._draws.state(),
         }
 
     @functools.cached_property
@@ -296,9 +304,17 @@ class Distiller:
                 average.copy_(saved)
         self._watch.load(state["inner_lr"], state["rough"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the state's own tensors
-        _set_states(self._generators, state["generators"][0])
-        if self._row_generators is not self._generators:
-            _set_states(self._row_generators, state["generators"][1])
+        self._draws.load(state["generators"])
+
+
+def _shared_out(config: DistillConfig, ranks: Ranks | None) -> DistillConfig:
+    """The settings with a number of initializations, of which every rank has at least one."""
+    size = ranks.size if ranks else 1
+    if config.initializations is None:
+        return dataclasses.replace(config, initializations=size)
+    if config.initializations < size:
+        raise ValueError(f"initializations={config.initializations} cannot be shared out among {size} processes")
+    return config
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -357,8 +373,3 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     """For each run the norm of the gradients of all tensors together, (R,)."""
     norms = [torch.linalg.vector_norm(t.grad, dim=tuple(range(1, t.ndim))) for t in tensors if t.grad is not None]
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
-
-
-def _set_states(generators: Sequence[torch.Generator], states: Tensor) -> None:
-    for generator, state in zip(generators, states.cpu(), strict=True):
-        generator.set_state(state.clone())  # a view into other states is misaligned

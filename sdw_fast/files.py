@@ -1,7 +1,8 @@
 """Files: whole or not at all when written, checked when read, and what was computed once kept beside its dataset.
 
-Every file of ours ends in 64 hexadecimal digits, the BLAKE2b checksum of all bytes before them: the comment of a zip
-archive (`.npz`, checkpoints), the last tensor of a `.safetensors` file. Other programs read the files as ever.
+Every binary file of ours ends in 64 hexadecimal digits, the BLAKE2b checksum of all bytes before them: the comment of a
+zip archive (`.npz`, checkpoints), the last tensor of a `.safetensors` file. A JSON object of ours holds its checksum
+under that name, of its values and not of how they are spaced. Other programs read the files as ever.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _LONGEST = 500  # characters of an error's sentence
 _FOR_USERS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
 _BLOCK = 1 << 20  # bytes hashed at a time
 _CHECKSUM = "checksum"  # the tensor that ends a .safetensors file: of the smallest type, so that it lies last
+_CHANGED = "its checksum does not fit: it was changed, or this version of sdw_fast did not write it"
 
 
 # --- writing: whole or not at all -------------------------------------------------------------------------------------
@@ -48,6 +50,27 @@ def _representable(values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return [_representable(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def sealed(values: Mapping[str, Any], beside: Path | None = None) -> dict[str, Any]:
+    """The values of a JSON object, and under "checksum" theirs and, where one is named, that of a file's bytes."""
+    return {**values, _CHECKSUM: _json_digest(values, beside)}
+
+
+def unsealed(values: Mapping[str, Any], beside: Path | None = None) -> dict[str, Any]:
+    """The values without their checksum. Raises ValueError where they are not what `sealed` was given."""
+    plain = {name: value for name, value in values.items() if name != _CHECKSUM}
+    if values.get(_CHECKSUM) != _json_digest(plain, beside):
+        raise ValueError(_CHANGED)
+    return plain
+
+
+def _json_digest(values: Mapping[str, Any], beside: Path | None) -> str:
+    digest = hashlib.blake2b(to_json(values).encode(), digest_size=_DIGITS // 2)
+    if beside is not None:
+        with beside.open("rb") as file:
+            digest.update(_digest(file, file.seek(0, os.SEEK_END)))
+    return digest.hexdigest()
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -126,7 +149,7 @@ def check_sum(path: Path) -> None:
         size = file.seek(0, os.SEEK_END)
         checksum = _digest(file, size - _DIGITS)
         if size < _DIGITS or file.read() != checksum:
-            raise ValueError("its checksum does not fit: it was changed, or this version of sdw_fast did not write it")
+            raise ValueError(_CHANGED)
 
 
 def _seal(path: Path, *, is_zip: bool) -> None:

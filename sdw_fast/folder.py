@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from sdw_fast.files import (
     damage_named,
     read_torch,
     reading,
+    sealed,
     to_json,
+    unsealed,
     write_npz,
     write_text,
     write_torch,
@@ -130,7 +133,7 @@ class RunFolder:
             "objective": distiller.problem.report,
             "rounding": distiller.rounding,
         }
-        write_text(self.path / "config.json", to_json(content, indent=2) + "\n")
+        write_text(self.path / "config.json", to_json(sealed(content), indent=2) + "\n")
 
     def _write_states(self, problem: OuterProblem) -> None:
         """Writes states.npz: rows of the outer problem, evenly spread, in environment units, for reports."""
@@ -150,7 +153,7 @@ class RunFolder:
             for number, (file, tensorboard) in enumerate(zip(self._metrics, self._tensorboard, strict=True)):
                 own = {name: float(x[number] if np.ndim(x) else x) for name, x in metrics.items()}
                 with naming(file.name):
-                    file.write(to_json({"step": step, **own}) + "\n")
+                    file.write(metrics_line({"step": step, **own}))
                 for name, value in own.items() if tensorboard is not None else ():
                     tensorboard.add_scalar(name, value, step)
 
@@ -182,9 +185,31 @@ def _as_tensors(synthetic: SyntheticDataset) -> dict[str, Any]:
 
 
 def _cut_metrics(folder: Path, iteration: int) -> None:
-    if (folder / "metrics.jsonl").exists():
-        kept = [metrics for metrics in read_metrics(folder) if metrics["step"] <= iteration]
-        write_text(folder / "metrics.jsonl", "".join(to_json(metrics) + "\n" for metrics in kept))
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = [metrics for metrics in read_metrics(folder) if metrics["step"] <= iteration]
+    reached = kept[-1]["step"] if kept else 0
+    if reached < iteration:  # they are on the disk before the checkpoint is
+        raise ValueError(
+            f"{path} ends at step {reached} and the checkpoint at step {iteration}: it was cut; remove it to go on "
+            "without those figures"
+        )
+    write_text(path, "".join(map(metrics_line, kept)))
+
+
+def metrics_line(metrics: Metrics) -> str:
+    """A step's metrics as a line, which ends in the CRC-32 of what stands before it."""
+    text = to_json(metrics)
+    return f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def _metrics(line: str) -> Metrics:
+    metrics = json.loads(line)
+    if not isinstance(metrics, dict) or metrics_line({n: x for n, x in metrics.items() if n != "crc"}) != line:
+        raise ValueError("a line is not the metrics of a step, or was changed")
+    del metrics["crc"]
+    return {name: math.nan if x is None else x for name, x in metrics.items()}
 
 
 def read_run(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], DistillConfig]:
@@ -198,7 +223,7 @@ def read_run(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], DistillCon
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no run (no config.json)")
     with reading(path, "configuration of a run"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = unsealed(json.loads(path.read_text(encoding="utf-8")))
         source, config = content["source"], DistillConfig.from_dict(content["config"])
         if source is not None and (not isinstance(source, dict) or not isinstance(source.get("dataset"), str)):
             raise ValueError(f"its source must name a dataset, got {source!r}")
@@ -241,10 +266,11 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[Metrics]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no metrics (no metrics.jsonl)")
     with reading(path, "file of metrics"), path.open(encoding="utf-8") as file:
-        steps = [json.loads(line) for line in file if line.endswith("\n")]
-        if not all(isinstance(step, dict) and isinstance(step.get("step"), int) for step in steps):
-            raise ValueError("a line is not the metrics of a step")
-        return [{name: math.nan if x is None else x for name, x in step.items()} for step in steps]
+        steps = [_metrics(line) for line in file if line.endswith("\n")]
+        first = steps[0]["step"] if steps else 0
+        if [step["step"] for step in steps] != list(range(first, first + len(steps))):
+            raise ValueError("its steps do not follow one another")
+        return steps
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ that was given (`like`).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,12 @@ from sdw_fast.files import computed_once
 from sdw_fast.progress import progress_bar
 
 States = np.ndarray | Tensor
+Reduce = Callable[[Tensor, str], Tensor]  # a tensor and "sum" or "min": that over all ranks, see `sdw_fast.distributed`
+
+
+def here(values: Tensor, operation: str) -> Tensor:
+    """The sum or minimum over the only rank."""
+    return values
 
 
 def states_of(observations: States, name: str) -> Tensor:
@@ -123,30 +131,31 @@ def varying_columns(states: Tensor) -> int:
     return max(1, int((states.amax(0) != states.amin(0)).sum()))
 
 
-def intrinsic_dimension(distances: Tensor) -> float:
+def intrinsic_dimension(distances: Tensor, total: Reduce = here) -> float:
     """The Levina-Bickel estimate with MacKay-Ghahramani averaging, from (M, k) ascending distances."""
     if distances.shape[1] < 2:
         raise ValueError("the intrinsic dimension needs k >= 2 neighbors, got k = 1")
     distinct = distances[distances[:, 0] > 0].double()
-    if len(distinct) == 0:
-        raise ValueError("no state without a duplicate: the intrinsic dimension cannot be estimated")
     log_ratio = distinct[:, -1:].log() - distinct[:, :-1].log()
-    mean = float(log_ratio.mean())
-    if mean == 0:
+    count, added = total(torch.tensor([log_ratio.numel(), log_ratio.sum()], dtype=torch.float64), "sum").tolist()
+    if count == 0:
+        raise ValueError("no state without a duplicate: the intrinsic dimension cannot be estimated")
+    if added == 0:
         raise ValueError("all neighbor distances are equal: the intrinsic dimension cannot be estimated")
-    return 1 / mean
+    return 1 / (added / count)
 
 
-def floored_radius(distances: Tensor) -> Tensor:
+def floored_radius(distances: Tensor, total: Reduce = here) -> Tensor:
     """Distances to the last neighbor, float64, with half the smallest positive one in place of zeros."""
     radius = distances[:, -1].double()
-    positive = radius[radius > 0]
-    if positive.numel() == 0:
+    positive = torch.cat([radius[radius > 0], radius.new_full((1,), torch.inf)])  # never empty
+    smallest = float(total(positive.amin(), "min"))
+    if smallest == math.inf:
         raise ValueError(
             "every state has k or more exact duplicates, so every neighbor distance is zero: "
             "remove duplicates (numpy.unique(observations, axis=0)) or raise k"
         )
-    return radius.clamp(min=float(positive.min()) / 2)
+    return radius.clamp(min=smallest / 2)
 
 
 def _knn(queries: Tensor, references: Tensor | None, k: int, backend: str, progress: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Readers: Minari datasets, D4RL files, `.npz` files and dicts of arrays → columns → one `TransitionDataset`."""
+"""Readers: Minari datasets, D4RL files, `.npz` files, tables and arrays → columns → one `TransitionDataset`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from sdw_fast.columns import Columns, build_dataset
 from sdw_fast.data import TransitionDataset
-from sdw_fast.files import check_memory, damage_named, read_npz, reading
+from sdw_fast.files import check_memory, damage_named, read_npz, reading, unsealed
+from sdw_fast.tables import NAMES, episodes_of, join_episodes, lacks, read_table, select, table_of
 from sdw_fast.units import Discrete
 
 if TYPE_CHECKING:
@@ -22,14 +23,12 @@ if TYPE_CHECKING:
 
     from sdw_fast.environments import Environment
 
+METADATA, EPISODES = Path("data/metadata.json"), Path("data/main_data.hdf5")  # of a Minari dataset's folder
 _METADATA_CACHE = 1 << 20  # bytes of HDF5's metadata kept while reading a Minari dataset
-_REQUIRED = ("observations", "actions", "rewards", "terminations")
-_OPTIONAL = ("truncations", "next_observations", "action_low", "action_high", "n_actions", "env_id")
-_D4RL_NAMES = {"terminations": "terminals", "truncations": "timeouts"}
 
 
 def load_dataset(
-    source: str | Path | Mapping[str, Any] | minari.MinariDataset, *, env_id: Environment | None = None
+    source: Any, *, env_id: Environment | None = None, columns: Mapping[str, str | Sequence[str]] | None = None
 ) -> TransitionDataset:
     """Loads an offline RL dataset.
 
@@ -39,13 +38,19 @@ def load_dataset(
             "sdw/" and "-v0" ("hopper/medium");
             a Minari dataset object, of which only the episodes it selects are read;
             a D4RL-style file (.hdf5, .h5) or an .npz file;
-            a dict of arrays.
-            Files and dicts hold observations (M, D), actions (M, A), or integers (M,) where they are discrete, rewards
-            (M,), terminations or terminals (M,), truncations or timeouts (M,), and may hold next_observations (M, D).
-            Without next observations they are the following row's; at a truncated end nothing is known to follow, so
-            that row is left out and its predecessor marked truncated (D4RL's own rule). Without truncations they are
-            found where a next observation is not the following row's observation. A last row that ends no episode is
-            marked truncated.
+            a table: a .parquet, .csv or .arrow file, a pyarrow or pandas table, a Hugging Face or LeRobot dataset
+            (`pip install "sdw_fast[tables]"`);
+            a dict of arrays;
+            a list of episodes, or an object that holds one as d3rlpy's datasets do: dicts or objects of observations
+            (T, D) or (T + 1, D), actions (T, A) and maybe rewards (T,), and whether the episode terminated.
+            All hold observations (M, D) and actions (M, A), or integers (M,) where these are discrete, and, to train a
+            teacher on, rewards (M,), terminations or terminals (M,), truncations or timeouts (M,); they may hold
+            next_observations (M, D). Without next observations they are the following row's; at a truncated end nothing
+            is known to follow, so that row is left out and its predecessor marked truncated (D4RL's own rule). Without
+            truncations they are found where a next observation is not the following row's observation, or where
+            episode_index changes or frame_index does not go on by one; rows out of order are sorted by the two. A last
+            row that ends no episode is marked truncated. Observations and actions alone are demonstrations: every pair
+            is kept.
         env_id: the environment, where the source does not say it (D4RL files) or another is wanted: a Gymnasium id
             ("Hopper-v5", or "module:Env-v0" to import the module first), an EnvSpec, an environment, or a function
             that makes one. Its id and its EnvSpec are kept with the data. A Minari dataset says its own, with
@@ -55,53 +60,56 @@ def load_dataset(
             says others (a file or a dict under "action_low" and "action_high"); else the source's; else −1 and 1 if
             every action lies there, else unknown, and such a dataset cannot be distilled. How many discrete actions
             there are is said by the environment, too, or under "n_actions".
+        columns: names of the source's columns where they are others: {"observations": "state", "actions": ["u", "v"]}.
+            A list stands for columns side by side, a name also for those numbered under it (state_0, state_1, …).
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
+        ImportError: if a table's file is read without pyarrow.
         ValueError: on missing keys, Dict or image spaces, wrong shapes, discrete actions of unknown number, values
             that are not finite in float32, an empty dataset, or a damaged file.
         TypeError: if `source` is none of the above.
     """
     if isinstance(source, Mapping):
-        columns = _from_arrays(source, "the dict of arrays")
+        held = _from_arrays(source, "the dict of arrays", columns)
     elif isinstance(source, (str, Path)) and Path(source).suffix in _FILE_READERS:
         path = Path(source).expanduser().absolute()
         if not path.is_file():
             raise FileNotFoundError(f"no dataset file at {path}")
-        columns = _from_arrays(_FILE_READERS[path.suffix](path), path.name)
-        columns.name, columns.path = path.stem, path
-    elif isinstance(source, (str, Path)):
-        columns = _from_minari(_open_minari(str(source)))
-    elif hasattr(source, "iterate_episodes") and hasattr(source, "storage"):
-        columns = _from_minari(source)
+        held = _from_arrays(_FILE_READERS[path.suffix](path, columns), path.name, columns)
+        held.name, held.path = path.stem, path
+    elif isinstance(source, (str, Path)) or (hasattr(source, "iterate_episodes") and hasattr(source, "storage")):
+        if columns is not None:
+            raise ValueError("a Minari dataset names its columns itself; columns is for tables, files and arrays")
+        held = _from_minari(_open_minari(str(source)) if isinstance(source, (str, Path)) else source)
+    elif (table := table_of(source)) is not None:
+        held = _from_arrays(table, f"the {type(source).__name__}", columns)
+    elif (episodes := episodes_of(source)) is not None:
+        arrays, jumps = join_episodes(episodes, columns)
+        held = _from_arrays(arrays, "the list of episodes")
+        held.jumps = jumps
     else:
         raise TypeError(
-            f"cannot load a dataset from {type(source).__name__}: expected a Minari id or dataset, a path to an .hdf5 "
-            "or .npz file, or a dict of arrays"
+            f"cannot load a dataset from {type(source).__name__}: expected a Minari id or dataset, a path to an .hdf5, "
+            ".npz, .parquet, .csv or .arrow file, a dict of arrays, a table, or a list of episodes"
         )
-    columns.env = env_id
+    held.env = env_id
     try:
-        return build_dataset(columns)
+        return build_dataset(held)
     except ValueError as error:
-        if columns.path is None:
+        if held.path is None:
             raise
-        raise ValueError(f"{columns.path}: {error}") from error
+        raise ValueError(f"{held.path}: {error}") from error
 
 
-def _from_arrays(arrays: Mapping[str, Any], where: str) -> Columns:
-    """Columns of arrays under Gymnasium's or D4RL's names."""
-    found = {}
-    for name in (*_REQUIRED, *_OPTIONAL):
-        key = name if name in arrays else _D4RL_NAMES.get(name, name)
-        if arrays.get(key) is not None:
-            found[name] = arrays[key]
-    needed = _REQUIRED if "next_observations" in found else (*_REQUIRED, "truncations")
-    missing = [f"{n} (or {_D4RL_NAMES[n]})" if n in _D4RL_NAMES else n for n in needed if n not in found]
-    if missing:
-        keys = list(arrays)
-        held = ", ".join(map(str, keys[:12])) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
-        note = "; truncations can be left out only beside next_observations" if "truncations" not in found else ""
-        raise ValueError(f"{where} lacks {', '.join(missing)}{note}. It holds: {held or 'nothing'}")
+def _from_arrays(arrays: Mapping[str, Any], where: str, columns: Mapping[str, Any] | None = None) -> Columns:
+    """Columns of arrays under their usual names, or those that `columns` says."""
+    found = select(arrays, where, columns)
+    needed = ["observations", "actions"]
+    if "rewards" in found and "episode_index" not in found:
+        needed += ["terminations"] if "next_observations" in found else ["terminations", "truncations"]
+    if sentence := lacks(found, needed, arrays, where):
+        raise ValueError(sentence)
     low, high = found.pop("action_low", None), found.pop("action_high", None)
     if (low is None) != (high is None):
         raise ValueError(f"{where}: action bounds need both action_low and action_high, got one of them")
@@ -114,15 +122,19 @@ def _from_arrays(arrays: Mapping[str, Any], where: str) -> Columns:
     return Columns(found, action_bounds=bounds, discrete=None if n is None else Discrete(n), env_id=env_id)
 
 
-def _read_hdf5(path: Path) -> dict[str, Any]:
-    """Reads the known arrays of a D4RL file; HDF5 converts to float32 on the way, without a second copy."""
+def _read_hdf5(path: Path, columns: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Reads the known arrays of a D4RL file; HDF5 converts to float32 on the way, without a second copy.
+
+    A column may lie in a group: columns={"observations": "data/states"}.
+    """
     import h5py
 
-    wanted = (*_REQUIRED, *_OPTIONAL, *_D4RL_NAMES.values())
+    others = [[names] if isinstance(names, str) else names for names in (columns or {}).values()]
+    wanted = {name for names in (*NAMES.values(), *others) for name in names}
     with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
         arrays: dict[str, Any] = {}
         size = 0
-        for key in file:
+        for key in {**dict.fromkeys(file), **{name: None for name in wanted if name in file}}:
             if key not in wanted:
                 arrays[key] = None  # for the message that lists what the file holds
                 continue
@@ -156,15 +168,15 @@ def _refuse_foreign(stored: Any, path: Path) -> None:
     raise ValueError(f"the numbers of {name} lie in another file (a link or a virtual dataset), which is not followed")
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def _read_npz(path: Path, _: Any) -> dict[str, Any]:
     with reading(path, ".npz file"):
         return read_npz(path)
 
 
-_FILE_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    ".hdf5": _read_hdf5,
-    ".h5": _read_hdf5,
+_FILE_READERS: dict[str, Callable[[Path, Mapping[str, Any] | None], dict[str, Any]]] = {
+    **dict.fromkeys((".hdf5", ".h5"), _read_hdf5),
     ".npz": _read_npz,
+    **dict.fromkeys((".parquet", ".csv", ".arrow", ".feather"), lambda path, _: read_table(path)),
 }
 
 
@@ -175,6 +187,7 @@ def _open_minari(dataset_id: str) -> minari.MinariDataset:
     suite_id = f"sdw/{dataset_id}" if dataset_id.rsplit("-v", 1)[-1].isdigit() else f"sdw/{dataset_id}-v0"
     for candidate in (dataset_id, suite_id):
         with contextlib.suppress(FileNotFoundError), damage_named(candidate, "Minari dataset", FileNotFoundError):
+            _check_seal(candidate)
             return minari.load_dataset(candidate)
     try:
         return minari.load_dataset(dataset_id, download=True)
@@ -184,6 +197,17 @@ def _open_minari(dataset_id: str) -> minari.MinariDataset:
             f"({', '.join(minari.list_local_datasets()) or 'there are none'}), and the download failed ({error}). "
             "`sdw-fast collect hopper/medium` makes one of the locomotion suite"
         ) from error
+
+
+def _check_seal(dataset_id: str) -> None:
+    """Raises ValueError where a local Minari dataset that `collect` made is not as it left it. Others have no seal."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    folder = get_dataset_path(dataset_id)
+    if (folder / METADATA).is_file():
+        metadata = json.loads((folder / METADATA).read_text())
+        if "checksum" in metadata:
+            unsealed(metadata, folder / EPISODES)
 
 
 def _from_minari(dataset: minari.MinariDataset) -> Columns:

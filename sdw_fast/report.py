@@ -16,7 +16,7 @@ import numpy as np
 from sdw_fast import charts
 from sdw_fast.config import DistillConfig
 from sdw_fast.diagnosis import diagnose
-from sdw_fast.files import read_npz, reading, write_text
+from sdw_fast.files import check_sum, read_npz, reading, unsealed, write_text
 from sdw_fast.folder import find_runs, read_metrics
 from sdw_fast.plots import PANELS, principal_components, smoothed
 from sdw_fast.synthetic import SyntheticDataset
@@ -53,7 +53,7 @@ class Run:
         shared = folder if (folder / "config.json").exists() else folder.parent  # of several sets: one for all
         path = shared / "config.json"
         with reading(path, "configuration of a run"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = unsealed(json.loads(path.read_text(encoding="utf-8")))
             config = DistillConfig.from_dict(content["config"])
             for part in ("dataset", "objective"):
                 if not isinstance(content[part], dict):
@@ -63,6 +63,7 @@ class Run:
         states: dict[str, np.ndarray] = {}
         if sample.exists():
             with reading(sample, "sample of states"):
+                check_sum(sample)
                 states = read_npz(sample)
         synthetic = SyntheticDataset.load(sets[0]) if sets else None
         return cls(name, content, config, read_metrics(folder), synthetic, states)

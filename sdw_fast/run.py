@@ -20,6 +20,7 @@ from sdw_fast.folder import RunFolder
 from sdw_fast.interruption import deferred_interrupt
 from sdw_fast.objectives import outer_problem
 from sdw_fast.progress import progress_bar
+from sdw_fast.ranks import Ranks, ranked
 from sdw_fast.selection import HELD_OUT_EVERY, Best
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
 from sdw_fast.teacher import Teacher
@@ -118,6 +119,9 @@ def run(
 ) -> list[SyntheticDataset]:
     """Takes the outer steps that remain, showing and keeping what comes of them.
 
+    Under a process group of `torch.distributed` every rank calls it: the first owns the folder, the bar and the choice
+    of the set, and all return the same sets.
+
     Args:
         distiller: The distillation; a folder with a checkpoint puts it where that was taken.
         out: Folder of the run: config.json, metrics.jsonl (a line a step), checkpoint, last.npz, and best.npz (the set
@@ -151,7 +155,18 @@ def run(
 
     with contextlib.ExitStack() as opened:
         interrupted = opened.enter_context(deferred_interrupt())
-        folder = opened.enter_context(RunFolder(out, distiller, source)) if out is not None else None
+        ranks = Ranks() if ranked() else None
+        if ranks:
+            interrupted = ranks.any_of(interrupted)
+            if ranks.rank:
+                return _follow(distiller, ranks, interrupted)
+
+        def open_folder() -> RunFolder | None:
+            return None if out is None else opened.enter_context(RunFolder(out, distiller, source))
+
+        folder = ranks.together(open_folder) if ranks else open_folder()
+        if ranks:
+            ranks.gather(distiller.state_dict() if distiller.iteration else None)
         best = Best(distiller, folder)
         bar = opened.enter_context(
             progress_bar(total=config.steps, initial=distiller.iteration, unit="step", smoothing=0.05, show=progress)
@@ -159,10 +174,11 @@ def run(
         while distiller.iteration < config.steps:
             began = time.perf_counter()
             pending.append(distiller.advance())
+            stop = interrupted()
             evaluating = bool(config.eval_every) and due(config.eval_every)
             looking = config.select != "last" and due(HELD_OUT_EVERY)
             saving = folder is not None and due(config.checkpoint_every)
-            wait = not distiller.runs_ahead or callback is not None or interrupted()
+            wait = not distiller.runs_ahead or callback is not None or stop
             wait = wait or evaluating or looking or saving
             if not wait and len(pending) < FETCH_EVERY and distiller.iteration < config.steps:
                 seconds += time.perf_counter() - began
@@ -184,7 +200,6 @@ def run(
             bar.update(len(steps))
             if callback:
                 callback(distiller, steps[-1])
-            stop = interrupted()
             if folder and (stop or saving):
                 folder.checkpoint(distiller, best.by, best.scores)
             if stop:
@@ -192,6 +207,24 @@ def run(
                 kept = f"; {resume} continues to the same result" if folder else ", nothing was kept"
                 raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}{kept}")
         sets = best.final()
+        if ranks:
+            ranks.gather(sets)
         if interrupted():
             raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}, the last; the run is complete")
+    return sets
+
+
+def _follow(distiller: Distiller, ranks: Ranks, interrupted: Callable[[], bool]) -> list[SyntheticDataset]:
+    """What a rank other than the first does in `run`: it goes on from the first's checkpoint, and takes the steps."""
+    ranks.together(lambda: None)
+    state = ranks.gather(None)[0]
+    if state is not None:
+        distiller.load_state_dict(state)
+    while distiller.iteration < distiller.config.steps:
+        distiller.step()
+        if interrupted():
+            raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}")
+    sets: list[SyntheticDataset] = ranks.gather(None)[0]
+    if interrupted():
+        raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}, the last; the run is complete")
     return sets

@@ -28,8 +28,9 @@ import torch
 from torch import nn
 
 from sdw_fast.disk import recover_folder, replacing_folder, reserve
-from sdw_fast.files import read_safetensors
+from sdw_fast.files import read_safetensors, sealed, to_json, write_text
 from sdw_fast.progress import progress_bar
+from sdw_fast.readers import EPISODES, METADATA
 from sdw_fast.units import d4rl_scores
 from sdw_fast.version import __version__
 
@@ -137,19 +138,18 @@ def collect(name: str, *, steps: int = 100_000, seed: int = 0, progress: bool = 
     recipe = {"env": env, "quality": quality, "steps": steps, "seed": seed, "policies_trained_steps": list(policies)}
     target = get_dataset_path(dataset_id)
     recover_folder(target)
-    if target.exists() and not overwrite:
-        if (found := _recipe(target)) == recipe:
-            return dataset_id
-        raise FileExistsError(
-            f"{dataset_id} at {target} was collected with {found or 'an unknown recipe'}, not {recipe}: pass "
-            "overwrite=True (--overwrite) to replace it, or set MINARI_DATASETS_PATH to keep both"
-        )
+    if not overwrite and _is_there(target, dataset_id, recipe):
+        return dataset_id
     shares = [steps // len(policies) + (i < steps % len(policies)) for i in range(len(policies))]
     episodes: list[dict[str, Any]] = []
     with progress_bar(total=steps, desc=f"collect {env}/{quality}", unit="step", show=progress) as bar:
         for phase, (trained_steps, share) in enumerate(zip(policies, shares, strict=True)):
             episodes += _rollout(snapshots.env_id, load_policy(env, trained_steps), share, (seed, phase), bar)
-    _write(target, dataset_id, snapshots.env_id, recipe, episodes)
+    try:
+        _write(target, dataset_id, snapshots.env_id, recipe, episodes, overwrite)
+    except FileExistsError:  # another process has made it meanwhile
+        if not _is_there(target, dataset_id, recipe):
+            raise
     return dataset_id
 
 
@@ -214,20 +214,27 @@ def _episode_seed(seed: tuple[int, int], stream: int, episode: int) -> int:
     return int(np.random.SeedSequence([*seed, stream, episode]).generate_state(1)[0])
 
 
-def _write(target: Path, dataset_id: str, env_id: str, recipe: dict[str, Any], episodes: list[dict[str, Any]]) -> None:
+def _write(
+    target: Path,
+    dataset_id: str,
+    env_id: str,
+    recipe: dict[str, Any],
+    episodes: list[dict[str, Any]],
+    overwrite: bool,
+) -> None:
     """Writes the Minari dataset under a hidden temporary name, then gives it its own."""
     import minari
     from minari.data_collector import EpisodeBuffer
     from minari.dataset.minari_storage import MinariStorage
-    from minari.namespace import create_namespace, list_local_namespaces
+    from minari.namespace import NAMESPACE_METADATA_FILENAME
 
     from sdw_fast.environments import make_env
 
-    namespace = dataset_id.rsplit("/", 1)[0]
-    if namespace not in list_local_namespaces():
-        create_namespace(namespace)
+    for namespace in list(target.parents)[: dataset_id.count("/")]:
+        if not (namespace / NAMESPACE_METADATA_FILENAME).exists():  # Minari would write it in place
+            write_text(namespace / NAMESPACE_METADATA_FILENAME, "{}")
     scores = d4rl_scores(env_id)
-    with closing(make_env(env_id)) as env, replacing_folder(target) as folder:
+    with closing(make_env(env_id)) as env, replacing_folder(target, overwrite) as folder:
         reserve(folder, _size(episodes))
         storage = MinariStorage.new(folder / "data", env.observation_space, env.action_space, env.spec)
         storage.update_metadata(
@@ -249,6 +256,8 @@ def _write(target: Path, dataset_id: str, env_id: str, recipe: dict[str, Any], e
             }
         )
         storage.update_episodes([EpisodeBuffer(**episode) for episode in episodes])
+        metadata = json.loads((folder / METADATA).read_text())
+        write_text(folder / METADATA, to_json(sealed(metadata, folder / EPISODES)))
 
 
 def _size(episodes: list[dict[str, Any]]) -> int:
@@ -257,9 +266,21 @@ def _size(episodes: list[dict[str, Any]]) -> int:
     return int(1.05 * arrays) + (32 << 10) * (len(episodes) + 8)
 
 
+def _is_there(target: Path, dataset_id: str, recipe: dict[str, Any]) -> bool:
+    """Whether a dataset was collected by this recipe before. Raises FileExistsError where it was by another."""
+    if not target.exists():
+        return False
+    if (found := _recipe(target)) != recipe:
+        raise FileExistsError(
+            f"{dataset_id} at {target} was collected with {found or 'an unknown recipe'}, not {recipe}: pass "
+            "overwrite=True (--overwrite) to replace it, or set MINARI_DATASETS_PATH to keep both"
+        )
+    return True
+
+
 def _recipe(target: Path) -> dict[str, Any] | None:
     """The recipe that a dataset's folder was collected by, or None where it does not say."""
     try:
-        return json.loads((target / "data" / "metadata.json").read_text())["sdw_fast"]["recipe"]
+        return json.loads((target / METADATA).read_text())["sdw_fast"]["recipe"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -133,12 +133,13 @@ class SyntheticDataset(Shown):
         path = Path(path)
         path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
         actions = self.units.require_actions()
-        bounds = () if isinstance(actions, Discrete) else self.units.action_bounds
+        discrete = isinstance(actions, Discrete)
+        bounds = {} if discrete else dict(zip(_BOUNDS, self.units.action_bounds, strict=True))
         header = {
             "format": FORMAT,
             "env_id": self.units.env_id,
             "env_spec": self.units.env_spec,
-            "discrete": actions.to_dict() if isinstance(actions, Discrete) else None,
+            "discrete": actions.to_dict() if discrete else None,
             "returns": self.units.returns and self.units.returns.to_dict(),
             "config": self.config,
             "dataset_name": self.dataset_name,
@@ -152,7 +153,7 @@ class SyntheticDataset(Shown):
             actions=self.actions,
             mean=self.units.states.offset.astype(np.float32),
             scale=self.units.states.scale.astype(np.float32),
-            **dict(zip(_BOUNDS, bounds, strict=False)),
+            **bounds,
             header=np.array(to_json(header)),
         )
         return path

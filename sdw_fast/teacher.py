@@ -242,21 +242,18 @@ class Teacher(Shown):
     def from_corl(cls, path: str | os.PathLike[str], mean: Sequence[float], std: Sequence[float]) -> Teacher:
         """Reads a checkpoint of CORL's TD3+BC, IQL, CQL or Cal-QL, the format of the OBD authors' own teachers.
 
-        Args:
-            path: the `.pt` file. Only tensors and plain containers are unpickled (`weights_only=True`), and the
-                one-number module `Scalar` of CQL, for which an empty stand-in is allowed.
-            mean: (D,) mean of the training dataset's states, which the file does not hold.
-            std: (D,) standard deviation of the same; the networks see (s − mean) / (std + 1e-3), as CORL does.
+        Only tensors and plain containers are unpickled. The action is tanh(μ(s)), for environments whose actions lie in
+        [−1, 1], the value the minimum over the file's critics; a file without one gives a teacher for `pbc` only.
 
-        Returns:
-            A teacher that takes observations in the environment's units. Its action is the mean action tanh(μ(s)), for
-            environments whose actions lie in [−1, 1]; its value is the minimum over the critics in the file. A file
-            with no critic gives a teacher that serves `pbc` only.
+        Args:
+            path: the `.pt` file.
+            mean, std: (D,) of the training dataset's states, which the file does not hold; its networks see
+                (s − mean) / (std + 1e-3).
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, would run code of its own, has no actor of a known layout, holds weights
-                that are not finite, or mean and std do not fit its networks.
+            ValueError: the file is damaged, would run code, has no actor of a known layout, holds weights that are not
+                finite, or mean and std do not fit its networks.
         """
         return cls(**parts_of_corl(path, mean, std))
 

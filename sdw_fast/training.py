@@ -80,6 +80,7 @@ def train_teacher(
             "which needs none, or a policy of your own, Teacher(actor=...)"
         )
     data.units.require_actions()
+    data.require_rewards()
     try:
         import torchrl.objectives  # noqa: F401
     except ImportError as error:
@@ -193,7 +194,7 @@ def _reward_scale(data: TransitionDataset) -> float:
     On locomotion this is within a fifth of the authors' own scaling (returns that span 1,000 in 1,000 steps); short
     episodes are served as well.
     """
-    magnitude = float(np.abs(data.rewards).mean())
+    magnitude = float(np.abs(data.require_rewards()).mean())
     return 1.0 / magnitude if magnitude > 0 else 1.0
 
 
@@ -205,7 +206,7 @@ def _batch(data: TransitionDataset, rows: np.ndarray, reward_scale: float) -> Te
     following = TensorDict(
         {
             "observation": torch.from_numpy(states.normalize(data.next_observations(rows))),
-            "reward": torch.from_numpy(data.rewards[rows] * np.float32(reward_scale)).unsqueeze(-1),
+            "reward": torch.from_numpy(data.require_rewards()[rows] * np.float32(reward_scale)).unsqueeze(-1),
             "terminated": torch.from_numpy(data.terminations[rows]).unsqueeze(-1),
             "done": torch.from_numpy(data.terminations[rows] | data.truncations[rows]).unsqueeze(-1),
         },

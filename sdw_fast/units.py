@@ -56,13 +56,28 @@ class Affine:
 
     @classmethod
     def fit(cls, observations: NDArray[np.float32]) -> Affine:
-        """Mean and standard deviation + 1e-3 of the columns of (M, D), accumulated in float64, rounded to float32."""
+        """Mean and scale of the columns of (M, D), accumulated in float64, rounded to float32.
+
+        The scale is the standard deviation + 1e-3, as D4RL code has it, but for two kinds of columns. What hardly
+        varies (deviation below two roundings of float32 at its largest magnitude, or below 1e-4 and a thousandth of
+        that magnitude) is centered, and divided by the magnitude only where that is above 1: neither its noise nor
+        what a policy meets elsewhere is blown up. What varies in tiny units (deviation below 1e-3 and above a
+        hundredth of the magnitude) is divided by twice its deviation, which at 1e-3 is the same as D4RL's.
+        """
         mean = observations.mean(axis=0, dtype=np.float64)
         squares = np.zeros_like(mean)
         for start in range(0, len(observations), _ROW_BLOCK):
             centered = observations[start : start + _ROW_BLOCK] - mean
             squares += np.einsum("ij,ij->j", centered, centered)
-        return cls(mean.astype(np.float32), (np.sqrt(squares / len(observations)) + SCALE_FLOOR).astype(np.float32))
+        deviation = np.sqrt(squares / len(observations))
+        magnitude = np.maximum(observations.max(axis=0), -observations.min(axis=0)).astype(np.float64)
+        scale = deviation + SCALE_FLOOR
+        tiny = (deviation < SCALE_FLOOR) & (deviation > 0.01 * magnitude)
+        scale[tiny] = 2 * deviation[tiny]
+        rounding = 2 * np.finfo(np.float32).eps
+        idle = (deviation <= rounding * magnitude) | ((deviation < 1e-4) & (deviation < 1e-3 * magnitude))
+        scale[idle] = np.maximum(magnitude[idle], 1.0)
+        return cls(mean.astype(np.float32), scale.astype(np.float32))
 
     @classmethod
     def between(cls, low: ArrayLike, high: ArrayLike) -> Affine:

@@ -17,6 +17,7 @@ import sdw_fast as sdw
 from sdw_fast.cli import app
 from sdw_fast.config import DistillConfig, TeacherConfig
 from sdw_fast.distiller import Distiller
+from sdw_fast.files import sealed, to_json, unsealed, write_text
 from sdw_fast.folder import read_metrics
 
 TINY = ["--size", "8", "--inner-steps", "3", "--batch-size", "32", "--objective", "dbc", "--checkpoint-every", "2"]
@@ -298,11 +299,11 @@ def test_resume_takes_dataset_teacher_device_and_number_from_the_run(dataset: Pa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_device_reaches_the_run_and_its_resumption(dataset: Path, finished: Path, tmp_path: Path) -> None:
     assert "needs a GPU" in run("distill", dataset, *TINY, "--steps", 1, "--device", "cuda", "--out", tmp_path).output
-    content = json.loads((finished / "config.json").read_text())
+    content = unsealed(json.loads((finished / "config.json").read_text()))
     rest = {"teacher": None, "device": "cpu", "n_runs": None, "env": None}
     assert content["source"] == {"dataset": str(dataset), **rest}
     content["source"]["device"] = "cuda"
-    (tmp_path / "config.json").write_text(json.dumps(content))
+    write_text(tmp_path / "config.json", to_json(sealed(content)))
     assert "needs a GPU" in run("distill", "--resume", tmp_path).output
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 import sdw_fast as sdw
 from sdw_fast.cli import app
 from sdw_fast.distiller import Distiller
+from sdw_fast.files import sealed, to_json, unsealed, write_text
 from sdw_fast.folder import RunFolder, read_metrics
 
 TINY = ["--size", "8", "--inner-steps", "3", "--batch-size", "32", "--objective", "dbc", "--checkpoint-every", "2"]
@@ -113,7 +114,7 @@ def test_an_environment_that_does_not_exist(finished: Path, name: str) -> None:
 @pytest.mark.parametrize("source", [{}, [], "data.npz", {"dataset": None}, {"teacher": None, "device": "cpu"}])
 def test_a_source_that_names_no_dataset(finished: Path, source: Any) -> None:
     path = finished / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "source": source}))
+    write_text(path, to_json(sealed({**unsealed(json.loads(path.read_text())), "source": source})))
     assert_one_sentence(run("distill", "--resume", finished), str(path), "source must name a dataset")
 
 

@@ -35,6 +35,13 @@ def test_knn_log_density_by_hand() -> None:
     np.testing.assert_allclose(knn_log_density(states, k=2), expected, rtol=1e-6)
 
 
+def test_ten_neighbors_unless_told(small_data: sdw.TransitionDataset) -> None:
+    states = small_data.normalized_observations()
+    np.testing.assert_array_equal(sdw.log_density(small_data), knn_log_density(states, k=10))
+    np.testing.assert_array_equal(sdw.log_density(small_data), knn_log_density(states))
+    assert diversity(small_data) == diversity(small_data, 10) != diversity(small_data, 9)
+
+
 def test_unit_balls() -> None:
     for m, volume in {1: 2, 2: math.pi, 3: 4 / 3 * math.pi, 4: math.pi**2 / 2}.items():
         assert log_unit_ball(m) == pytest.approx(math.log(volume))

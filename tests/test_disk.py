@@ -81,6 +81,17 @@ def fill_folder(target: Path, text: str) -> None:
         (new / "file").write_text(text)
 
 
+def test_a_folder_that_came_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "data"
+    filling = replacing_folder(target, overwrite=False)
+    filling.__enter__()
+    fill_folder(target, "another process's")
+    with pytest.raises(FileExistsError, match=rf"is there already: '{target}'"):
+        filling.__exit__(None, None, None)
+    assert (target / "file").read_text() == "another process's"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_an_interrupted_replacement_of_a_folder_keeps_the_old_one(tmp_path: Path, monkeypatch, after: int) -> None:
     """Before the first of two renames, and between them."""

@@ -236,13 +236,13 @@ NAN_AT_3 = np.where(np.arange(7)[:, None] == 3, np.nan, three_episodes()["next_o
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": None}, "the dict of arrays lacks rewards. It holds: observations, actions, terminations"),
+        ({"actions": None}, "the dict of arrays lacks actions. It holds: observations, rewards, terminations"),
         ({"terminations": None, "actions": None}, r"lacks actions, terminations \(or terminals\)"),
         (
             {"truncations": None, "next_observations": None},
             r"lacks truncations \(or timeouts\); .* only beside next_obs",
         ),
-        ({"rewards": None, **{f"x{i}": 0 for i in range(20)}}, "x6 and 13 more"),
+        ({"actions": None, **{f"x{i}": 0 for i in range(20)}}, "x6 and 13 more"),
         ({"actions": np.arange(7)}, "discrete actions"),
         ({"observations": {"position": np.zeros((7, 2))}}, "observations is a dict"),
         ({"next_observations": {"position": np.zeros((7, 2))}}, "next_observations is a dict"),

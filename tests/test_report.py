@@ -14,7 +14,7 @@ import pytest
 import sdw_fast as sdw
 from sdw_fast import charts
 from sdw_fast.diagnosis import diagnose
-from sdw_fast.files import read_npz
+from sdw_fast.files import read_npz, sealed, to_json, unsealed
 from sdw_fast.folder import read_metrics
 from sdw_fast.report import write_report
 
@@ -128,9 +128,9 @@ def test_what_a_folder_lacks_is_left_out(folders: Path, tmp_path: Path) -> None:
 def test_names_from_files_are_escaped(folders: Path, tmp_path: Path) -> None:
     run = tmp_path / "<b>run"
     run.mkdir()
-    content = json.loads((folders / "one/config.json").read_text())
+    content = unsealed(json.loads((folders / "one/config.json").read_text()))
     content["dataset"]["name"] = "<script>alert(1)</script>"
-    (run / "config.json").write_text(json.dumps(content))
+    (run / "config.json").write_text(to_json(sealed(content)))
     (run / "metrics.jsonl").write_bytes((folders / "one/metrics.jsonl").read_bytes())
     text = (read([run], tmp_path / "report.html"), (tmp_path / "report.html").read_text())[1]
     assert "<script>alert" not in text

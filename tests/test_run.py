@@ -20,7 +20,7 @@ import sdw_fast as sdw
 from sdw_fast import run as module
 from sdw_fast import selection
 from sdw_fast.evaluation import SELECTION_SEED, Evaluation
-from sdw_fast.folder import RunFolder, load_checkpoint, read_metrics, read_run
+from sdw_fast.folder import RunFolder, load_checkpoint, metrics_line, read_metrics, read_run
 from sdw_fast.run import new_distiller
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
@@ -78,13 +78,31 @@ def test_metrics_beyond_the_checkpoint_are_cut(small_data, small_teacher, tmp_pa
     sdw.distill(small_data, small_teacher, **settings)
     whole = read_metrics(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 15, "loss": 9.0}\n{"step": 16, "lo')
+        file.write(metrics_line({"step": 15, "loss": 9.0}) + '{"step": 16, "lo')
     assert [m["step"] for m in read_metrics(tmp_path)] == list(range(1, 16))
     sdw.distill(small_data, small_teacher, **{**settings, "steps": 15})
     metrics = read_metrics(tmp_path)
     assert metrics[:14] == whole
     assert [m["step"] for m in metrics[14:]] == [15]
     assert metrics[14]["loss"] != 9.0
+
+
+def test_metrics_that_were_cut_or_changed_are_refused(small_data, small_teacher, tmp_path) -> None:
+    settings = {**TINY, "steps": 4, "out": tmp_path, "progress": False}
+    sdw.distill(small_data, small_teacher, **settings)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    for text, words in (
+        (lines[0], "ends at step 1 and the checkpoint at step 4: it was cut; remove it"),
+        (lines[0] + "".join(lines[2:]), "its steps do not follow one another"),
+        (whole.replace('"loss": 0.', '"loss": 1.', 1), "was changed"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            sdw.distill(small_data, small_teacher, **settings)
+    path.unlink()
+    sdw.distill(small_data, small_teacher, **settings)
 
 
 def test_a_folder_without_checkpoint_starts_anew(small_data, small_teacher, tmp_path) -> None:

@@ -51,9 +51,9 @@ def test_a_tenth_of_the_states_is_never_learned_from(small_data, small_teacher) 
 
 def test_every_state_is_learned_from_where_the_last_set_is_wanted(small_data, small_teacher) -> None:
     distiller = make(small_data, small_teacher, select="last", batch_size=2000)
-    batch = distiller._draw_batches()[0][0]
+    batch = distiller._draws.draw([0], 0)[1][0][0]
     assert len(torch.unique(batch, dim=0)) > 390
-    batch = make(small_data, small_teacher, batch_size=2000)._draw_batches()[0][0]
+    batch = make(small_data, small_teacher, batch_size=2000)._draws.draw([0], 0)[1][0][0]
     assert len(torch.unique(batch, dim=0)) <= 360
 
 

@@ -368,15 +368,15 @@ def test_training_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> 
 
 @TORCHRL
 def test_a_dead_teacher_is_not_returned() -> None:
-    """States that differ by 1e-10 only: no network tells them apart."""
+    """States that differ by rounding only: no network tells them apart."""
     rng = np.random.default_rng(0)
     data = load_dataset(
         {
-            "observations": 1e-10 * rng.normal(size=(200, 3)),
+            "observations": 1 + 1e-7 * rng.normal(size=(200, 3)),
             "actions": rng.uniform(-1, 1, size=(200, 1)),
             "rewards": np.ones(200),
             "terminations": np.zeros(200, dtype=bool),
-            "next_observations": 1e-10 * rng.normal(size=(200, 3)),
+            "next_observations": 1 + 1e-7 * rng.normal(size=(200, 3)),
         }
     )
     with pytest.raises(ValueError, match="dead teacher: its actions are the same"):

@@ -26,12 +26,40 @@ def test_fit_matches_the_definition_and_its_inverse() -> None:
     states = Affine.fit(x)
     exact = x.astype(np.float64)
     np.testing.assert_allclose(states.offset, exact.mean(0), rtol=1e-7)
-    np.testing.assert_allclose(states.scale, exact.std(0) + 1e-3, rtol=1e-5)
+    np.testing.assert_allclose(states.scale[[0, 2]], exact.std(0)[[0, 2]] + 1e-3, rtol=1e-5)
     y = states.normalize(x)
     np.testing.assert_array_equal(y, (x - states.offset.astype(np.float32)) / states.scale.astype(np.float32))
     assert y.dtype == np.float32
     np.testing.assert_array_equal(y[:, 1], 0)
     np.testing.assert_allclose(states.denormalize(y), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("what", "mean", "deviation", "scale"),
+    [
+        ("a constant", 5.0, 0.0, 5.0),
+        ("zero", 0.0, 0.0, 1.0),
+        ("a small constant", 1e-9, 0.0, 1.0),
+        ("float32's rounding of a large constant", 1e6, 0.03, 1e6),
+        ("noise on a constant", 0.3, 1e-6, 1.0),
+        ("noise on a large constant", 1e8, 4.0, 1e8),
+        ("a large offset", 1e5, 50.0, 50.001),
+        ("D4RL's ordinary column", 1.2, 0.15, 0.151),
+        ("a small deviation", 1.0, 2e-3, 3e-3),
+        ("tiny units", 0.0, 1e-5, 2e-5),
+        ("tiny units around another number", 2e-5, 1e-5, 2e-5),
+        ("where the rules for tiny units and others meet", 0.0, 1e-3, 2e-3),
+    ],
+)
+def test_what_hardly_varies_is_not_blown_up_and_tiny_units_are_not_lost(
+    what: str, mean: float, deviation: float, scale: float
+) -> None:
+    noise = np.random.default_rng(0).normal(size=(20_000, 1))
+    x = (mean + deviation * (noise - noise.mean()) / noise.std()).astype(np.float32)
+    states = Affine.fit(x)
+    np.testing.assert_allclose(states.scale, [scale], rtol=2e-2)
+    normalized = states.normalize(x).std()
+    assert normalized < 1e-5 if scale == max(1, abs(mean)) else 0.1 < normalized <= 1.01, what
 
 
 def test_fit_sums_in_float64() -> None:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "gil.h"
 #include "head.h"
 #include "sdw/flat.h"
 #include "sdw/isa.h"
@@ -53,7 +54,7 @@ void define(py::module_& m, const char* name, int device, Op op, WorkspaceSize w
             p.ieee = ieee;
             p.workspace = space ? space->data() : nullptr;
             p.stream = reinterpret_cast<void*>(stream);
-            const py::gil_scoped_release release;
+            const WithoutGil without_gil;
             op(p);
         },
         py::arg("widths"), py::arg("head"), py::arg("params"), py::arg("states"), py::arg("targets"),

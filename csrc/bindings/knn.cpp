@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "gil.h"
 #include "views.h"
 
 namespace py = pybind11;
@@ -27,7 +28,7 @@ KnnPoints make_points(const RealView& points, const TensorView<float>& coordinat
 // What `work` returns; the GIL is held again before anything that borrows from Python is freed.
 template <typename Work>
 auto without_gil(const Work& work) {
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     return work();
 }
 
@@ -55,7 +56,8 @@ struct PyKnnIndex {
 };
 
 struct PyKnnJoin {
-    std::unique_ptr<Borrowed> queries;  // none in a self-join
+    std::unique_ptr<Borrowed> queries;          // none in a self-join
+    std::unique_ptr<TensorView<double>> reach;  // or none
     std::unique_ptr<KnnJoin> join;
     int64_t k;
 };
@@ -83,13 +85,13 @@ void bind_cpu(py::module_& m) {
                 p.k = k;
                 p.self_offset = 0;
                 require(k >= 1 && k < p.references.rows, "k must be in [1, rows - 1]");
-                return PyKnnJoin{nullptr, without_gil([&] { return self.index->join(p); }), k};
+                return PyKnnJoin{nullptr, nullptr, without_gil([&] { return self.index->join(p); }), k};
             },
             py::arg("k"), py::keep_alive<0, 1>())
         .def(
             "join",
             [](const PyKnnIndex& self, const py::object& points, const py::object& coordinates, int64_t k,
-               int64_t self_offset) {
+               int64_t self_offset, const py::object& reach_) {
                 auto queries = std::make_unique<Borrowed>(points, coordinates);
                 KnnParams p;
                 p.references = self.references->get();
@@ -99,10 +101,17 @@ void bind_cpu(py::module_& m) {
                 require(p.queries.dims == p.references.dims && p.queries.is_double == p.references.is_double,
                         "queries and references must agree in dimensions and dtype");
                 require(k >= 1 && k <= p.references.rows, "k must be in [1, rows of the references]");
+                std::unique_ptr<TensorView<double>> reach;
+                if (!reach_.is_none()) {
+                    reach = std::make_unique<TensorView<double>>(reach_, "reach", 1);
+                    require(reach->size(0) == p.queries.rows, "reach must have shape (rows of the queries,)");
+                    p.reach = reach->data();
+                }
                 auto join = without_gil([&] { return self.index->join(p); });
-                return PyKnnJoin{std::move(queries), std::move(join), k};
+                return PyKnnJoin{std::move(queries), std::move(reach), std::move(join), k};
             },
-            py::arg("points"), py::arg("coordinates"), py::arg("k"), py::arg("self_offset"), py::keep_alive<0, 1>());
+            py::arg("points"), py::arg("coordinates"), py::arg("k"), py::arg("self_offset"),
+            py::arg("reach") = py::none(), py::keep_alive<0, 1>());
     py::class_<PyKnnJoin>(m, "KnnJoin")
         .def_property_readonly("groups", [](const PyKnnJoin& self) { return self.join->groups(); })
         .def_property_readonly("scans", [](const PyKnnJoin& self) { return self.join->scans(); })
@@ -122,7 +131,7 @@ void bind_cpu(py::module_& m) {
                 answer.query = query.data();
                 answer.squared = squared.data();
                 answer.index = index.data();
-                const py::gil_scoped_release release;
+                const WithoutGil without_gil;
                 self.join->search(first, last, answer);
             },
             py::arg("first"), py::arg("last"), py::arg("query"), py::arg("squared"), py::arg("index"));
@@ -190,7 +199,7 @@ void search_on_cuda(const py::object& points_, const py::object& coordinates_, c
     require(counts.size(0) == (p.rows + kKnnFan - 1) / kKnnFan && counts.size(1) == 3,
             "counts must have shape (groups, 3)");
     require(static_cast<size_t>(workspace.size(0)) >= knn_cuda_workspace(p.rows, k), "the workspace is too small");
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     knn_cuda(p, reinterpret_cast<void*>(stream));
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "gil.h"
 #include "head.h"
 #include "sdw/flat.h"
 #include "sdw/isa.h"
@@ -41,7 +42,7 @@ struct PyTape {
         g.lr = rates.data();
         g.threads = num_threads();
         g.stream = reinterpret_cast<void*>(stream);
-        const py::gil_scoped_release release;
+        const WithoutGil without_gil;
         tape->backward(g);
     }
 };
@@ -96,7 +97,7 @@ void define(py::module_& m, const char* name, int device, Op op, size_t (*worksp
             p.stream = reinterpret_cast<void*>(stream);
             std::unique_ptr<UnrolledBCTape> tape;
             {
-                const py::gil_scoped_release release;
+                const WithoutGil without_gil;
                 tape = op(p);
             }
             if (tape == nullptr) return std::nullopt;
@@ -120,6 +121,7 @@ void bind_unrolled_bc(py::module_& m) {
              py::arg("grad_actions"), py::arg("grad_params"), py::arg("grad_lr"), py::arg("stream") = 0);
 #ifndef SDW_EMULATE_CUDA
     define(m, "unrolled_bc_cpu", kHost, unrolled_bc_cpu, nullptr);
+    m.def("unrolled_bc_cpu_memory", &unrolled_bc_cpu_memory, py::arg("options"));
 #endif
 #ifdef SDW_WITH_CUDA
     define(m, "unrolled_bc_cuda", kDevice, unrolled_bc_cuda, unrolled_bc_cuda_workspace);

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "gil.h"
 #include "sdw/isa.h"
 #include "views.h"
 
@@ -39,7 +40,7 @@ void define(py::module_& m, const char* name, int device, Op op, size_t (*worksp
             p.threads = num_threads();
             p.workspace = space ? space->data() : nullptr;
             p.stream = reinterpret_cast<void*>(stream);
-            const py::gil_scoped_release release;
+            const WithoutGil without_gil;
             op(p);
         },
         py::arg("pred"), py::arg("target"), py::arg("weights"), py::arg("loss"), py::arg("gradient"),

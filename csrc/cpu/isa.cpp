@@ -1,7 +1,5 @@
 #include "sdw/isa.h"
 
-#include <omp.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -35,7 +33,7 @@ Isa choose() {
     throw std::invalid_argument("SDW_ISA=" + std::string(wanted) + " is not available; this machine has: " + names);
 }
 
-std::atomic<int> threads{0};  // 0: not set, follow OpenMP
+std::atomic<int> threads{1};
 
 }  // namespace
 
@@ -60,10 +58,7 @@ const char* isa_name(Isa isa) {
     }
 }
 
-int num_threads() {
-    const int set = threads.load();
-    return set > 0 ? set : omp_get_max_threads();
-}
+int num_threads() { return threads.load(); }
 
 void set_num_threads(int count) {
     if (count < 1)

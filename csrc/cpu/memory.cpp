@@ -1,13 +1,14 @@
 #include "sdw/memory.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <fstream>
 #include <limits>
 #include <mutex>
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -30,9 +31,11 @@ Block kept[kKeepBlocks + 1];
 size_t kept_count = 0, kept_bytes = 0;
 
 std::mutex kept_mutex;
+#if !defined(_WIN32)
 // A fork waits until no thread is inside, as the child has only the thread that forked: none would ever come out.
 [[maybe_unused]] const int fork_waits =
     pthread_atfork([] { kept_mutex.lock(); }, [] { kept_mutex.unlock(); }, [] { kept_mutex.unlock(); });
+#endif
 
 Block take(size_t position) {
     const Block block = kept[position];

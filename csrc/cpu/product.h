@@ -166,8 +166,8 @@ inline void transpose_tile(const Matrix& from, const Matrix& to, int64_t row, in
             for (int i = 0; i < T; ++i) {
                 if (i & half) continue;
                 const Line a = lines[i], b = lines[i + half];
-                lines[i] = __builtin_shuffle(a, b, low);
-                lines[i + half] = __builtin_shuffle(a, b, high);
+                lines[i] = shuffled(a, b, low);
+                lines[i + half] = shuffled(a, b, high);
             }
         }
         for (int i = 0; i < T; ++i) *reinterpret_cast<Line*>(target + (first + i) * kPanel) = lines[i];

@@ -87,6 +87,32 @@ inline void append_lanes(uint16_t* out, uint32_t bits, int first, int scale) {
 #endif
 }
 
+// Lane i is lane order[i] of a, then of b. Clang folds the loop where the order is a constant.
+template <typename Lanes, typename Order>
+inline Lanes shuffled(Lanes a, Lanes b, Order order) {
+#if defined(__clang__)
+    constexpr int kCount = sizeof(Lanes) / sizeof(a[0]);
+    Lanes result;
+    for (int i = 0; i < kCount; ++i) result[i] = order[i] < kCount ? a[order[i]] : b[order[i] - kCount];
+    return result;
+#else
+    return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// Lane i is lane order[i] of x.
+inline Vec permuted(Vec x, IntVec order) {
+#if !defined(__clang__)
+    return __builtin_shuffle(x, order);
+#elif defined(__AVX512F__)
+    return _mm512_permutexvar_ps((__m512i)order, x);
+#elif defined(__AVX2__)
+    return _mm256_permutevar8x32_ps(x, (__m256i)order);
+#else
+    return shuffled(x, x, order);
+#endif
+}
+
 // Products of tiny numbers underflow to zero instead of to denormals, which cost a hundred cycles each on x86.
 class FlushDenormals {
   public:

@@ -1,33 +1,16 @@
-// A team of threads for the length of one kernel call.
-//
-// Threads are started for the call and end with it: 20 microseconds a thread, against calls of milliseconds. In return
-// there is no second pool whose idle workers spin on the cores that PyTorch's own pool needs next, calls from several
-// Python threads are independent, and fork() is safe.
+// A team for one kernel call: the thread that calls, and workers; and their barrier.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <exception>
 #include <thread>
-#include <vector>
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
 
 #include "range.h"
+#include "spin.h"
+#include "workers.h"
 
 namespace sdw::SDW_ISA {
-
-inline void spin_pause(int& spins) {
-    // Stages are microseconds long. A wait much longer means that the partner has lost its core: give ours away.
-    if (++spins > 4000) {
-        std::this_thread::yield();
-        return;
-    }
-#if defined(__SSE__)
-    _mm_pause();
-#endif
-}
 
 class Team {
   public:
@@ -49,7 +32,11 @@ class Team {
             int spins = 0;
             while (phase_.load(std::memory_order_acquire) == phase) {
                 if (failed_.load(std::memory_order_relaxed)) throw Abandoned{};
-                spin_pause(spins);
+                // Stages are microseconds long. A wait much longer means that a member has lost its core: give it ours.
+                if (++spins > 4000)
+                    std::this_thread::yield();
+                else
+                    spin_pause();
             }
         }
     }
@@ -60,7 +47,7 @@ class Team {
     static void run(int threads, Body&& body) {
         Team team;
         std::exception_ptr error;
-        const auto work = [&](int member) {
+        auto work = [&](int member) {
             try {
                 body(member, team);
             } catch (const Abandoned&) {
@@ -68,23 +55,12 @@ class Team {
                 if (!team.failed_.exchange(true)) error = std::current_exception();
             }
         };
-        std::atomic<int> size{0};
-        std::vector<std::thread> others;
-        others.reserve(threads);
-        try {
-            for (int member = 1; member < threads; ++member) {
-                others.emplace_back([&, member] {
-                    int spins = 0;
-                    while (size.load(std::memory_order_acquire) == 0) spin_pause(spins);
-                    work(member);
-                });
-            }
-        } catch (const std::exception&) {  // no thread, or no memory for one
+        {
+            Workers workers(threads - 1);
+            team.size_ = workers.count() + 1;
+            workers.start([](void* member_work, int i) { (*static_cast<decltype(work)*>(member_work))(i); }, &work);
+            work(0);
         }
-        team.size_ = static_cast<int>(others.size()) + 1;
-        size.store(team.size_, std::memory_order_release);
-        work(0);
-        for (std::thread& other : others) other.join();
         if (error) std::rethrow_exception(error);
     }
 

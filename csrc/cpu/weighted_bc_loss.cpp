@@ -48,7 +48,7 @@ double loss_of(const WeightedBCLossParams& p, const std::vector<Phase>& table, f
     int64_t i = begin, row = begin / p.columns, phase = begin % p.columns;
     for (; i + kLanes <= end && row + kLanes <= p.rows; i += kLanes) {
         const Phase& now = table[phase];
-        const Vec weight = __builtin_shuffle(load_unaligned(p.weights + row), now.rows);
+        const Vec weight = permuted(load_unaligned(p.weights + row), now.rows);
         const Vec difference = load_unaligned(p.pred + i) - load_unaligned(p.target + i);
         const Vec error = weight == 0.0f ? Vec{} : difference;
         const Vec weighted = weight * error;

@@ -14,7 +14,7 @@ import torch
 from sdw_fast.ops._backend import _C, follow_torch, obstacle
 from sdw_fast.ops._knn_cuda import CudaKnnIndex
 from sdw_fast.ops._knn_frame import Frame
-from sdw_fast.ops._knn_search import Search
+from sdw_fast.ops._knn_search import NO_SELF, Rows, Search
 
 SLAB_BYTES = 1 << 30  # of a memory map, as floats, brought into memory at a time
 
@@ -87,6 +87,45 @@ def free_bytes(device: torch.device) -> int:
     """Memory that PyTorch can still hand out: free on the device, or kept and unused."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+class NeighborIndex:
+    """References ready to be searched several times, for those who merge answers of several indices.
+
+    Args:
+        references: (N, D) float32 or float64, contiguous, all of them in memory.
+        magnitude: Of the largest coordinate of all points.
+    """
+
+    def __init__(self, references: torch.Tensor, magnitude: float) -> None:
+        follow_torch()
+        self._kernel = CpuKernel() if references.device.type == "cpu" else CudaKernel(references.device)
+        self._frame = Frame(Rows(references), magnitude)
+        self._index = self._kernel.index(references, self._frame)
+        self.rows = len(references)
+
+    def self_join(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared distances (N, k) float64 and indices of the k nearest other rows, by distance, then index."""
+        return self._collect(self._index.self_join(k), k, self.rows)
+
+    def within(self, queries: torch.Tensor, k: int, reach: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of queries (M, D), among the rows whose squared distance is at most reach (M,) float64.
+
+        Where fewer than k are, the row ends with infinities at index -1. On a CUDA device nothing is gained by a reach.
+        """
+        arguments = (queries, self._frame.coordinates(queries), k, NO_SELF)
+        on_cpu = isinstance(self._kernel, CpuKernel)
+        join = self._index.join(*arguments, reach) if on_cpu else self._index.join(*arguments)
+        squared, found = self._collect(join, k, len(queries))
+        beyond = squared > reach[:, None]
+        return squared.masked_fill(beyond, torch.inf), found.masked_fill(beyond, -1)
+
+    def _collect(self, join: Any, k: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        squared = torch.empty((rows, k), dtype=torch.float64, device=self._kernel.device)
+        found = torch.empty((rows, k), dtype=torch.int64, device=self._kernel.device)
+        for row, distance, index in _answers(join, k, self._kernel):
+            squared[row], found[row] = distance, index
+        return squared, found
 
 
 def _search(search: Search, frame: Frame, kernel: CpuKernel | CudaKernel) -> None:

@@ -17,17 +17,27 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
 from sdw_fast.ops._backend import follow_torch
 
+try:  # what `torch.library` itself is made of, and has no public name
+    from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
+    from torch._C._functorch import is_legacy_batchedtensor
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
+    from torch.autograd.function import _SingleLevelFunction
+except ImportError as error:
+    raise ImportError(
+        f"sdw_fast registers its ops with parts of PyTorch that torch {torch.__version__} does not have ({error}): "
+        "install torch 2.13, with which it is tested, or a newer sdw_fast"
+    ) from error
+
 # From the gradient of the result, and which are wanted: the gradients of the differentiable inputs.
 Adjoint = Callable[[Tensor, Sequence[bool]], list[Tensor | None]]
 
-_library = torch.library.Library("sdw", "FRAGMENT")
+library = torch.library.Library("sdw", "FRAGMENT")
 
 
 class _Memory(bytearray):
@@ -99,8 +109,8 @@ def register(
     constants = list(inputs[differentiable:])
     arguments = ", ".join([*(f"Tensor {name}" for name in inputs), options])
     gradients = ", ".join(["Tensor"] * differentiable)
-    _library.define(f"{op}({arguments}, bool keep) -> (Tensor, Tensor)")
-    _library.define(f"{op}_backward(Tensor grad, Tensor note, {arguments}, bool[] wanted) -> ({gradients})")
+    library.define(f"{op}({arguments}, bool keep) -> (Tensor, Tensor)")
+    library.define(f"{op}_backward(Tensor grad, Tensor note, {arguments}, bool[] wanted) -> ({gradients})")
     forward_op = getattr(torch.ops.sdw, op).default
     backward_op = getattr(torch.ops.sdw, f"{op}_backward").default
 
@@ -140,7 +150,7 @@ def register(
             return (*(None for _ in wanted), *rest)
         note, *tensors = ctx.saved_tensors
         # What `is_grads_batched` batches looks like any tensor.
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+        batched = is_legacy_batchedtensor(grad)
         gradients = _several((backward_op if batched else call_backward)(grad, note, *tensors, *ctx.options, wanted))
         return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), *rest)
 
@@ -182,8 +192,8 @@ def register(
     )
     call_backward = _implement(backward_op, backward, fake_backward, save_again, differentiate_again)
     if problems:
-        torch.library.register_vmap(f"sdw::{op}", vmapped_forward, lib=_library)
-        torch.library.register_vmap(f"sdw::{op}_backward", vmapped_backward, lib=_library)
+        torch.library.register_vmap(f"sdw::{op}", vmapped_forward, lib=library)
+        torch.library.register_vmap(f"sdw::{op}_backward", vmapped_backward, lib=library)
     return call
 
 
@@ -205,7 +215,7 @@ def _implement(
     recorded: Callable[..., Any] = lambda *arguments: arguments,
     returned: Callable[[Any], Any] = lambda output: output,
 ) -> Callable[..., Any]:
-    """Registers an op of `_library`: what it computes, its shapes, and its derivative; returns how to call it.
+    """Registers an op of `library`: what it computes, its shapes, and its derivative; returns how to call it.
 
     What `torch.library.register_autograd` makes of a derivative fails under torch.func; a function of a single level,
     which PyTorch has for that, does not. `recorded` are the arguments with which the op runs where it is recorded,
@@ -214,7 +224,7 @@ def _implement(
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         # The function turns gradients off, for levels of torch.func below this one, too: on again for them.
-        with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        with _AutoDispatchBelowAutograd(), torch.enable_grad(), _set_fwd_grad_enabled(True):
             output = op(*recorded(*arguments))
         save(ctx, arguments, output)
         return output
@@ -240,7 +250,7 @@ def _implement(
         if _is_recorded(arguments):
             with enable_single_level_autograd_function():
                 return apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             return op(*arguments)
 
     def call(*arguments: Any) -> Any:
@@ -248,17 +258,17 @@ def _implement(
             return returned(op(*arguments))
         return apply_alone(*arguments) if _is_recorded(arguments) else returned(compute(*arguments))
 
-    _library.impl(op._opname, compute, "CompositeExplicitAutograd")
-    _library.impl(op._opname, autograd, "Autograd")
-    torch.library.register_fake(op.name(), fake, lib=_library)
+    library.impl(op._opname, compute, "CompositeExplicitAutograd")
+    library.impl(op._opname, autograd, "Autograd")
+    torch.library.register_fake(op.name(), fake, lib=library)
     return call
 
 
 def _alone(arguments: tuple[Any, ...]) -> bool:
     """Whether autograd at most looks on, no transform, tracer or subclass, so that no dispatcher is needed."""
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+    if _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0:
         return False
-    return all(type(x) in _PLAIN for x in arguments)
+    return _PLAIN.issuperset(map(type, arguments))
 
 
 _PLAIN = {Tensor, Parameter, list, tuple, int, float, bool, str}

@@ -12,6 +12,7 @@ import torch
 from sdw_fast.ops import _knn_faiss, _knn_native
 from sdw_fast.ops._backend import _C, obstacle, warn_once
 from sdw_fast.ops._knn_search import NO_SELF, Search, check_alike, checked_out, checked_rows
+from sdw_fast.ops._registration import library
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 Progress = Callable[[int, int], Any]
@@ -102,6 +103,8 @@ def knn(
             a backend that is unknown or does not take this data; the message says what is available.
         ImportError: backend "faiss" without FAISS.
     """
+    if torch.compiler.is_compiling() and isinstance(queries, torch.Tensor) and progress is None and out is None:
+        return torch.ops.sdw.knn(queries, references, k, backend)
     points, magnitude = checked_rows("queries", queries)
     others = points
     if references is not None:
@@ -178,3 +181,18 @@ def _checked_k(k: Any, rows: int, self_join: bool) -> int:
         reason = f"{rows} rows without the query itself" if self_join else f"{available} references"
         raise ValueError(f"knn: k must be between 1 and {available} ({reason}), got {k}")
     return int(k)
+
+
+def _op(queries: torch.Tensor, references: torch.Tensor | None, k: int, backend: str) -> tuple[torch.Tensor, ...]:
+    return knn(queries, references, k=k, backend=backend)
+
+
+def _result(queries: torch.Tensor, references: torch.Tensor | None, k: int, backend: str) -> tuple[torch.Tensor, ...]:
+    shape = queries.shape[0], k
+    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+library.define("knn(Tensor queries, Tensor? references, int k, str backend) -> (Tensor, Tensor)")
+library.impl("knn", _op, "CompositeExplicitAutograd")
+library.impl("knn", torch.library.fallthrough_kernel, "Autograd")  # no derivative: neighbors are constants
+torch.library.register_fake("sdw::knn", _result, lib=library)

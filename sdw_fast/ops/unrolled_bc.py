@@ -104,7 +104,7 @@ def unrolled_bc(
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or options are not as said.
-        MemoryError: a compiled backend's tape would not fit the memory available.
+        MemoryError: a compiled backend's tape would not fit the memory available; see `unrolled_bc_memory`.
     """
     params = list(params)
     check_head("unrolled_bc", head)
@@ -115,12 +115,7 @@ def unrolled_bc(
     else:
         problems = 1
         _check_problem(observations, actions, params)
-    if steps < 1:
-        raise ValueError(f"unrolled_bc: steps must be at least 1, got {steps}")
-    if window is not None and not 1 <= window <= steps:
-        raise ValueError(f"unrolled_bc: window must be between 1 and steps = {steps}, or None, got {window}")
-    if tape not in ("full", "recompute"):
-        raise ValueError(f"unrolled_bc: tape must be 'full' or 'recompute', got {tape!r}")
+    check_tape(steps, window, tape)
     if not 0 <= momentum < 1:
         raise ValueError(f"unrolled_bc: momentum must be in [0, 1), got {momentum}")
     check_precision("unrolled_bc", precision)
@@ -132,6 +127,16 @@ def unrolled_bc(
     options = layer_widths(params), head, steps, window or steps, float(momentum), recompute, ieee, resolved
     trained = _op(*data, *options, False)
     return unflatten(trained, params)
+
+
+def check_tape(steps: int, window: int | None, tape: str) -> None:
+    """Raises ValueError where they are not as `unrolled_bc` takes them."""
+    if not 1 <= steps < 1 << 63:
+        raise ValueError(f"unrolled_bc: steps must be at least 1 and below 2^63, got {steps}")
+    if window is not None and not 1 <= window <= steps:
+        raise ValueError(f"unrolled_bc: window must be between 1 and steps = {steps}, or None, got {window}")
+    if tape not in ("full", "recompute"):
+        raise ValueError(f"unrolled_bc: tape must be 'full' or 'recompute', got {tape!r}")
 
 
 def _check_problem(observations: Tensor, actions: Tensor, params: Sequence[Tensor]) -> None:

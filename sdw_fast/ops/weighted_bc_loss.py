@@ -77,8 +77,12 @@ def known(gradient: Tensor) -> Adjoint:
     """The adjoint of losses whose gradient is known, a row of it a loss: it is handed over without a copy."""
 
     def adjoint(grad_losses: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
-        factors = grad_losses.reshape(-1)
-        _scale(gradient.view(len(factors), -1), factors)
+        if grad_losses.dim() == 0 and not gradient.is_cuda:  # the common case, by a shorter way
+            if (factor := grad_losses.item()) != 1:
+                gradient.mul_(factor)
+        else:
+            factors = grad_losses.reshape(-1)
+            _scale(gradient.view(len(factors), -1), factors)
         return [gradient]
 
     return adjoint

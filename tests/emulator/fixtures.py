@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CORE = ROOT / "csrc"
 # -U: checked longjmp takes a change of stack for an attack.
-FLAGS = "-O2 -fPIC -fopenmp -std=c++17 -fvisibility=hidden -DSDW_WITH_CUDA -DSDW_EMULATE_CUDA -U_FORTIFY_SOURCE "
+FLAGS = "-O2 -fPIC -pthread -std=c++17 -fvisibility=hidden -DSDW_WITH_CUDA -DSDW_EMULATE_CUDA -U_FORTIFY_SOURCE "
 FLAGS += "-Wall -Wextra -Wshadow -Wno-unknown-pragmas"
 FLAGS += " -Werror" if os.environ.get("SDW_WERROR", "0") != "0" else ""
 GUARD = 256  # bytes behind every workspace
@@ -72,7 +72,7 @@ def emulated() -> ModuleType:
     path = cache / _digest(*objects) / f"sdw_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        _produce(path, ["-shared", "-fopenmp", *map(str, objects)])
+        _produce(path, ["-shared", "-pthread", *map(str, objects)])
     spec = importlib.util.spec_from_file_location("sdw_emulated", path)
     assert spec is not None
     assert spec.loader is not None

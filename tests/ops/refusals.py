@@ -1,11 +1,12 @@
 """Runs an op once for every request for memory or a thread that it makes of the system, with that request refused.
 
-    python refusals.py LIBRARY OP
-    python refusals.py LIBRARY forks
+    LD_PRELOAD=LIBRARY python refusals.py OP
+    LD_PRELOAD=LIBRARY python refusals.py forks
 
-LIBRARY is refusals.cpp, built. The op must raise MemoryError or, where only a thread was refused, give the same answer;
-and give that answer the next time in any case. Prints how many requests were refused, and how often it still answered.
-With "forks", forks while another thread frees memory, slowly, and prints how many children computed.
+LIBRARY is refusals.cpp, which `build` builds. The op must raise MemoryError or, where only a thread was refused, give
+the same answer; and give that answer the next time in any case. Each time in a forked child, which starts its own
+threads. Prints how many requests were refused, and how often it still answered. With "forks", forks while another
+thread frees memory, slowly, and prints how many children computed.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-LIBRARY = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before any other C++ library
+import torch
 
-import torch  # noqa: E402
+from sdw_fast import _C, ops, set_num_threads
 
-from sdw_fast import _C, ops, set_num_threads  # noqa: E402
-
+LIBRARY = ctypes.CDLL(None)  # of the names of this process, those of the library that was loaded first among them
 EACH = 50  # requests that are refused one by one; of those beyond, about as many in all
 FOREVER = 1 << 40
 
@@ -111,36 +114,77 @@ def forks() -> None:
     print(computed)
 
 
-def main() -> None:
+def build(folder: Path) -> Path:
+    """The library, built in a folder."""
+    path = folder / "refusals.so"
+    source = Path(__file__).with_suffix(".cpp")
+    compiler = [os.environ.get("CXX", "c++"), "-O1", "-fPIC", "-shared", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([*compiler, str(source), "-ldl", "-o", str(path)], check=True)
+    return path
+
+
+def refusing(op: str) -> tuple[int, Callable[[int], int]]:
+    """How many requests an op makes, and what refuses the n-th of them, from 1 on: how often it still answered."""
     torch.set_num_threads(1)
     set_num_threads(3)
     watch_the_core()
-    if sys.argv[2] == "forks":
-        return forks()
-    work = globals()[sys.argv[2]]()
+    work = globals()[op]()
     expected = work()
 
     def answers() -> bool:
         return all(torch.equal(a, b) for a, b in zip(work(), expected, strict=True))
 
-    LIBRARY.refuse(ctypes.c_long(0), ctypes.c_long(0))
-    assert answers()
-    requests = LIBRARY.requests()
+    def refuse(first: int, last: int) -> None:
+        LIBRARY.refuse(ctypes.c_long(first), ctypes.c_long(last))
+
+    def requests() -> int:
+        refuse(0, 0)
+        assert answers()
+        return LIBRARY.requests()
+
+    def answers_without(first: int, last: int) -> int:
+        refuse(first, last)
+        try:
+            same, answered = answers(), 1
+        except MemoryError:
+            same, answered = True, 0
+        assert same, f"another answer after request {first} was refused"
+        refuse(0, 0)
+        assert answers(), f"another answer, one call after request {first} was refused"
+        return answered
+
+    # This one alone, or memory is at an end.
+    return in_a_child(requests), lambda number: sum(
+        in_a_child(partial(answers_without, number, last)) for last in (number, FOREVER)
+    )
+
+
+def in_a_child(work: Callable[[], int]) -> int:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, str(work()).encode())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="ascii") as answer:
+        number = answer.read()
+    os.waitpid(child, 0)
+    if not number:
+        sys.exit("a child has failed")
+    return int(number)
+
+
+def main() -> None:
+    if sys.argv[1] == "forks":
+        torch.set_num_threads(1)
+        watch_the_core()
+        return forks()
+    requests, trial = refusing(sys.argv[1])
     numbers = [*range(1, min(requests, EACH) + 1), *range(EACH + 1, requests + 1, max(1, requests // EACH))]
-    answered = 0
-    for number in numbers:
-        for last in (number, FOREVER):  # this one alone, or memory is at an end
-            LIBRARY.refuse(ctypes.c_long(number), ctypes.c_long(last))
-            try:
-                same = answers()
-            except MemoryError:
-                pass
-            else:
-                assert same, f"another answer after request {number} was refused"
-                answered += 1
-            LIBRARY.refuse(ctypes.c_long(0), ctypes.c_long(0))
-            assert answers(), f"another answer, one call after request {number} was refused"
-    print(2 * len(numbers), answered)
+    print(2 * len(numbers), sum(map(trial, numbers)))
 
 
 if __name__ == "__main__":

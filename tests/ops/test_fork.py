@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from oracle import surface
+from calls import STATES, WORK, matching, neighbors, unrolled, weighted
 from torch.utils.data import DataLoader, Dataset
 
 from sdw_fast import get_num_threads, ops, set_num_threads
-from sdw_fast.density import knn_log_density
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork"),
@@ -22,42 +21,10 @@ pytestmark = [
 ]
 SECONDS = 60  # for what takes a tenth of one
 
-STATES = torch.from_numpy(surface(40_000, 8, 0))
-NETWORK = [
-    torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 8 for shape in ((64, 8), (64,), (2, 64), (2,))
-]
-
-
-def neighbors() -> torch.Tensor:
-    return ops.knn(STATES, k=3)[0]
-
-
-def unrolled() -> torch.Tensor:
-    params = [tensor.clone().requires_grad_() for tensor in NETWORK]
-    trained = ops.unrolled_bc(STATES[:256], STATES[:256, :2], params, steps=10, lr=0.1)
-    return torch.autograd.grad(sum(tensor.square().sum() for tensor in trained), params[0])[0]
-
-
-def matching() -> torch.Tensor:
-    params = [tensor.clone().requires_grad_() for tensor in NETWORK]
-    loss = ops.behavior_matching(params, STATES[:2_000], STATES[:2_000, :2], torch.ones(2_000))
-    return torch.autograd.grad(loss, params[0])[0]
-
-
-def weighted() -> torch.Tensor:
-    return ops.weighted_bc_loss(STATES, STATES + 1, torch.ones(len(STATES)))
-
-
-def density() -> torch.Tensor:
-    return knn_log_density(STATES)
-
 
 def flat_search() -> torch.Tensor:
     pytest.importorskip("faiss")
     return ops.knn(STATES[:2_000], k=3, backend="faiss")[0]
-
-
-WORK = [neighbors, unrolled, matching, weighted, density]
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +99,7 @@ class Neighborhoods(Dataset):
         return 4
 
     def __getitem__(self, part: int) -> torch.Tensor:
-        return ops.knn(STATES[part * 9_000 : part * 9_000 + 9_000], k=3)[0]
+        return ops.knn(STATES[part * 5_000 : part * 5_000 + 5_000], k=3)[0]
 
 
 def test_workers_of_a_data_loader() -> None:

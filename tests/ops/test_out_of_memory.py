@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import refusals
 
 import sdw_fast
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +20,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("replaces libstdc++'s functions as the loader of glibc allows")
     if os.environ.get("SDW_SANITIZE"):
         pytest.skip("sanitizers replace operator new themselves")
-    path = tmp_path_factory.mktemp("refusals") / "refusals.so"
-    compiler = [os.environ.get("CXX", "c++"), "-O1", "-fPIC", "-shared", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([*compiler, str(HERE / "refusals.cpp"), "-ldl", "-o", str(path)], check=True)
-    return path
+    return refusals.build(tmp_path_factory.mktemp("refusals"))
 
 
 def run(library: Path, what: str) -> list[int]:
-    command = [sys.executable, str(HERE / "refusals.py"), str(library), what]
-    package = {**os.environ, "PYTHONPATH": str(Path(sdw_fast.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=package)
+    package = {"PYTHONPATH": str(Path(sdw_fast.__file__).parents[1]), "LD_PRELOAD": str(library)}
+    command = [sys.executable, refusals.__file__, what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **package})
     assert done.returncode == 0, done.stderr
     return [int(number) for number in done.stdout.split()]
 

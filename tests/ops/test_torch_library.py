@@ -5,7 +5,7 @@ import torch
 from oracle import random_problem
 from torch.func import grad, jacrev, jvp, vmap
 
-from sdw_fast.ops import _registration, behavior_matching, unrolled_bc, weighted_bc_loss
+from sdw_fast.ops import _registration, behavior_matching, knn, unrolled_bc, weighted_bc_loss
 from sdw_fast.ops._mlp import flatten, layer_widths
 
 STEPS = {"steps": 4, "momentum": 0.5}
@@ -73,6 +73,13 @@ def test_opcheck_of_the_losses(problem, keep):
     opchecked(torch.ops.sdw.behavior_matching_backward.default, torch.ones(1), note, flat, *data, [True])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_of_knn(dtype):
+    points = torch.arange(12, dtype=dtype).reshape(6, 2)
+    opchecked(torch.ops.sdw.knn.default, points, None, 2, "auto")
+    opchecked(torch.ops.sdw.knn.default, points[:3], points, 2, "torch")
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_gradcheck_in_float64(problem, head):
     observations, actions, params, weights = (
@@ -104,10 +111,11 @@ def test_compiles_without_a_graph_break(problem, backend, monkeypatch):
     monkeypatch.setattr(_registration, "_noted", lambda *x: found.append(noted(*x)) or found[-1])
 
     def step(s, a):
+        distances = knn(s, k=2)[0]
         trained = unrolled_bc(s, a, params, lr=rate, backend=backend, **STEPS)
         loss = behavior_matching(trained, observations, actions, weights, backend=backend)
         loss = loss + weighted_bc_loss(s[:, :3], actions, weights, backend=backend)
-        return loss, s - 0.1 * trained[0].sum()
+        return loss * distances.mean(), s - 0.1 * trained[0].sum()
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):

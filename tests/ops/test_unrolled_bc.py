@@ -286,6 +286,17 @@ def test_compiled_runs_from_several_python_threads():
             assert equal(gradients, expected)
 
 
+@pytest.mark.parametrize(
+    ("tape", "steps"), [("full", 10**9), ("full", 2**63 - 1), ("recompute", 10**13), ("recompute", 2**63 - 1)]
+)
+def test_compiled_steps_beyond_all_memory_are_refused_before_they_are_counted(tape, steps):
+    """Even the list of so many steps would not fit: the process would be killed while it is made."""
+    observations, actions, params = random_problem((64, 64, 64), 512, 0, torch.float32)
+    observations.requires_grad_()
+    with pytest.raises(MemoryError, match=rf"tape of {steps} steps .* GiB"):
+        unrolled_bc(observations, actions, params, steps=steps, lr=0.1, tape=tape, backend="cpu")
+
+
 @pytest.mark.parametrize("problems", [(), (2,)])
 def test_compiled_tape_that_cannot_fit_is_refused_before_it_is_allocated(problems):
     observations, actions = torch.zeros(*problems, 4096, 4), torch.zeros(*problems, 4096, 4, requires_grad=True)
@@ -303,7 +314,7 @@ def test_emulated_too_deep_a_network_is_refused(cuda_on_cpu):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"steps": 0}, ValueError, "steps must be at least 1"),
+        *(({"steps": steps}, ValueError, "steps must be at least 1 and below") for steps in (0, 1 << 63)),
         ({"window": 4}, ValueError, "window must be between 1 and steps = 3"),
         ({"tape": "half"}, ValueError, "'full' or 'recompute'"),
         *(({"momentum": mu}, ValueError, r"momentum must be in \[0, 1\), got") for mu in (-0.1, 1.0)),

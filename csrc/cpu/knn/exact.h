@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -24,7 +25,7 @@ class Exact {
     void search_again(int query);
     void visit(int query, int level, int64_t pack);
     void scan_block(int query, int64_t block);
-    float threshold() const;
+    float threshold(int query) const;
     bool settled(uint32_t row) const;
     double distance_to(int query, uint32_t row) const {
         return squared_distance(group_.queries, group_.query_row[query], tree_.references, row);
@@ -45,9 +46,12 @@ void Exact::finish(int64_t* query, double* squared, int64_t* index) {
         else
             rank_list(q);
         query[q] = group_.query_row[q];
+        const double reach = group_.reach_of(q);
+        const auto found = static_cast<int64_t>(ranked_.size());
         for (int64_t i = 0; i < group_.k; ++i) {
-            squared[q * group_.k + i] = ranked_[i].first;
-            index[q * group_.k + i] = ranked_[i].second;
+            const bool counts = i < found && ranked_[i].first <= reach;
+            squared[q * group_.k + i] = counts ? ranked_[i].first : std::numeric_limits<double>::infinity();
+            index[q * group_.k + i] = counts ? static_cast<int64_t>(ranked_[i].second) : -1;
         }
     }
 }
@@ -74,20 +78,20 @@ void Exact::search_again(int q) {
 // Children by (distance, lowest index): among equal rows the first k are found first, and then no others are looked at.
 void Exact::visit(int q, int level, int64_t pack) {
     const float* y = group_.rows.get() + q * dims_;
-    const Block distances = box_distances(tree_.levels[level], pack, dims_, y, y, threshold());
+    const Block distances = box_distances(tree_.levels[level], pack, dims_, y, y, threshold(q));
     group_.work += 3 * dims_;
     const uint32_t* min_index = tree_.levels[level].min_index.data() + pack * kFan;
     alignas(64) float distance[kFan];
     store_block(distance, distances);
     int order[kFan];
     int n = 0;
-    for (uint32_t mask = not_above(distances, threshold()); mask; mask &= mask - 1) order[n++] = __builtin_ctz(mask);
+    for (uint32_t mask = not_above(distances, threshold(q)); mask; mask &= mask - 1) order[n++] = __builtin_ctz(mask);
     std::sort(order, order + n, [&](int a, int b) {
         return distance[a] < distance[b] || (distance[a] == distance[b] && min_index[a] < min_index[b]);
     });
     for (int i = 0; i < n; ++i) {
         const int lane = order[i];
-        if (distance[lane] > threshold()) break;
+        if (distance[lane] > threshold(q)) break;
         if (settled(min_index[lane])) continue;
         if (level == 0)
             scan_block(q, pack * kFan + lane);
@@ -106,7 +110,7 @@ void Exact::scan_block(int q, int64_t block) {
             sum.part[v] += difference * difference;
         }
     group_.work += dims_;
-    for (uint32_t mask = not_above(sum, threshold()); mask; mask &= mask - 1) {
+    for (uint32_t mask = not_above(sum, threshold(q)); mask; mask &= mask - 1) {
         const uint32_t row = tree_.row[block * kFan + __builtin_ctz(mask)];
         if (row == group_.self[q] || row == kNoRow || settled(row)) continue;
         const std::pair<double, uint32_t> found{distance_to(q, row), row};
@@ -119,9 +123,10 @@ void Exact::scan_block(int q, int64_t block) {
 }
 
 // Bounds the float squared distance of what can still be among the k best.
-float Exact::threshold() const {
-    if (static_cast<int64_t>(ranked_.size()) < group_.k) return kNone;
-    const double scaled = ranked_.back().first * tree_.scale * tree_.scale;
+float Exact::threshold(int q) const {
+    const bool full = static_cast<int64_t>(ranked_.size()) == group_.k;
+    const double scaled = (full ? ranked_.back().first : group_.reach_of(q)) * tree_.scale * tree_.scale;
+    if (scaled > kNone / 4) return kNone;
     return static_cast<float>(scaled * bounds_.widen * (1 + 1e-6)) + slack_;
 }
 

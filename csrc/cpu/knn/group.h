@@ -37,6 +37,7 @@ struct Group {
           dims(queries.dims),
           k(asked.k),
           self_offset(asked.self_offset),
+          reach(asked.reach),
           capacity((k + 5 + k / 8 + 7) / 8 * 8),
           stride(capacity + 8),
           rows(allocate<float>(kBatch * dims)),
@@ -53,11 +54,21 @@ struct Group {
     // Adds a candidate to the list of a query, whose threshold follows.
     inline void insert(int q, float squared, uint32_t place);
 
+    // The bound on a float squared distance that follows from the k-th one, or from the reach.
+    void set_threshold(int q, float squared) {
+        threshold[q] = bounds.widen * squared + slack[q];
+        product_threshold[q] = (threshold[q] - norm[q]) / 2;
+    }
+
+    // Squared distance in double beyond which no neighbor of a query counts.
+    double reach_of(int q) const { return reach ? reach[query_row[q]] : std::numeric_limits<double>::infinity(); }
+
     float largest_threshold() const;
 
     const Tree& tree;
     const KnnPoints queries;
     const int64_t dims, k, self_offset;
+    const double* reach;     // of every query, or none
     const int64_t capacity;  // of a list; a multiple of 8, with room beyond k
     const int64_t stride;    // capacity and 8 in front, the last of which is a sentinel
     KnnBounds bounds{};
@@ -103,6 +114,9 @@ void Group::take(const uint32_t* rows_, int count_, const KnnBounds& bounds_) {
         threshold[q] = q < count ? kNone : -1;
         product_threshold[q] = q < count ? kNone : -kNone;
         exact[q] = false;
+        // A reach in the units of the coordinates, where they can hold it, bounds the list from the start.
+        const double within = reach_of(q) * tree.scale * tree.scale * (1 + 1e-6);
+        if (q < count && within < kNone / 4) set_threshold(q, static_cast<float>(within));
         std::fill(list(q) - 8, list(q), std::numeric_limits<int64_t>::min());
         std::fill(list(q), list(q) + capacity, make_key(kNone, kNoRow));
         dropped[q] = std::numeric_limits<int64_t>::max();
@@ -121,10 +135,7 @@ inline void Group::insert(int q, float squared, uint32_t place) {
         for (int i = 0; i < 8; ++i) keys[at + i] = std::min(keys[at + i], shifted[i]);
     }
     const float kth = key_distance(keys[k - 1]);
-    if (kth < kNone) {
-        threshold[q] = bounds.widen * kth + slack[q];
-        product_threshold[q] = (threshold[q] - norm[q]) / 2;
-    }
+    if (kth < kNone) set_threshold(q, kth);
 }
 
 float Group::largest_threshold() const {

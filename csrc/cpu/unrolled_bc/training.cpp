@@ -124,27 +124,41 @@ namespace {
 
 using namespace unrolled;
 
-std::string gibibytes(size_t bytes) {
+std::string gibibytes(double bytes) {
     char text[32];
-    std::snprintf(text, sizeof text, "%.2f GiB", static_cast<double>(bytes) / (1 << 30));
+    std::snprintf(text, sizeof text, "%.2f GiB", bytes / (1 << 30));
     return text;
+}
+
+// The bytes of a layout and of its entries, from those of its smallest likes: the entries of very many steps would
+// exhaust the memory before they are counted. In floating point, as they may be more than an integer holds.
+double predicted_bytes(const Mlp& mlp, const Plan& plan) {
+    const auto with = [&](int64_t length, int64_t segments) {
+        Plan small = plan;
+        small.length = length;
+        small.segments = segments;
+        return static_cast<double>(Layout(mlp, small, nullptr).bytes);
+    };
+    const double base = with(1, 1), step = with(2, 1) - base, start = (with(1, 2) - base) / 2;
+    const double entry = sizeof(Step) + sizeof(Start) + 8.0 * static_cast<double>(mlp.layers + 1) * sizeof(Matrix);
+    return base + (step + entry) * static_cast<double>(plan.length) +
+           (plan.segments > 1 ? (start + entry) * static_cast<double>(plan.segments) : 0.0);
 }
 
 // The bytes of one problem's tape; throws if the machine does not have them for all that are kept.
 size_t checked_bytes(const UnrolledBCParams& params) {
     const Mlp mlp(params.widths, params.rows);
     const Plan plan(params, params.recompute);
-    const int64_t tapes = params.keep_tape ? params.problems : 1;
-    const size_t bytes = Layout(mlp, plan, nullptr).bytes, available = available_memory();
-    if (tapes * bytes <= available) return bytes;
+    const double tapes = params.keep_tape ? static_cast<double>(params.problems) : 1.0;
+    const double needed = tapes * predicted_bytes(mlp, plan), available = static_cast<double>(available_memory());
+    if (needed <= available) return Layout(mlp, plan, nullptr).bytes;
     std::string message = "unrolled_bc: the tape of " + std::to_string(plan.window) + " steps with " +
                           std::to_string(params.rows) + " rows" +
-                          (tapes > 1 ? " for " + std::to_string(tapes) + " problems" : "") + " needs " +
-                          gibibytes(tapes * bytes) + " and " + gibibytes(available) + " are available; ";
+                          (tapes > 1 ? " for " + std::to_string(params.problems) + " problems" : "") + " needs " +
+                          gibibytes(needed) + " and " + gibibytes(available) + " are available; ";
     if (plan.keep && !params.recompute)
-        message +=
-            "tape=\"recompute\" needs " + gibibytes(tapes * Layout(mlp, Plan(params, true), nullptr).bytes) + ", and ";
-    throw OutOfMemory(message + "a smaller window or fewer rows need less");
+        message += "tape=\"recompute\" needs " + gibibytes(tapes * predicted_bytes(mlp, Plan(params, true))) + ", and ";
+    throw OutOfMemory(message + "a smaller window or fewer rows need less (ops.unrolled_bc_memory says how much)");
 }
 
 class Tape final : public UnrolledBCTape {
@@ -156,6 +170,11 @@ class Tape final : public UnrolledBCTape {
 };
 
 }  // namespace
+
+size_t unrolled_bc_cpu_memory(const UnrolledBCParams& params) {
+    const Plan plan(params, params.recompute);
+    return (plan.keep ? params.problems : 1) * Layout(Mlp(params.widths, params.rows), plan, nullptr).bytes;
+}
 
 std::unique_ptr<UnrolledBCTape> unrolled_bc_cpu(const UnrolledBCParams& params) {
     const size_t bytes = checked_bytes(params);

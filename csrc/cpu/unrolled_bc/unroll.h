@@ -31,7 +31,7 @@ struct Plan {
     explicit Plan(const UnrolledBCParams& params, bool recompute)
         : keep(params.keep_tape), window(keep ? params.window : 1), length(window) {
         if (recompute) length = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(window))));
-        segments = (window + length - 1) / length;
+        segments = (window - 1) / length + 1;
     }
     int64_t steps(int64_t segment) const { return std::min(length, window - segment * length); }
 };

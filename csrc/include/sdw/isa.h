@@ -18,7 +18,7 @@ Isa active_isa();
 
 const char* isa_name(Isa isa);
 
-// Threads that a kernel uses. The default follows OMP_NUM_THREADS and the processor count.
+// Threads that a kernel uses at most; 1 until set.
 int num_threads();
 void set_num_threads(int threads);  // throws std::invalid_argument if threads < 1
 

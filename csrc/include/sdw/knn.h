@@ -43,7 +43,10 @@ struct KnnParams {
     int64_t* index = nullptr;   // (rows, k) rows of the references
 
     // CPU.
-    double scale = 1;          // of the coordinates, a power of two
+    double scale = 1;  // of the coordinates, a power of two
+    const double* reach =
+        nullptr;               // (queries.rows,) squared distance of each query beyond which no neighbor counts; the
+                               // answer ends with infinities and rows -1 where fewer than k lie within; none: all
     int64_t* query = nullptr;  // (rows,) which query each row of the answer belongs to
 
     // CUDA. References and queries lie in the order of a kd-tree over their coordinates, each widened with zeros to

@@ -57,6 +57,9 @@ class UnrolledBCTape {
 // before it allocates anything if that cannot fit.
 std::unique_ptr<UnrolledBCTape> unrolled_bc_cpu(const UnrolledBCParams& params);
 
+// Bytes of the tapes that unrolled_bc_cpu would hold; looks at no pointer.
+size_t unrolled_bc_cpu_memory(const UnrolledBCParams& params);
+
 // The same, enqueued on the stream: waits for nothing and allocates no device memory. The tape lies in the workspace.
 std::unique_ptr<UnrolledBCTape> unrolled_bc_cuda(const UnrolledBCParams& params);
 

@@ -1,0 +1,31 @@
+// The kernels' threads.
+#pragma once
+
+namespace sdw {
+
+// Some of the process's workers, taken for one piece of work. A worker is a thread that is started when first needed
+// and then kept: idle, it looks for work for some tens of microseconds and then sleeps, as PyTorch's own threads need
+// the cores. Calls in several threads, and calls within calls, have workers of their own. A forked child starts new
+// ones.
+class Workers {
+  public:
+    // Takes `wanted` workers, or as many as the system has memory and threads for.
+    explicit Workers(int wanted);
+    // Waits until each has done its work.
+    ~Workers();
+    Workers(const Workers&) = delete;
+    Workers& operator=(const Workers&) = delete;
+
+    int count() const { return count_; }
+
+    // Calls work(argument, i) once in each worker i = 1 … count(). It must not throw.
+    void start(void (*work)(void* argument, int i), void* argument);
+
+    struct Worker;
+
+  private:
+    Worker* first_ = nullptr;  // of a list
+    int count_ = 0;
+};
+
+}  // namespace sdw

@@ -105,10 +105,10 @@ TASKS = {
         },
         steps=100_000,
     ),
-    "ant": Task("Ant-v5", 150),
-    "humanoid": Task("Humanoid-v5", 150),
-    "maze": Task("gymnasium_robotics:PointMaze_UMazeDense-v3", 45),
-    "hand": Task("gymnasium_robotics:AdroitHandDoor-v1", 60),
+    "ant": Task("Ant-v5", 90),
+    "humanoid": Task("Humanoid-v5", 90),
+    "maze": Task("gymnasium_robotics:PointMaze_UMazeDense-v3", 40),
+    "hand": Task("gymnasium_robotics:AdroitHandDoor-v1", 50),
 }
 
 

@@ -55,7 +55,7 @@ def test_several_runs_in_one_picture(two_runs: Path, tmp_path: Path, monkeypatch
         ("distill", ["--density-method", "flow", "--k", "5"], "--k would have no effect: density_method flow"),
         ("distill", ["--objective", "av-pbc", "--k", "5"], "--k would have no effect: objective av-pbc has no density"),
         ("distill", ["--no-density", "--clip", "0.5"], "--clip would have no effect: objective sdw has no density"),
-        ("distill", ["--objective", "pbc", "--beta", "0.1"], "--beta would have no effect"),
+        ("distill", ["--objective", "pbc", "--value-weights", "paper"], "--value-weights would have no effect"),
         ("distill", ["--eval-clones", "2"], "--eval-clones would have no effect: eval_every is 0"),
         ("distill", ["--objective", "dbc", "--teacher", "t.safetensors"], "--teacher would have no effect"),
         ("train-teacher", ["--algorithm", "iql", "--alpha", "1"], "--alpha would have no effect: algorithm iql"),

@@ -35,6 +35,7 @@ DEFAULTS = {
     "precision": "tf32",
     "steps": 5_000,
     "batch_size": 2_560,
+    "initializations": None,
     "optimizer": "adam",
     "lr": 0.03,
     "schedule": "cosine",

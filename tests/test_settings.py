@@ -37,6 +37,7 @@ OTHER: dict[str, Any] = {
     "window": 2,
     "steps": 9,
     "batch_size": 65,
+    "initializations": 2,
     "optimizer": "sgd",
     "lr": 0.02,
     "schedule": "constant",

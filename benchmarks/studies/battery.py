@@ -4,10 +4,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.studies.battery --only 'ant/'       # some; a name is <task>/<method>
     python -m benchmarks.studies.battery --tables            # prints the table and fills docs/environments.md
 
-Policies are trained and datasets recorded first (`recordings.py`) into runs/battery; about half an hour of one core,
-and as much again for the rows. A row a recording, and a row a task and method, go to results/battery.jsonl; rows that
-were made with the settings of now are not made again, and a task whose recording has a row but no files is recorded
-again.
+Policies are trained and datasets recorded first (`recordings.py`) into runs/battery; all takes an hour of one core. A
+row a recording, and a row a task and method, go to results/battery.jsonl. Rows that were made with the settings of now
+are not made again; a task whose recording has a row but no files is recorded again.
 
 The score of a method is (its return − random) / (cloning on all data − random): the random policy's return is 0,
 that of cloning on all data 1. What the package refuses or warns of is kept in the row, so that no failure is silent.

@@ -4,7 +4,7 @@ What is not named here lies in the module that its name says: `sdw_fast.density`
 `sdw_fast.units`, `sdw_fast.run`, and the ops in `sdw_fast.ops`. Importing needs numpy and torch only.
 """
 
-from sdw_fast import data, density, diversity, ops, run, units
+from sdw_fast import data, density, distributed, diversity, ops, run, units
 from sdw_fast.config import DistillConfig
 from sdw_fast.data import TransitionDataset
 from sdw_fast.density import density_weights, log_density
@@ -54,6 +54,7 @@ __all__ = [  # noqa: RUF022 (in the order of use)
     # modules
     "data",
     "density",
+    "distributed",
     "diversity",
     "ops",
     "run",

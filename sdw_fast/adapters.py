@@ -84,7 +84,8 @@ class Sb3DiscreteActor(nn.Module):
 
     def __init__(self, policy: nn.Module, limit: float) -> None:
         super().__init__()
-        self.policy, self.limit = policy, limit
+        self.policy: Any = policy
+        self.limit = limit
 
     def forward(self, states: Tensor) -> Tensor:
         states = states.clamp(-self.limit, self.limit)

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from sdw_fast.batches import Draws, OuterBatches
 from sdw_fast.config import DistillConfig
 from sdw_fast.files import damage_named
-from sdw_fast.identity import identity, refuse_other
+from sdw_fast.identity import identity, refuse_other, tell_of_rounding
 from sdw_fast.inner import InnerLoop
 from sdw_fast.objectives import OuterProblem
 from sdw_fast.ranks import Ranks, ranked
@@ -289,12 +288,7 @@ class Distiller:
         self.rounding = copy.deepcopy(state["rounding"])
         if rounding:
             self.rounding.append({"from_step": self.iteration, **rounding})
-            changes = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in rounding.items())
-            warnings.warn(
-                f"the run goes on from step {self.iteration} with other rounding ({changes}): its result is as good, "
-                "and not the same bits",
-                stacklevel=2,
-            )
+            tell_of_rounding(self.iteration, rounding)
 
     def _take_over(self, state: dict[str, Any]) -> None:
         with torch.no_grad():

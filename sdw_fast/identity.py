@@ -7,6 +7,7 @@ their rows.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +87,16 @@ def refuse_other(state: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the checkpoint was made with other settings of {differing}{hint}")
     _check_numbers(state, own)
     return rounding
+
+
+def tell_of_rounding(step: int, rounding: dict[str, Any]) -> None:
+    """Warns that a run goes on from a step with what `refuse_other` found to differ."""
+    changes = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in rounding.items())
+    warnings.warn(
+        f"the run goes on from step {step} with other rounding ({changes}): its result is as good, and not the same "
+        "bits",
+        stacklevel=3,
+    )
 
 
 def _agree(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_cli import TINY, dataset, printed, run  # noqa: F401
+from test_cli import TINY, printed, run
 
 import sdw_fast as sdw
 from sdw_fast.folder import find_runs
 
 
 @pytest.fixture(scope="module")
-def two_runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def two_runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two runs, the second one of two sets."""
     folder = tmp_path_factory.mktemp("runs")
     assert run("distill", dataset, *TINY, "--steps", 2, "--out", folder / "one").exit_code == 0
@@ -90,7 +90,7 @@ def test_a_saved_policy_is_evaluated(two_runs: Path, toy_env: str, tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["plot", "report"])
 @pytest.mark.parametrize("damage", ["", "{}", '{"step": 1}', '{"config": [], "dataset": 3}'])
-def test_damaged_runs_get_one_sentence(dataset: Path, tmp_path: Path, command: str, damage: str) -> None:  # noqa: F811
+def test_damaged_runs_get_one_sentence(dataset: Path, tmp_path: Path, command: str, damage: str) -> None:
     """Any of a run's files may be damaged; no traceback follows."""
     assert run("distill", dataset, *TINY, "--steps", 1, "--out", tmp_path / "run").exit_code == 0
     for name in ("config.json", "metrics.jsonl", "best.npz"):

@@ -2,17 +2,24 @@
 
 python -m benchmarks.studies.ranks knn copies:states.npy --rows 1e6 --ranks 1 2
 python -m benchmarks.studies.ranks knn surface:17 --rows 1e5 --ranks 1 2 4 8
+python -m benchmarks.studies.ranks default reference --ranks 1 2
 
-One rank is `sdw_fast.ops.knn` with one thread. Seconds are those of the wall clock, and CPU seconds of the busiest
-rank, which other work on the machine disturbs less; a row a number of ranks goes to results/ranks.jsonl.
+Steps are those of random data, with one initialization a rank: R ranks do R times the work of one, and the figure is
+initializations a second. Their share of waiting is the all-reduce, which includes waiting for the slowest rank.
+
+Neighbors by one rank are `sdw_fast.ops.knn` with one thread. Seconds are those of the wall clock, and CPU seconds of
+the busiest rank, which other work on the machine disturbs less; a row a number of ranks goes to results/ranks.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +55,55 @@ def neighbors(rank: int, size: int, folder: Path, name: str, rows: int) -> None:
     torch.save(figures, folder / f"{rank}.pt")
 
 
-def measured(size: int, name: str, rows: int) -> dict[str, Any]:
+SHAPES: dict[str, dict[str, Any]] = {"default": {}, "reference": {"inner_width": None, "inner_momentum": 0.0}}
+STEPS = 20
+
+
+def steps(rank: int, size: int, folder: Path, name: str, rows: int) -> None:
+    """Outer steps of a shape on `rows` random states, after two that warm up."""
+    one_thread()
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    rng = np.random.default_rng(0)
+    states, ends = rng.standard_normal((rows, 17), dtype=np.float32), np.arange(rows) % 1000 == 999
+    columns = {"observations": states, "actions": np.tanh(states[:, :6]), "terminations": ends}
+    data = sdw.load_dataset({**columns, "rewards": np.ones(rows), "truncations": np.zeros(rows, bool)})
+    config = sdw.DistillConfig(objective="dbc", select="last", adapt_inner_lr=False, **SHAPES[name])
+    problem = sdw.outer_problem(data, None, config)
+    distiller = sdw.Distiller(problem, sdw.real_pairs(data, config.size), config)
+    waited = 0.0
+    if distiller._ranks:
+        add = distiller._ranks.add
+
+        def timed_add(tensors: list[torch.Tensor]) -> None:
+            nonlocal waited
+            began = time.perf_counter()
+            add(tensors)
+            waited += time.perf_counter() - began
+
+        distiller._ranks.add = timed_add  # type: ignore[method-assign]
+    for _ in range(2):
+        distiller.step()
+    waited, began, cpu = 0.0, time.perf_counter(), time.process_time()
+    for _ in range(STEPS):
+        distiller.step()
+    seconds = time.perf_counter() - began
+    figures = {"seconds": seconds / STEPS, "cpu": (time.process_time() - cpu) / STEPS, "waiting": waited / seconds}
+    torch.save(figures, folder / f"{rank}.pt")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def measured(work: Callable[..., None], size: int, name: str, rows: int) -> dict[str, Any]:
     """Of all ranks: the slowest's seconds, the mean share of queries that travelled, and megabytes sent."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(neighbors, (size, Path(folder), name, rows), nprocs=size)
+        mp.spawn(work, (size, Path(folder), name, rows), nprocs=size)
         figures = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(size)]
     result = {key: round(max(each[key] for each in figures), 3) for key in ("seconds", "cpu")}
-    if size > 1:
+    if work is steps:
+        result["waiting"] = round(max(each["waiting"] for each in figures), 4)
+        result["initializations_per_second"] = round(size / result["seconds"], 2)
+    elif size > 1:
         result["travelled"] = round(float(np.mean([each["share"] for each in figures])), 4)
         result["megabytes"] = round(sum(each["bytes"] for each in figures) / 1e6, 1)
     return result
@@ -62,20 +111,21 @@ def measured(size: int, name: str, rows: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["knn"])
-    parser.add_argument("source", help="as benchmarks.bench_knn takes it")
+    parser.add_argument(
+        "what", nargs="+", metavar="WHAT", help="knn SOURCE, as benchmarks.bench_knn takes it; or shapes"
+    )
     parser.add_argument("--rows", type=float, default=1e5)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    label = Path(options.source).stem if options.source.endswith(".npy") else options.source
-    for _ in range(options.repeats):
-        for size in options.ranks:
-            row = {"study": "knn", "source": label, "rows": int(options.rows), "ranks": size}
-            row |= measured(size, options.source, int(options.rows))
-            print(row, flush=True)
-            append(RESULTS / "ranks.jsonl", {**row, **origin()})
+    work, names = (neighbors, options.what[1:]) if options.what[0] == "knn" else (steps, options.what)
+    for _, name, size in itertools.product(range(options.repeats), names, options.ranks):
+        label = re.sub(r"[^:]*/", "", name) if name.endswith(".npy") else name
+        row = {"study": work.__name__, "source": label, "rows": int(options.rows), "ranks": size}
+        row |= measured(work, size, name, int(options.rows))
+        print(row, flush=True)
+        append(RESULTS / "ranks.jsonl", {**row, **origin()})
 
 
 if __name__ == "__main__":

@@ -95,3 +95,26 @@ def check_rows(op: str, **matrices: Tensor) -> None:
         raise ValueError(f"{op}: expected non-empty matrices (rows, columns), got {shapes}")
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise ValueError(f"{op}: expected the same number of rows, got {shapes}")
+
+
+def check_tape(steps: int, window: int | None, tape: str) -> None:
+    """Raises ValueError where they are not as `unrolled_bc` takes them."""
+    if not 1 <= steps < 1 << 63:
+        raise ValueError(f"unrolled_bc: steps must be at least 1 and below 2^63, got {steps}")
+    if window is not None and not 1 <= window <= steps:
+        raise ValueError(f"unrolled_bc: window must be between 1 and steps = {steps}, or None, got {window}")
+    if tape not in ("full", "recompute"):
+        raise ValueError(f"unrolled_bc: tape must be 'full' or 'recompute', got {tape!r}")
+
+
+def learning_rates(lr: float | Tensor, observations: Tensor, batched: bool) -> Tensor:
+    """Returns α of each problem, (R,), with the dtype and device of the observations."""
+    problems = len(observations) if batched else 1
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 and not (batched and lr.shape == (problems,)):
+            expected = "a float, a scalar tensor or a tensor (R,)" if batched else "a float or a scalar tensor"
+            raise ValueError(f"unrolled_bc: lr must be {expected}, got shape {tuple(lr.shape)}")
+        return lr.to(observations).reshape(-1).expand(problems)
+    if not abs(lr) <= torch.finfo(observations.dtype).max:
+        raise ValueError(f"unrolled_bc: lr must be finite in {observations.dtype}, got {lr}")
+    return observations.new_full((problems,), lr)

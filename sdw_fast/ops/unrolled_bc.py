@@ -38,8 +38,10 @@ from sdw_fast.ops._mlp import (
     check_mlp,
     check_problems,
     check_rows,
+    check_tape,
     flatten,
     layer_widths,
+    learning_rates,
     mlp_activations,
     unflatten,
 )
@@ -120,7 +122,7 @@ def unrolled_bc(
         raise ValueError(f"unrolled_bc: momentum must be in [0, 1), got {momentum}")
     check_precision("unrolled_bc", precision)
     resolved = resolve_backend("unrolled_bc", backend, [observations, actions, *params])
-    data = [_rates(lr, observations, batched)]  # (R,)
+    data = [learning_rates(lr, observations, batched)]  # (R,)
     data += [tensor if batched else tensor[None] for tensor in (observations, actions)]
     data += [flatten(params, problems)]
     recompute, ieee = tape == "recompute", precision == "ieee"
@@ -129,33 +131,10 @@ def unrolled_bc(
     return unflatten(trained, params)
 
 
-def check_tape(steps: int, window: int | None, tape: str) -> None:
-    """Raises ValueError where they are not as `unrolled_bc` takes them."""
-    if not 1 <= steps < 1 << 63:
-        raise ValueError(f"unrolled_bc: steps must be at least 1 and below 2^63, got {steps}")
-    if window is not None and not 1 <= window <= steps:
-        raise ValueError(f"unrolled_bc: window must be between 1 and steps = {steps}, or None, got {window}")
-    if tape not in ("full", "recompute"):
-        raise ValueError(f"unrolled_bc: tape must be 'full' or 'recompute', got {tape!r}")
-
-
 def _check_problem(observations: Tensor, actions: Tensor, params: Sequence[Tensor]) -> None:
     check_floating("unrolled_bc", observations=observations, actions=actions)
     check_rows("unrolled_bc", observations=observations, actions=actions)
     check_mlp("unrolled_bc", params, observations, actions)
-
-
-def _rates(lr: float | Tensor, observations: Tensor, batched: bool) -> Tensor:
-    """Returns α of each problem, (R,), with the dtype and device of the observations."""
-    problems = len(observations) if batched else 1
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 and not (batched and lr.shape == (problems,)):
-            expected = "a float, a scalar tensor or a tensor (R,)" if batched else "a float or a scalar tensor"
-            raise ValueError(f"unrolled_bc: lr must be {expected}, got shape {tuple(lr.shape)}")
-        return lr.to(observations).reshape(-1).expand(problems)
-    if not abs(lr) <= torch.finfo(observations.dtype).max:
-        raise ValueError(f"unrolled_bc: lr must be finite in {observations.dtype}, got {lr}")
-    return observations.new_full((problems,), lr)
 
 
 class _Schedule(NamedTuple):

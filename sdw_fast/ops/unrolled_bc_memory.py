@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdw_fast.ops._backend import _C
-from sdw_fast.ops.unrolled_bc import check_tape
+from sdw_fast.ops._mlp import check_tape
 
 
 def unrolled_bc_memory(

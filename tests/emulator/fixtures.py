@@ -5,6 +5,7 @@ Without a GPU the CUDA kernels are compiled by the host compiler, every CUDA thr
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -67,12 +68,14 @@ def emulated() -> ModuleType:
     not_emulated = {CORE / "cuda" / "device.cu", CORE / "bindings" / "module.cpp", CORE / "bindings" / "runtime.cpp"}
     cache = Path(tempfile.gettempdir()) / f"sdw_emulated_{os.getuid()}"
     cache.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _compile(source, cache), sorted(set(sources) - not_emulated)))
-    path = cache / _digest(*objects) / f"sdw_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        _produce(path, ["-shared", "-pthread", *map(str, objects)])
+    with (cache / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes one compiles
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: _compile(source, cache), sorted(set(sources) - not_emulated)))
+        path = cache / _digest(*objects) / f"sdw_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            _produce(path, ["-shared", "-pthread", *map(str, objects)])
     spec = importlib.util.spec_from_file_location("sdw_emulated", path)
     assert spec is not None
     assert spec.loader is not None

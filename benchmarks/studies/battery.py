@@ -1,8 +1,8 @@
 """The battery: one set of defaults on thirteen environments, beside cloning on all data. Extra packages: ".[bench]".
 
-    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery                     # makes what is missing, fills docs/environments.md
-    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery --only 'ant/'       # some; a name is <task>/<method>
-    python -m benchmarks.studies.battery --tables            # prints the table and fills the page, no more
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery                # makes what is missing, fills the page
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery --only 'ant/'  # some; a name is <task>/<method>
+    python -m benchmarks.studies.battery --tables       # prints the table and fills docs/environments.md, no more
 
 Policies are trained and datasets recorded first (`recordings.py`) into runs/battery; all takes an hour of one core. A
 row a recording, and a row a task and method, go to results/battery.jsonl. Rows that were made with the settings of now
@@ -204,9 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="only the rows whose name matches")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where models and datasets lie (%(default)s)")
-    parser.add_argument(
-        "--tables", action="store_true", help="make nothing; print the table and fill docs/environments.md"
-    )
+    parser.add_argument("--tables", action="store_true", help="make nothing; print the table, fill the page")
     options = parser.parse_args()
     work.one_thread()
     recordings.use(options.folder)

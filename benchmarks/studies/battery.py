@@ -1,13 +1,12 @@
 """The battery: one set of defaults on thirteen environments, beside cloning on all data. Extra packages: ".[bench]".
 
-    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery                     # what is missing: recordings, then rows
-    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery --only 'ant/'       # some; a name is <task>/<method>
-    python -m benchmarks.studies.battery --tables            # prints the table and fills docs/environments.md
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery                # makes what is missing, fills the page
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery --only 'ant/'  # some; a name is <task>/<method>
+    python -m benchmarks.studies.battery --tables       # prints the table and fills docs/environments.md, no more
 
-Policies are trained and datasets recorded first (`recordings.py`) into runs/battery; about half an hour of one core,
-and as much again for the rows. A row a recording, and a row a task and method, go to results/battery.jsonl; rows that
-were made with the settings of now are not made again, and a task whose recording has a row but no files is recorded
-again.
+Policies are trained and datasets recorded first (`recordings.py`) into runs/battery; all takes an hour of one core. A
+row a recording, and a row a task and method, go to results/battery.jsonl. Rows that were made with the settings of now
+are not made again; a task whose recording has a row but no files is recorded again.
 
 The score of a method is (its return − random) / (cloning on all data − random): the random policy's return is 0,
 that of cloning on all data 1. What the package refuses or warns of is kept in the row, so that no failure is silent.
@@ -205,15 +204,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="only the rows whose name matches")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where models and datasets lie (%(default)s)")
-    parser.add_argument("--tables", action="store_true", help="print the table, fill docs/environments.md, and stop")
+    parser.add_argument("--tables", action="store_true", help="make nothing; print the table, fill the page")
     options = parser.parse_args()
-    if options.tables:
-        print(results_table(results()))
-        write_page()
-        return
     work.one_thread()
     recordings.use(options.folder)
-    for task in TASKS:
+    for task in () if options.tables else TASKS:
         names = {method: f"{task}/{method}" for method in (RECORDING, *METHODS)}
         chosen = [method for method, name in names.items() if re.search(options.only, name)]
         missing = [method for method in chosen if (task, method) not in results()]
@@ -222,6 +217,7 @@ def main() -> None:
         for method in filter(METHODS.__contains__, missing):
             measure((task, method), options.folder)
     print(results_table(results()))
+    write_page()
 
 
 if __name__ == "__main__":

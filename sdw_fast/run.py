@@ -154,10 +154,10 @@ def run(
         return distiller.iteration % every == 0 or distiller.iteration == config.steps
 
     with contextlib.ExitStack() as opened:
-        interrupted = opened.enter_context(deferred_interrupt())
+        interrupted = here = opened.enter_context(deferred_interrupt())
         ranks = Ranks() if ranked() else None
         if ranks:
-            interrupted = ranks.any_of(interrupted)
+            interrupted = ranks.any_of(here)  # asked once a step, on every rank
             if ranks.rank:
                 return _follow(distiller, ranks, interrupted)
 
@@ -174,11 +174,10 @@ def run(
         while distiller.iteration < config.steps:
             began = time.perf_counter()
             pending.append(distiller.advance())
-            stop = interrupted()
             evaluating = bool(config.eval_every) and due(config.eval_every)
             looking = config.select != "last" and due(HELD_OUT_EVERY)
             saving = folder is not None and due(config.checkpoint_every)
-            wait = not distiller.runs_ahead or callback is not None or stop
+            wait = not distiller.runs_ahead or ranks is not None or callback is not None or here()
             wait = wait or evaluating or looking or saving
             if not wait and len(pending) < FETCH_EVERY and distiller.iteration < config.steps:
                 seconds += time.perf_counter() - began
@@ -200,6 +199,7 @@ def run(
             bar.update(len(steps))
             if callback:
                 callback(distiller, steps[-1])
+            stop = interrupted()
             if folder and (stop or saving):
                 folder.checkpoint(distiller, best.by, best.scores)
             if stop:

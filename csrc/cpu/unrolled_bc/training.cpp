@@ -173,7 +173,8 @@ class Tape final : public UnrolledBCTape {
 
 size_t unrolled_bc_cpu_memory(const UnrolledBCParams& params) {
     const Plan plan(params, params.recompute);
-    return (plan.keep ? params.problems : 1) * Layout(Mlp(params.widths, params.rows), plan, nullptr).bytes;
+    const double tapes = plan.keep ? static_cast<double>(params.problems) : 1.0;
+    return static_cast<size_t>(tapes * predicted_bytes(Mlp(params.widths, params.rows), plan));
 }
 
 std::unique_ptr<UnrolledBCTape> unrolled_bc_cpu(const UnrolledBCParams& params) {

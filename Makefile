@@ -44,7 +44,7 @@ demo: setup
 	$(BIN)/python examples/demo.py --out demo
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 sdist: $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet build

@@ -302,12 +302,13 @@ class Distiller:
 
 
 def _shared_out(config: DistillConfig, ranks: Ranks | None) -> DistillConfig:
-    """The settings with a number of initializations, of which every rank has at least one."""
-    size = ranks.size if ranks else 1
+    """The settings, under ranks with a number of initializations, of which every rank has at least one."""
+    if ranks is None:
+        return config
     if config.initializations is None:
-        return dataclasses.replace(config, initializations=size)
-    if config.initializations < size:
-        raise ValueError(f"initializations={config.initializations} cannot be shared out among {size} processes")
+        return dataclasses.replace(config, initializations=ranks.size)
+    if config.initializations < ranks.size:
+        raise ValueError(f"initializations={config.initializations} cannot be shared out among {ranks.size} processes")
     return config
 
 

@@ -165,7 +165,7 @@ def test_evaluations_happen_when_and_as_often_as_told(dataset: Path, tmp_path: P
 
 def test_options_that_are_not_given_are_the_defaults(finished: Path) -> None:
     given = {"size": 8, "inner_steps": 3, "batch_size": 32, "objective": "dbc", "checkpoint_every": 2, "steps": 6}
-    assert settings_of(finished) == {**DistillConfig().to_dict(), "initializations": 1, **given}
+    assert settings_of(finished) == {**DistillConfig().to_dict(), **given}
 
 
 def test_help_tells_every_setting_s_meaning_and_default() -> None:
@@ -179,11 +179,10 @@ def test_presets_none_and_what_overrides_them(dataset: Path, tmp_path: Path) -> 
     small = ["--objective", "dbc", "--size", 4, "--inner-steps", 2, "--batch-size", 8, "--steps", 1]
     assert run("distill", dataset, *small, "--preset", "published", "--out", tmp_path / "a").exit_code == 0
     published = DistillConfig.preset("published", objective="dbc", size=4, inner_steps=2, batch_size=8, steps=1)
-    assert settings_of(tmp_path / "a") == {**published.to_dict(), "initializations": 1}
+    assert settings_of(tmp_path / "a") == published.to_dict()
     own = ["--preset", "published", "--inner-width", "none", "--density", "--k", 20, "--hidden", "16"]
     assert run("distill", dataset, *small, *own, "--out", tmp_path / "b").exit_code == 0
-    expected = {**published.to_dict(), "initializations": 1, "inner_width": None, "density": True}
-    expected |= {"k": 20, "hidden": [16]}
+    expected = {**published.to_dict(), "inner_width": None, "density": True, "k": 20, "hidden": [16]}
     assert settings_of(tmp_path / "b") == expected
     assert "preset must be one of" in run("distill", dataset, "--preset", "best", "--out", tmp_path / "c").output
 

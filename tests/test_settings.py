@@ -47,7 +47,7 @@ OTHER: dict[str, Any] = {
     "select": "last",
     "seed": 1,
 }
-NEEDED = {"beta": {"value_weights": "paper"}}  # without which a setting means nothing
+NEEDED = {"beta": {"value_weights": "paper"}, "adapt_inner_lr": {"inner_lr": 3.0}}  # else they change nothing
 NO_CHANGE = {"tape": "recompute", "precision": "ieee"}  # precision is of a GPU's products
 OF_THE_RUN = {"eval_every", "eval_clones", "eval_episodes", "checkpoint_every"}  # see test_run.py
 
@@ -69,7 +69,8 @@ def test_every_setting_reaches_the_set(small_data, small_teacher, name: str) -> 
     first, second = (sdw.distill(small_data, small_teacher, **s, progress=False) for s in (base, other))
     assert not same_set(first, second)
     changed = {key for key in first.config if first.config[key] != second.config[key]} - {"selected"}
-    assert changed == ({"steps", "iteration"} if name == "steps" else {name})
+    more = {"steps": {"iteration"}, "adapt_inner_lr": {"inner_lr"}}.get(name, set())
+    assert changed == {name} | more
 
 
 @pytest.mark.parametrize("name", NO_CHANGE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import cells, density_agreement, diversity, generalization, report, suite, tasks, work
+from sdw_fast.folder import metrics_line, read_metrics
 from sdw_fast.units import d4rl_returns
 
 
@@ -114,9 +114,9 @@ def test_more_policies_are_cloned_on_the_set_that_is_there(tiny: Path, monkeypat
 def test_seconds_are_those_of_all_calls(tiny: Path) -> None:
     cell = ("hopper/medium", "sdw", 0)
     suite.make([cell])
+    steps = read_metrics(cells.run_folder(cell))
     log = cells.run_folder(cell) / "metrics.jsonl"
-    steps = [json.loads(line) for line in log.read_text().splitlines()]
-    log.write_text("".join(json.dumps({**step, "seconds": 1_000.0}) + "\n" for step in steps))
+    log.write_text("".join(metrics_line({**step, "seconds": 1_000.0}) for step in steps))
     suite.make([cell])  # finds it distilled
     assert row(cell)["seconds"]["training"] == 1_000 * len(steps)
 

@@ -63,11 +63,8 @@ def knn(
         RuntimeError: no process group is initialized.
         ValueError, TypeError: rows or k are not as said, on any rank: raised on all of them.
     """
-    ranks = Ranks(group)
-    points, k = ranks.together(lambda: _checked(rows, k))
-    counts, magnitude = _agree_on(ranks, points, k)
-    squared, indices = _search(ranks, points, k, counts, magnitude, traffic)
-    return like(squared.sqrt().float(), rows), like(indices, rows)
+    distances, indices, _, _ = _neighbors(Ranks(group), rows, k, traffic)
+    return like(distances, rows), like(indices, rows)
 
 
 def knn_log_density(
@@ -79,14 +76,10 @@ def knn_log_density(
     of all ranks; "intrinsic" is the same up to rounding.
     """
     ranks = Ranks(group)
-    points, k = ranks.together(lambda: _checked(rows, k))
-    counts, magnitude = _agree_on(ranks, points, k)
-    squared, _ = _search(ranks, points, k, counts, magnitude, None)
-    distances = squared.sqrt().float()
+    distances, _, points, total = _neighbors(ranks, rows, k)
     low, high = _box_of(ranks, points)
     columns = max(1, int((low != high).sum()))
-    logd = log_density_at(distances, sum(counts) - 1, columns, dimension, ranks.reduce)
-    return like(logd, rows)
+    return like(log_density_at(distances, total - 1, columns, dimension, ranks.reduce), rows)
 
 
 class Parts:
@@ -135,6 +128,20 @@ class Parts:
         return owner
 
 
+def _neighbors(
+    ranks: Ranks, rows: States, k: int, traffic: list[Traffic] | None = None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Distances (m, k) float32 and numbers (m, k) of this rank's rows, these as a tensor, and how many all ranks have.
+
+    Raises:
+        ValueError, TypeError: as `knn`, on all ranks.
+    """
+    points, k = ranks.together(lambda: _checked(rows, k))
+    points, counts, magnitude = _agree_on(ranks, points, k)
+    squared, numbers = _search(ranks, points, k, counts, magnitude, traffic)
+    return squared.sqrt().float(), numbers, points, sum(counts)
+
+
 def _checked(rows: States, k: int) -> tuple[Tensor, int]:
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise TypeError(f"k must be an integer, got {type(k).__name__}")
@@ -171,21 +178,26 @@ def _search(
     return squared[back], found[back]
 
 
-def _agree_on(ranks: Ranks, points: Tensor, k: int) -> tuple[list[int], float]:
-    """The number of every rank's rows, and the largest coordinate of all, where the rows and k fit each other."""
+def _agree_on(ranks: Ranks, points: Tensor, k: int) -> tuple[Tensor, list[int], float]:
+    """The points, the number of every rank's, and the largest coordinate of all, where the rows and k fit each other.
+
+    A rank without rows takes those of others later: it has points of their dtype and width, and none.
+    """
     largest = float(points.abs().max()) if points.numel() else 0.0
-    said = ranks.gather((len(points), points.shape[1], str(points.dtype), k, largest))
+    said = ranks.gather((len(points), points.shape[1], points.dtype, k, largest))
     counts = [count for count, *_ in said]
     for what, values in (
         ("columns", {width for count, width, *_ in said if count}),
-        ("dtypes", {kind for count, _, kind, *_ in said if count}),
+        ("dtypes", {str(kind) for count, _, kind, *_ in said if count}),
         ("values of k", {neighbors for *_, neighbors, _ in said}),
     ):
         if len(values) > 1:
             raise ValueError(f"the ranks must agree, and have {what} {sorted(values)}")
     if not 1 <= k < sum(counts):
         raise ValueError(f"k must lie between 1 and {sum(counts) - 1} (the other rows of all ranks), got {k}")
-    return counts, max(largest for *_, largest in said)
+    if not len(points):
+        points = next(points.new_empty((0, width), dtype=kind) for count, width, kind, *_ in said if count)
+    return points, counts, max(largest for *_, largest in said)
 
 
 def _box_of(ranks: Ranks, points: Tensor) -> tuple[Tensor, Tensor]:

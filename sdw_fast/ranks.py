@@ -34,9 +34,7 @@ def process_group() -> Iterator[bool]:
 
 
 class Ranks:
-    """The ranks of a process group, and what they say to each other. Nothing here waits for a rank that has failed: an
-    error on one of them is raised on all.
-    """
+    """The ranks of a process group, and what they say to each other. Every method is called on all of them."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):

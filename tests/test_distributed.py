@@ -61,6 +61,13 @@ def test_a_rank_with_fewer_rows_than_neighbors(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate(found), sdw.ops.knn(rows, k=11)[1])
 
 
+def test_a_rank_without_rows_need_not_know_their_kind(tmp_path: Path) -> None:
+    rows = _manifold(np.random.default_rng(4))[:200]
+    shares = [rows[:90], np.zeros((0, 2)), rows[90:]]  # float64 of another width, and nothing in it
+    found = on_ranks(3, tmp_path, lambda rank: distributed.knn(shares[rank], k=4)[1])
+    assert np.array_equal(np.concatenate(found), sdw.ops.knn(rows, k=4)[1])
+
+
 @pytest.mark.parametrize("dimension", ["ambient", "intrinsic", 2.5])
 def test_log_densities_over_ranks_are_those_of_one_process(tmp_path: Path, dimension: str | float) -> None:
     rows = _manifold(np.random.default_rng(1))[:600]

@@ -62,6 +62,8 @@ class Distiller:
         observations, actions: What is optimized, (R, N, D) and (R, N, A): the sets in normalized units, and of discrete
             actions the logits.
         inner_loop: What an outer step unrolls.
+        batches: What an outer step draws from.
+        held_out: (H,) int64, the rows of the problem that no step draws.
         iteration: Outer steps taken.
         rounding: Where a run went on with other rounding, e.g. {"from_step": 100, "threads": [1, 2]}.
         seeds: Of each run.
@@ -91,8 +93,9 @@ class Distiller:
         _check_start(self._start, problem)
         self.n_runs = len(self._start)
         self.seeds = [config.seed + run for run in range(self.n_runs)]
-        rows = None if config.select == "last" else problem.split()[0]
-        batches = OuterBatches(problem, self.device, rows)
+        learned, held_out = problem.split() if config.select != "last" else (None, np.zeros(0, np.int64))
+        self.held_out: np.ndarray = held_out
+        self.batches = OuterBatches(problem, self.device, learned)
         states, actions = zip(*(one.normalized() for one in self._start), strict=True)
         self.observations, self.actions = self._leaf(states), self._leaf([self._free(x) for x in actions])
         self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
@@ -103,7 +106,7 @@ class Distiller:
             rates = self._ranks.gather(rates)[0] if self._ranks else rates
             tell_of(usual, rates, "cloning on the starting pairs is unstable with more", batched=self.batched)
         self._watch = Watch(rates, LEAST * config.inner_lr, self.device, batched=self.batched)
-        self._draws = Draws(self.inner_loop, batches, self.device, self.seeds, config.batch_size)
+        self._draws = Draws(self.inner_loop, self.batches, self.device, self.seeds, config.batch_size)
         self._optimizer = _optimizer(config, self._leaves, fused=self.runs_ahead)
         self._left_out = 0  # steps in a row, up to the last fetched
         self.iteration = 0

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdw_fast.batches import OuterBatches
 from sdw_fast.distiller import Distiller, Metrics
 from sdw_fast.evaluation import SELECTION_SEED, evaluate_synthetic
 from sdw_fast.folder import RunFolder
@@ -32,15 +31,13 @@ class HeldOut:
     """
 
     def __init__(self, distiller: Distiller) -> None:
-        rows = torch.from_numpy(distiller.problem.split()[1])
+        rows = torch.from_numpy(distiller.held_out)
         self._distiller = distiller
         self._batch: list[Tensor] | None = None  # states, targets and weights, the same for each set
         if len(rows):
             chosen = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), dtype=torch.float64).long()
-            batches = OuterBatches(distiller.problem, distiller.device)
-            self._batch = [
-                x.expand(distiller.n_runs, *x.shape).contiguous() for x in batches.take(rows[chosen].to(batches.device))
-            ]
+            batch = distiller.batches.take(rows[chosen].to(distiller.batches.device))
+            self._batch = [x.expand(distiller.n_runs, *x.shape).contiguous() for x in batch]
         generators = [torch.Generator(distiller.device).manual_seed(SELECTION_SEED + s) for s in distiller.seeds]
         self._initials = [distiller.inner_loop.initial(generators) for _ in range(POLICIES)]
 

@@ -168,7 +168,7 @@ def tell_of_units(actions: Tensor, own: Affine | None, wanted: Affine) -> None:
 
 
 def _bounds(scaling: Affine) -> tuple[np.ndarray, np.ndarray]:
-    low, high = scaling.offset - scaling.scale, scaling.offset + scaling.scale
+    low, high = scaling.bounds
     return low.astype(np.float32), high.astype(np.float32)
 
 

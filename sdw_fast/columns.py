@@ -221,7 +221,7 @@ def _tell_of_actions_beyond(actions: np.ndarray, scaling: Affine) -> None:
     """Warns of actions that no policy can take, beyond what rounding explains."""
     extremes = np.stack([actions.min(axis=0), actions.max(axis=0)])
     if (np.abs(scaling.normalize(extremes)) > 1 + 1e-4).any():
-        low, high = scaling.offset - scaling.scale, scaling.offset + scaling.scale
+        low, high = scaling.bounds
         warnings.warn(
             f"the actions reach from {extremes[0]} to {extremes[1]}, beyond the bounds {low} to {high}: no policy "
             "can follow them there. Are the bounds right (action_low, action_high)?",

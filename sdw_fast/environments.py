@@ -292,7 +292,7 @@ def _obstacle(wrapper: WrapperSpec) -> str | None:
 def _compare_bounds(name: str, own: Affine | Discrete | None, stated: Affine | Discrete | None) -> None:
     if not (isinstance(own, Affine) and isinstance(stated, Affine)) or own.width != stated.width:
         return
-    (low, high), (stated_low, stated_high) = ((x.offset - x.scale, x.offset + x.scale) for x in (own, stated))
+    (low, high), (stated_low, stated_high) = own.bounds, stated.bounds
     if not np.allclose([low, high], [stated_low, stated_high], rtol=1e-4, atol=1e-6):
         warnings.warn(
             f"{name} takes actions from {low} to {high}, where the data or the policy say {stated_low} to "

@@ -267,6 +267,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
+def description_in(metadata: Mapping[str, str], what: str, writer: str, version: str) -> dict[str, Any]:
+    """What a `.safetensors` file of ours says of itself under `what`, by the method that writes such files.
+
+    Raises:
+        ValueError: it holds something else, or is of another version.
+    """
+    if what not in metadata:
+        raise ValueError(f"it holds no {what} as {writer} writes it ({version})")
+    description: dict[str, Any] = json.loads(metadata[what])
+    if description["format"] != version:
+        raise ValueError(f"its format is {description['format']!r}")
+    return description
+
+
 # --- what was computed once -------------------------------------------------------------------------------------------
 
 

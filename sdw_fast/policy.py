@@ -5,7 +5,6 @@ A policy is an ordinary `nn.Module`: it is pickled, compiled, exported and scrip
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from sdw_fast import ops
 from sdw_fast.cards import Card, Shown, short_hash
 from sdw_fast.config import DistillConfig
-from sdw_fast.files import read_safetensors, reading, to_json, write_safetensors
+from sdw_fast.files import description_in, read_safetensors, reading, to_json, write_safetensors
 from sdw_fast.networks import MeanMLP, orthogonal_parameters, refuse_non_finite
 from sdw_fast.units import Discrete, Units
 
@@ -124,11 +123,7 @@ class MLPPolicy(Shown, nn.Module):
         path = Path(path)
         with reading(path, "policy file"):
             tensors, metadata = read_safetensors(path)
-            if "policy" not in metadata:
-                raise ValueError(f"it holds no policy as MLPPolicy.save writes it ({FORMAT})")
-            description = json.loads(metadata["policy"])
-            if description["format"] != FORMAT:
-                raise ValueError(f"its format is {description['format']!r}")
+            description = description_in(metadata, "policy", "MLPPolicy.save", FORMAT)
             layers = range(0, 2 * len(description["sizes"]) - 2, 2)
             params = [tensors[f"net.layers.{i}.{kind}"] for i in layers for kind in ("weight", "bias")]
             policy = cls(params, Units.from_dict(description["units"]), provenance=description["provenance"])

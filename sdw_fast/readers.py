@@ -15,7 +15,7 @@ import numpy as np
 from sdw_fast.columns import Columns, build_dataset
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import check_memory, damage_named, read_npz, reading, unsealed
-from sdw_fast.tables import NAMES, episodes_of, join_episodes, lacks, read_table, select, table_of
+from sdw_fast.tables import episodes_of, join_episodes, known_names, lacks, read_table, select, table_of
 from sdw_fast.units import Discrete
 
 if TYPE_CHECKING:
@@ -129,8 +129,7 @@ def _read_hdf5(path: Path, columns: Mapping[str, Any] | None) -> dict[str, Any]:
     """
     import h5py
 
-    others = [[names] if isinstance(names, str) else names for names in (columns or {}).values()]
-    wanted = {name for names in (*NAMES.values(), *others) for name in names}
+    wanted = known_names(columns)
     with reading(path, "HDF5 file"), h5py.File(path, "r") as file:
         arrays: dict[str, Any] = {}
         size = 0

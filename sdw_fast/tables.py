@@ -60,6 +60,12 @@ def select(arrays: Mapping[str, Any], where: str, columns: Columns | None = None
     return found
 
 
+def known_names(columns: Columns | None) -> set[str]:
+    """Every name that a column goes by, or that `columns` says it does."""
+    others = [[names] if isinstance(names, str) else names for names in (columns or {}).values()]
+    return {name for names in (*NAMES.values(), *others) for name in names}
+
+
 def lacks(found: Mapping[str, Any], needed: Sequence[str], arrays: Mapping[str, Any], where: str) -> str | None:
     """A sentence that says what a source lacks, or None."""
     missing = [f"{n} (or {NAMES[n][1]})" if n in _FLAGS else n for n in needed if n not in found]
@@ -202,9 +208,7 @@ def join_episodes(
 
 def _attributes(episode: Any, columns: Columns | None) -> dict[str, Any]:
     """An object's attributes under the names that a dataset's columns go by."""
-    others = [[name] if isinstance(name, str) else name for name in (columns or {}).values()]
-    names = {name for group in (*NAMES.values(), *others) for name in group}
-    return {name: getattr(episode, name) for name in names if hasattr(episode, name)}
+    return {name: getattr(episode, name) for name in known_names(columns) if hasattr(episode, name)}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ that too, but PyTorch unpickles parts of one.)
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sdw_fast.files import read_safetensors, reading, to_json, write_safetensors
+from sdw_fast.files import description_in, read_safetensors, reading, to_json, write_safetensors
 from sdw_fast.networks import MLP, MinCritic, below, refuse_non_finite
 from sdw_fast.units import Units
 
@@ -68,11 +67,7 @@ def read_teacher(path: str | os.PathLike[str], factory: Callable[[], Teacher] | 
     path = Path(path)
     with reading(path, "teacher file", hint=_CORL_HINT):
         tensors, metadata = read_safetensors(path)
-        if "teacher" not in metadata:
-            raise ValueError(f"it holds no teacher as Teacher.save writes it ({FORMAT})")
-        description = json.loads(metadata["teacher"])
-        if description["format"] != FORMAT:
-            raise ValueError(f"its format is {description['format']!r}")
+        description = description_in(metadata, "teacher", "Teacher.save", FORMAT)
         units = description["units"] and Units.from_dict(description["units"])
         rest = {"units": units, "provenance": description["provenance"]}
         if "modules" not in description:

@@ -107,6 +107,11 @@ class Affine:
             raise ValueError(f"reference scores must be finite with random < expert, got {random} and {expert}")
         return cls(np.array(random), np.array((expert - random) / 100))
 
+    @property
+    def bounds(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        """(low, high), float64: what is mapped to −1 and to 1."""
+        return self.offset - self.scale, self.offset + self.scale
+
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Affine)
@@ -272,7 +277,7 @@ class Units:
             raise ValueError(
                 f"{actions.n} discrete actions have no bounds: this needs an environment with a Box of actions"
             )
-        low, high = actions.offset - actions.scale, actions.offset + actions.scale
+        low, high = actions.bounds
         return low.astype(np.float32), high.astype(np.float32)
 
     def returns_in(self, env_id: str) -> Affine | None:

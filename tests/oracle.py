@@ -86,7 +86,7 @@ def placed(kernel, observations, actions, params):
 
 
 def equal(one, other):
-    return all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+    return all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(one, other, strict=True))
 
 
 def relative_error(actual, expected) -> float:

@@ -163,4 +163,83 @@ __device__ inline void meet_cluster() {
 #endif
 }
 
+// The same without waiting for anybody's stores.
+__device__ inline void meet_cluster_unordered() {
+#ifdef SDW_EMULATE_CUDA
+    emulator::cluster_barrier();
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile(
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.aligned;" ::
+            : "memory");
+#else
+    __trap();
+#endif
+}
+
+// A barrier in shared memory whose phase ends when as many bytes have come as expect() has announced for it.
+struct Mailbox {
+#ifdef SDW_EMULATE_CUDA
+    emulator::Mailbox state;
+
+    void open() { state = {}; }
+    void expect(int bytes) { state.expect(bytes); }
+    void wait(unsigned parity) const {
+        while (!state.is_past(parity)) spin_pause();
+    }
+#else
+    unsigned long long state;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    __device__ unsigned address() const { return static_cast<unsigned>(__cvta_generic_to_shared(&state)); }
+
+    // By one thread; a barrier of the cluster must follow.
+    __device__ void open() {
+        asm volatile(
+            "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+            "fence.mbarrier_init.release.cluster;" ::"r"(address())
+            : "memory");
+    }
+    // By one thread, once a phase, after the phase before has ended. What has come already counts.
+    __device__ void expect(int bytes) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+    }
+    // Waits for the end of a phase with this parity: 0 the first one, 1 the next, and so on.
+    __device__ void wait(unsigned parity) const {
+        unsigned done = 0;
+        while (done == 0)
+            asm volatile(
+                "{\n.reg .pred p;\n"
+                "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                "selp.u32 %0, 1, 0, p;\n}"
+                : "=r"(done)
+                : "r"(address()), "r"(parity)
+                : "memory");
+    }
+#else
+    __device__ void open() { __trap(); }
+    __device__ void expect(int) { __trap(); }
+    __device__ void wait(unsigned) const { __trap(); }
+#endif
+#endif
+};
+
+// Two floats to where `to` lies in the shared memory of block `rank` of the cluster; its mailbox there counts 8 bytes.
+__device__ inline void mail(float* to, Mailbox* mailbox, unsigned rank, float x0, float x1) {
+#ifdef SDW_EMULATE_CUDA
+    emulator::mail(to, &mailbox->state, rank, x0, x1);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .b32 to, box;\n"
+        "mapa.shared::cluster.u32 to, %0, %2;\n"
+        "mapa.shared::cluster.u32 box, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%3, %4}, [box];\n}" ::"r"(
+            static_cast<unsigned>(__cvta_generic_to_shared(to))),
+        "r"(mailbox->address()), "r"(rank), "f"(x0), "f"(x1)
+        : "memory");
+#else
+    __trap();
+#endif
+}
+
 }  // namespace sdw

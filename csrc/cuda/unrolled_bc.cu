@@ -6,17 +6,16 @@
 // with g_t the gradient of the head's mean loss (sdw/head.h) and momentum mu. Without momentum u is nothing to remember
 // and v is lambda: no step reads or writes either.
 //
-// A problem is run by a group of blocks, one a tile of 16 rows (fewer if the chip is too small). A step is two stages
-// with a barrier of the group after each: a block takes its rows through all layers and back, by itself; then every
-// warp of the group takes tiles of the weight gradients over all rows, with the update in their epilogue. A tile has
-// one owner and a fixed order of summation: the result's bits do not depend on the number of blocks. Groups never wait
-// for each other. All operands come from the second-level cache, where a step's 0.6 MB of weights (twice, for both
-// ways) and 3.2 MB of activations stay; README.md has the arithmetic.
+// A problem is run by a group of blocks. A step is two stages with a barrier of the group after each: a team of blocks
+// takes its 16 rows through all layers and back (team.h); then every block takes tiles of the weight gradients over all
+// rows, with the update in their epilogue. A tile has one owner and a fixed order of summation (product.h): the
+// result's bits do not depend on the number of blocks. Groups never wait for each other. Operands come from the
+// second-level cache, where a step's 1.7 MB of weights and 3.2 MB of activations stay; README.md has the arithmetic.
 #include <memory>
 #include <utility>
 
 #include "head.h"
-#include "product.h"
+#include "team.h"
 
 namespace sdw {
 namespace unrolled {
@@ -30,6 +29,7 @@ struct Kernel {
     int problems;
     float* workspace;
     unsigned* counters;  // one a group, kCounterStride apart, zero at the start
+    int strip;           // floats of a strip of rows in shared memory, 0 where it does not fit
     const float* lr;
     float momentum;
     Head head;
@@ -49,37 +49,15 @@ struct Backward {
     float *observations, *actions, *params, *lr_gradient;
 };
 
-// This block among those of its group, and of its team.
-struct Member {
-    int rank, members;  // of the group
-    int part, parts;    // of the team
-    int warp, lane;
-    unsigned* counter;
-    unsigned round;
-
-    __device__ explicit Member(const Kernel& kernel)
-        : rank(blockIdx.x % kernel.groups.members),
-          members(kernel.groups.members),
-          part(rank % kernel.groups.parts),
-          parts(kernel.groups.parts),
-          warp(threadIdx.x / 32),
-          lane(threadIdx.x % 32),
-          counter(kernel.counters + kCounterStride * (blockIdx.x / kernel.groups.members)),
-          round(0) {}
-
-    __device__ int team() const { return rank / parts; }
-    __device__ int teams() const { return members / parts; }
-    __device__ int thread() const { return rank * kThreads + static_cast<int>(threadIdx.x); }
-    __device__ int threads() const { return members * kThreads; }
-
-    __device__ void wait() { meet(counter, members, ++round); }
-    __device__ void wait_team() const {
-        if (parts == 1)
-            __syncthreads();
-        else
-            meet_cluster();
-    }
-};
+// Of an 8 x 8 part of a matrix, of which a lane has row g, columns 2t and 2t + 1: column g, rows 2t and 2t + 1.
+__device__ inline float2 transposed(float x0, float x1) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int source = lane % 4 * 8 + lane / 8;  // has row 2t, of which column g is its first or second number
+    const bool odd = lane / 4 % 2 != 0;
+    const float even0 = __shfl_sync(0xffffffffu, x0, source), even1 = __shfl_sync(0xffffffffu, x1, source);
+    const float odd0 = __shfl_sync(0xffffffffu, x0, source + 4), odd1 = __shfl_sync(0xffffffffu, x1, source + 4);
+    return odd ? make_float2(even1, odd1) : make_float2(even0, odd0);
+}
 
 // A matrix in tiles and its transpose, in tiles of its own.
 struct Pair {
@@ -93,11 +71,29 @@ struct Pair {
     __device__ float2 get(int row, int column) const {
         return *reinterpret_cast<const float2*>(rows + tiled(row, column, width));
     }
-    __device__ void put(int row, int column, float x0, float x1) const {
+    __device__ void put_row(int row, int column, float x0, float x1) const {
         *reinterpret_cast<float2*>(rows + tiled(row, column, width)) = make_float2(x0, x1);
+    }
+    // By a warp for an 8 x 8 part, which the lanes have as run_tiles() gives it: whole sectors of both.
+    __device__ void put(int row, int column, float x0, float x1) const {
+        put_row(row, column, x0, x1);
+        const int g = row % 8, t = column % 8 / 2;
+        *reinterpret_cast<float2*>(columns + tiled(column - 2 * t + g, row - g + 2 * t, height)) = transposed(x0, x1);
+    }
+    // By a thread alone.
+    __device__ void scatter(int row, int column, float x0, float x1) const {
+        put_row(row, column, x0, x1);
         columns[tiled(column, row, height)] = x0;
         columns[tiled(column + 1, row, height)] = x1;
     }
+};
+
+// Weights: operands as above, and the same in full precision.
+struct Weights : Pair {
+    float* exact;  // (height, width)
+
+    __device__ Weights(float* data, int height_, int width_)
+        : Pair(data, height_, width_), exact(data + 2ll * height_ * width_) {}
 };
 
 // One problem's data in the workspace.
@@ -129,7 +125,7 @@ struct Problem {
     __device__ float* actions() const { return base + kernel.at.actions; }
 
     // Of a set of parameters: W of layer l (out, in), b.
-    __device__ Pair weights(float* theta, int l) const {
+    __device__ Weights weights(float* theta, int l) const {
         return {theta + net.layer[l].weights, net.layer[l].out_padded, net.layer[l].in_padded};
     }
     __device__ float* biases(float* theta, int l) const { return theta + net.layer[l].biases; }
@@ -147,53 +143,55 @@ struct Problem {
     }
 };
 
-template <typename Product, int kN, typename Fetch, typename Finish>
-__device__ void columns_product(const Terms& terms, Span left, int tiles, const Member& me, Fetch fetch,
-                                Finish finish) {
-    for (int first = kN * (me.part * kWarps + me.warp); first < tiles; first += kN * kWarps * me.parts)
-        product_tiles<Product, true, 1, kN>(terms, left, Span{first, tiles}, me.lane, fetch, finish);
-}
-
-// A team's product for 16 of its rows, (16, 16 chunks) x (16 chunks, columns), its columns shared out among the warps.
-template <typename Product, typename Fetch, typename Finish>
-__device__ void rows_product(const Terms& terms, int row_tile, int columns, const Member& me, Fetch fetch,
-                             Finish finish) {
-    const Span left{row_tile, row_tile + 1};
-    const int tiles = columns / 8, width = tiles_a_warp(tiles, kWarps * me.parts);
-    if (width == 1) return columns_product<Product, 1>(terms, left, tiles, me, fetch, finish);
-    if (width == 2) return columns_product<Product, 2>(terms, left, tiles, me, fetch, finish);
-    columns_product<Product, 4>(terms, left, tiles, me, fetch, finish);
-}
-
 __device__ inline float2 masked(float x0, float x1, float2 h) {
     return make_float2(h.x > 0 ? x0 : 0.0f, h.y > 0 ? x1 : 0.0f);
 }
 
-// Two neighbors of the output, and delta there, zero in rows of padding.
-__device__ inline void put_output(const Problem& p, float* pass, int row, int column, float z0, float z1,
-                                  const RowSums& sums) {
-    const Pair out = p.output(pass, p.net.layers - 1), delta = p.delta(pass, p.net.layers - 1);
+// Two neighbors of the output as they are stored, and delta there, zero in rows of padding.
+__device__ inline float2 output_delta(const Problem& p, float* pass, int row, int column, float z0, float z1,
+                                      const RowSums& sums) {
+    const Pair out = p.output(pass, p.net.layers - 1);
     const float2 y = *reinterpret_cast<const float2*>(p.actions() + tiled(row, column, out.width));
     const float scale = row < p.net.rows ? p.scale : 0.0f;
     const float a0 = head_output(p.head, z0, sums), a1 = head_output(p.head, z1, sums);
-    out.put(row, column, a0, a1);
-    delta.put(row, column, head_delta(p.head, scale * head_error(p.head, a0, y.x, sums), a0),
-              head_delta(p.head, scale * head_error(p.head, a1, y.y, sums), a1));
+    out.put_row(row, column, a0, a1);
+    return make_float2(head_delta(p.head, scale * head_error(p.head, a0, y.x, sums), a0),
+                       head_delta(p.head, scale * head_error(p.head, a1, y.y, sums), a1));
+}
+
+// Rows of a pass that are operands from now on: to memory, and to the strip of the team where the next product reads
+// it.
+template <typename Product>
+__device__ void pass_on(const Pair& to, int row, int column, float x0, float x1, bool sends, const Member& me) {
+    x0 = Product::rounded(x0);
+    x1 = Product::rounded(x1);
+    if (sends) me.send(row % 16, column, to.width, x0, x1);
+    to.put(row, column, x0, x1);
 }
 
 // body(row, column, sums(row)) for every pair of neighbors of a tile of the output, a warp a row.
 template <typename Sums, typename Body>
 __device__ void whole_rows(const Problem& p, int row_tile, const Member& me, Sums sums, Body body) {
+    me.wait_team();
     const int width = p.net.outputs();
     for (int i = me.part * kWarps + me.warp; i < 16; i += kWarps * me.parts) {
         const int row = 16 * row_tile + i;
         const RowSums shared = sums(row);
         for (int column = 2 * me.lane; column < width; column += 64) body(row, column, shared);
     }
-    me.wait_team();
+}
+
+// The same as pass_on(), by a thread alone.
+template <typename Product>
+__device__ void scatter_on(const Pair& to, int row, int column, float x0, float x1, bool sends, const Member& me) {
+    x0 = Product::rounded(x0);
+    x1 = Product::rounded(x1);
+    if (sends) me.send(row % 16, column, to.width, x0, x1);
+    to.scatter(row, column, x0, x1);
 }
 
 // From z in place of the output: a softmax needs its whole row, which the columns' owners do not have.
+template <typename Product>
 __device__ void softmax_rows(const Problem& p, float* pass, int row_tile, const Member& me) {
     const Pair out = p.output(pass, p.net.layers - 1);
     const int columns = p.net.layer[p.net.layers - 1].out;
@@ -204,48 +202,75 @@ __device__ void softmax_rows(const Problem& p, float* pass, int row_tile, const 
     };
     whole_rows(p, row_tile, me, sums, [&](int row, int column, const RowSums& shared) {
         const float2 z = out.get(row, column);  // e^z is 0 in columns of padding
-        put_output(p, pass, row, column, column < columns ? z.x : -INFINITY, column + 1 < columns ? z.y : -INFINITY,
-                   shared);
+        const float2 delta = output_delta(p, pass, row, column, column < columns ? z.x : -INFINITY,
+                                          column + 1 < columns ? z.y : -INFINITY, shared);
+        scatter_on<Product>(p.delta(pass, p.net.layers - 1), row, column, delta.x, delta.y, p.net.layers > 1, me);
     });
 }
 
 // h of every layer, and delta of the last.
 template <typename Product>
-__device__ void forward_rows(const Problem& p, float* theta, float* pass, int row_tile, const Member& me) {
-    for (int l = 0; l < p.net.layers; ++l) {
-        const Pair in = p.input(pass, l), out = p.output(pass, l);
-        const float* biases = p.biases(theta, l);
-        const bool hidden = l + 1 < p.net.layers;
-        const Terms terms{{{in.rows, p.weights(theta, l).rows}}, 1, in.width / 16};
-        rows_product<Product>(
-            terms, row_tile, out.width, me,
-            [&](int, int column) { return *reinterpret_cast<const float2*>(biases + column); },
-            [&](int row, int column, float x0, float x1, float2 bias) {
-                const float z0 = x0 + bias.x, z1 = x1 + bias.y;
-                if (hidden) return out.put(row, column, z0 < 0 ? 0 : z0, z1 < 0 ? 0 : z1);  // NaN stays
-                if (p.head == Head::softmax) return out.put(row, column, z0, z1);
-                put_output(p, pass, row, column, z0, z1, {});
-            });
-        me.wait_team();
+struct ForwardRows {
+    static constexpr int step = 1;
+    const Problem& p;
+    float *theta, *pass;
+    int row_tile, begin, end;
+
+    __device__ ForwardRows(const Problem& p_, float* theta_, float* pass_, int row_tile_)
+        : p(p_), theta(theta_), pass(pass_), row_tile(row_tile_), begin(0), end(p_.net.layers) {}
+
+    __device__ int columns(int l) const { return p.net.layer[l].out_padded; }
+    __device__ bool receives(int l) const { return l > 0; }
+    __device__ bool sends(int) const { return end > 1; }
+    __device__ const float* left(int l) const { return tile_of(p.input(pass, l)); }
+    __device__ const float* tile_of(const Pair& matrix) const { return matrix.rows + 16ll * row_tile * matrix.width; }
+    __device__ Task task(int l) const {
+        const Pair in = p.input(pass, l);
+        return {{{tile_of(in), p.weights(theta, l).rows}, {}}, 1, in.width / 16, 0, 0, false, false};
     }
-    if (p.head == Head::softmax) softmax_rows(p, pass, row_tile, me);
-}
+    __device__ float2 fetch(int l, int, int column) const {
+        return *reinterpret_cast<const float2*>(p.biases(theta, l) + column);
+    }
+    __device__ void finish(int l, int i, int column, float x0, float x1, float2 bias, const Member& me) const {
+        const int row = 16 * row_tile + i;
+        const float z0 = x0 + bias.x, z1 = x1 + bias.y;
+        if (l + 1 < end)  // NaN stays
+            return pass_on<Product>(p.output(pass, l), row, column, z0 < 0 ? 0 : z0, z1 < 0 ? 0 : z1, true, me);
+        if (p.head == Head::softmax) return p.output(pass, l).put_row(row, column, z0, z1);
+        const float2 delta = output_delta(p, pass, row, column, z0, z1, {});
+        pass_on<Product>(p.delta(pass, l), row, column, delta.x, delta.y, end > 1, me);
+    }
+};
 
 // delta_{l-1} = m_{l-1} (delta_l W_l)
 template <typename Product>
-__device__ void backward_rows(const Problem& p, float* theta, float* pass, int row_tile, const Member& me) {
-    for (int l = p.net.layers - 1; l > 0; --l) {
-        const Pair from = p.delta(pass, l), to = p.delta(pass, l - 1), h = p.output(pass, l - 1);
-        const Terms terms{{{from.rows, p.weights(theta, l).columns}}, 1, from.width / 16};
-        rows_product<Product>(
-            terms, row_tile, to.width, me, [&](int row, int column) { return h.get(row, column); },
-            [&](int row, int column, float x0, float x1, float2 at) {
-                const float2 x = masked(x0, x1, at);
-                to.put(row, column, x.x, x.y);
-            });
-        me.wait_team();
+struct BackwardRows {
+    static constexpr int step = -1;
+    const Problem& p;
+    float *theta, *pass;
+    int row_tile, begin, end;
+
+    __device__ BackwardRows(const Problem& p_, float* theta_, float* pass_, int row_tile_)
+        : p(p_), theta(theta_), pass(pass_), row_tile(row_tile_), begin(p_.net.layers - 1), end(0) {}
+
+    __device__ int columns(int l) const { return p.net.layer[l].in_padded; }
+    __device__ bool receives(int) const { return true; }
+    __device__ bool sends(int l) const { return l > 1; }
+    __device__ const float* left(int l) const {
+        const Pair from = p.delta(pass, l);
+        return from.rows + 16ll * row_tile * from.width;
     }
-}
+    __device__ Task task(int l) const {
+        return {{{nullptr, p.weights(theta, l).columns}, {}}, 1, p.net.layer[l].out_padded / 16, 0, 0, false, false};
+    }
+    __device__ float2 fetch(int l, int i, int column) const {
+        return p.output(pass, l - 1).get(16 * row_tile + i, column);
+    }
+    __device__ void finish(int l, int i, int column, float x0, float x1, float2 h, const Member& me) const {
+        const float2 x = masked(x0, x1, h);
+        pass_on<Product>(p.delta(pass, l - 1), 16 * row_tile + i, column, x.x, x.y, sends(l), me);
+    }
+};
 
 // What becomes of a number of a set of parameters with its gradient x, and of the number kept beside it.
 struct Descent {  // theta_{t+1} = theta_t - u, u the velocity
@@ -268,81 +293,87 @@ struct Updated {
     float *from, *to;
     float* kept;  // null: without momentum both updates are from - lr x
     Update update;
+
+    __device__ float2 operator()(float lr, float x0, float x1, float2 old, float* beside) const {
+        if (kept == nullptr) return make_float2(old.x - lr * x0, old.y - lr * x1);
+        return make_float2(update(x0, old.x, beside[0]), update(x1, old.y, beside[1]));
+    }
 };
 
-// Every warp's tiles of weights, updated; operands(l) are those of layer l's gradient, summed over rows.
-template <typename Product, int kRows, int kColumns, typename Update, typename Operands>
-__device__ void update_tiles(const Problem& p, const Updated<Update>& sets, const Member& me, Operands operands) {
-    for (int index = me.rank;; index += me.members) {
-        const WeightTile tile = weight_tile(p.net, {kRows, kColumns}, index, me.warp);
-        if (tile.layer == p.net.layers) return;
-        const Pair old = p.weights(sets.from, tile.layer), updated = p.weights(sets.to, tile.layer);
-        float* kept = sets.kept ? p.weights(sets.kept, tile.layer).rows : nullptr;
-        if (tile.row >= old.height || tile.column >= old.width) continue;
-        product_tiles<Product, false, kRows / 16, kColumns / 8>(
-            operands(tile.layer), Span{tile.row / 16, old.height / 16}, Span{tile.column / 8, old.width / 8}, me.lane,
-            [&](int row, int column) { return old.get(row, column); },
-            [&](int row, int column, float x0, float x1, float2 w) {
-                if (!kept) return updated.put(row, column, w.x - p.lr * x0, w.y - p.lr * x1);
-                // Not fetched ahead as w is: the registers for that are not there.
-                float2* const beside = reinterpret_cast<float2*>(kept + tiled(row, column, old.width));
-                float2 held = *beside;
-                const float w0 = sets.update(x0, w.x, held.x), w1 = sets.update(x1, w.y, held.y);
-                *beside = held;
-                updated.put(row, column, w0, w1);
-            });
-    }
-}
+// This block's tiles of weights and their biases, updated. gradient(l) has the operands of layer l's gradient for W,
+// summed over rows; the gradient for b is the sum of its first left operand.
+template <typename Product, typename Update, typename Gradient>
+struct WeightTiles {
+    const Problem& p;
+    const Updated<Update>& sets;
+    const Gradient& gradient;
+    int index, members;
+    WeightTile tile;
 
-template <typename Product, typename Update, typename Operands>
-__device__ void update_weights(const Problem& p, const Updated<Update>& sets, const Member& me, Operands operands) {
-    if (p.kernel.groups.fine)
-        update_tiles<Product, kFine.rows, kFine.columns>(p, sets, me, operands);
-    else
-        update_tiles<Product, kCoarse.rows, kCoarse.columns>(p, sets, me, operands);
-}
+    __device__ WeightTiles(const Problem& p_, const Updated<Update>& sets_, const Gradient& gradient_, const Member& me)
+        : p(p_),
+          sets(sets_),
+          gradient(gradient_),
+          index(me.rank),
+          members(me.members),
+          tile(weight_tile(p_.net, index)) {}
 
-// The same of the biases: sums of `delta` over rows, eight features a warp.
-template <typename Update>
-__device__ void update_biases(const Problem& p, const Updated<Update>& sets, float* pass, const Member& me) {
-    const int chunks = p.net.row_tiles();
-    int task = 0;
-    for (int l = 0; l < p.net.layers; ++l) {
-        const Pair delta = p.delta(pass, l);
-        for (int first = 0; first < delta.width; first += 8, ++task) {
-            if (task % (me.members * kWarps) != me.warp * me.members + me.rank) continue;
-            const float* tiles = delta.columns + first / 8 * chunks * 128 + 4 * me.lane;
-            float sum = 0;
-#pragma unroll 4
-            for (int chunk = 0; chunk < chunks; ++chunk) {
-                const float4 x = load4(tiles + chunk * 128);
-                sum += (x.x + x.y) + (x.z + x.w);
-            }
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            const int feature = first + me.lane / 4;
-            if (me.lane % 4 == 0) {
-                const float old = p.biases(sets.from, l)[feature];
-                p.biases(sets.to, l)[feature] =
-                    sets.kept ? sets.update(sum, old, p.biases(sets.kept, l)[feature]) : old - p.lr * sum;
-            }
+    __device__ bool valid() const { return tile.layer != p.net.layers; }
+    __device__ void advance() { tile = weight_tile(p.net, index += members); }
+    __device__ Task task() const {
+        Task task = gradient(tile.layer);
+        for (Term& term : task.term) {
+            term.left += static_cast<int64_t>(tile.row) / 8 * task.chunks * 128;
+            term.right += static_cast<int64_t>(tile.column) / 8 * task.chunks * 128;
         }
+        task.left_tiles = (p.net.layer[tile.layer].out_padded - tile.row) / 16;
+        task.right_tiles = (p.net.layer[tile.layer].in_padded - tile.column) / 8;
+        task.left_sums = tile.column == 0;
+        return task;
     }
+    __device__ void ready() const {}
+    __device__ const float* late_left() const { return nullptr; }
+    __device__ int64_t offset(Place at) const {
+        return tiled(tile.row + at.row, tile.column + at.column, p.net.layer[tile.layer].in_padded);
+    }
+    __device__ float2 fetch(Place at) const {
+        return *reinterpret_cast<const float2*>(p.weights(sets.from, tile.layer).exact + offset(at));
+    }
+    __device__ void finish(Place at, float x0, float x1, float2 old) const {
+        const Weights to = p.weights(sets.to, tile.layer);
+        float* const beside = sets.kept == nullptr ? nullptr : p.weights(sets.kept, tile.layer).exact + offset(at);
+        const float2 w = sets(p.lr, x0, x1, old, beside);
+        *reinterpret_cast<float2*>(to.exact + offset(at)) = w;
+        to.put(tile.row + at.row, tile.column + at.column, Product::rounded(w.x), Product::rounded(w.y));
+    }
+    __device__ void finish_left(int row, float x) const {
+        const int feature = tile.row + row;
+        const float old = p.biases(sets.from, tile.layer)[feature];
+        p.biases(sets.to, tile.layer)[feature] =
+            sets.kept == nullptr ? old - p.lr * x : sets.update(x, old, p.biases(sets.kept, tile.layer)[feature]);
+    }
+};
+
+template <typename Product, typename Update, typename Gradient>
+__device__ void update_weights(const Problem& p, const Updated<Update>& sets, Member& me, const Gradient& gradient) {
+    WeightTiles<Product, Update, Gradient> tiles(p, sets, gradient, me);
+    run_tiles<Product, kWeightRows / 16>(tiles, me.partial, me.half);
 }
 
 // One SGD step: the pass at theta, and `next`, the parameters after it. `next` may be theta.
 template <typename Product>
 __device__ void descend(const Problem& p, float* theta, float* next, float* pass, Member& me) {
     for (int tile = me.team(); tile < p.net.row_tiles(); tile += me.teams()) {
-        forward_rows<Product>(p, theta, pass, tile, me);
-        backward_rows<Product>(p, theta, pass, tile, me);
+        run_stage<Product>(ForwardRows<Product>(p, theta, pass, tile), me);
+        if (p.head == Head::softmax) softmax_rows<Product>(p, pass, tile, me);
+        run_stage<Product>(BackwardRows<Product>(p, theta, pass, tile), me);
     }
     me.wait();
     const Updated<Descent> sets{theta, next, p.momentum != 0 ? p.velocity() : nullptr, {p.lr, p.momentum}};
     update_weights<Product>(p, sets, me, [&](int l) {
-        return Terms{{{p.delta(pass, l).columns, p.input(pass, l).columns}}, 1, p.net.row_tiles()};
+        return Task{
+            {{p.delta(pass, l).columns, p.input(pass, l).columns}, {}}, 1, p.net.row_tiles(), 0, 0, false, false};
     });
-    update_biases(p, sets, pass, me);
     me.wait();
 }
 
@@ -352,12 +383,11 @@ __device__ void run_segment(const Problem& p, int64_t segment, Member& me) {
         descend<Product>(p, p.theta(i), p.theta(i + 1), p.pass(i), me);
 }
 
-// Two neighbors of R delta of the output, from its values a and R z, and their shares of the gradients for the actions,
-// += alpha c moved, and for alpha, -= c error moved, each element's apart.
-__device__ inline void put_tangent(const Problem& p, int row, int column, float2 values, float z0, float z1,
-                                   const RowSums& sums) {
-    const Pair delta = p.delta(p.tangent(), p.net.layers - 1);
-    const int offset = tiled(row, column, delta.width);
+// Two neighbors of R delta of the output, from its values a and R z; adds their shares of the gradients for the
+// actions, alpha c moved, and for alpha, - c error moved, each element's apart.
+__device__ inline float2 tangent_delta(const Problem& p, int row, int column, float2 values, float z0, float z1,
+                                       const RowSums& sums) {
+    const int offset = tiled(row, column, p.net.outputs());
     const float a[2] = {values.x, values.y}, z[2] = {z0, z1};
     float moved_delta[2] = {0, 0};
     for (int i = 0; i < 2 && row < p.net.rows; ++i) {
@@ -367,11 +397,12 @@ __device__ inline void put_tangent(const Problem& p, int row, int column, float2
         p.base[p.kernel.at.actions_gradient + offset + i] += p.lr * p.scale * moved;
         p.base[p.kernel.at.lr_terms + offset + i] -= p.scale * error * moved;
     }
-    delta.put(row, column, moved_delta[0], moved_delta[1]);
+    return make_float2(moved_delta[0], moved_delta[1]);
 }
 
 // The same for a softmax, from R z in place of R h of the output.
-__device__ void softmax_tangent_rows(const Problem& p, float* pass, int row_tile, const Member& me) {
+template <typename Product>
+__device__ void softmax_tangent_rows(const Problem& p, float* pass, int row_tile, bool sends, const Member& me) {
     const Pair out = p.output(pass, p.net.layers - 1), moved = p.output(p.tangent(), p.net.layers - 1);
     const auto sums = [&](int row) {
         return tangent_sums(
@@ -382,67 +413,105 @@ __device__ void softmax_tangent_rows(const Problem& p, float* pass, int row_tile
     };
     whole_rows(p, row_tile, me, sums, [&](int row, int column, const RowSums& shared) {
         const float2 z = moved.get(row, column);
-        put_tangent(p, row, column, out.get(row, column), z.x, z.y, shared);
+        const float2 delta = tangent_delta(p, row, column, out.get(row, column), z.x, z.y, shared);
+        scatter_on<Product>(p.delta(p.tangent(), p.net.layers - 1), row, column, delta.x, delta.y, sends, me);
     });
 }
 
 // R h of every layer along v: R z = R h_in W + h_in V + v_b, and R delta of the last.
 template <typename Product>
-__device__ void tangent_rows(const Problem& p, float* theta, float* pass, int row_tile, const Member& me) {
+struct TangentRows {
     struct Fetched {
         float2 bias, h;
     };
-    float *v = p.direction(), *tangent = p.tangent();
-    for (int l = 0; l < p.net.layers; ++l) {
-        const Pair in = p.input(pass, l), moved = p.input(tangent, l), h = p.output(pass, l);
-        const Pair out = p.output(tangent, l);
-        const float* biases = p.biases(v, l);
-        const bool hidden = l + 1 < p.net.layers;
-        const Terms terms{{{in.rows, p.weights(v, l).rows}, {moved.rows, p.weights(theta, l).rows}},
-                          l == 0 ? 1 : 2,  // the observations do not move
-                          in.width / 16};
-        rows_product<Product>(
-            terms, row_tile, out.width, me,
-            [&](int row, int column) {
-                return Fetched{*reinterpret_cast<const float2*>(biases + column), h.get(row, column)};
-            },
-            [&](int row, int column, float x0, float x1, Fetched at) {
-                const float z0 = x0 + at.bias.x, z1 = x1 + at.bias.y;
-                if (hidden) {
-                    const float2 x = masked(z0, z1, at.h);
-                    return out.put(row, column, x.x, x.y);
-                }
-                if (p.head == Head::softmax) return out.put(row, column, z0, z1);
-                put_tangent(p, row, column, at.h, z0, z1, {});
-            });
-        me.wait_team();
+    static constexpr int step = 1;
+    const Problem& p;
+    float *theta, *pass;
+    int row_tile;
+    bool last_sends;
+    int begin, end;
+
+    __device__ TangentRows(const Problem& p_, float* theta_, float* pass_, int row_tile_, bool last_sends_)
+        : p(p_),
+          theta(theta_),
+          pass(pass_),
+          row_tile(row_tile_),
+          last_sends(last_sends_),
+          begin(0),
+          end(p_.net.layers) {}
+
+    __device__ int columns(int l) const { return p.net.layer[l].out_padded; }
+    __device__ bool receives(int l) const { return l > 0; }
+    __device__ bool sends(int l) const { return l + 1 < end || last_sends; }
+    __device__ const float* tile_of(const Pair& matrix) const { return matrix.rows + 16ll * row_tile * matrix.width; }
+    __device__ const float* left(int l) const { return tile_of(p.input(p.tangent(), l)); }
+    __device__ Task task(int l) const {
+        const Pair in = p.input(pass, l);
+        const Term still{tile_of(in), p.weights(p.direction(), l).rows};
+        if (l == 0) return {{still, {}}, 1, in.width / 16, 0, 0, false, false};  // the observations do not move
+        return {{{nullptr, p.weights(theta, l).rows}, still}, 2, in.width / 16, 0, 0, false, false};
     }
-    if (p.head == Head::softmax) softmax_tangent_rows(p, pass, row_tile, me);
-}
+    __device__ Fetched fetch(int l, int i, int column) const {
+        return {*reinterpret_cast<const float2*>(p.biases(p.direction(), l) + column),
+                p.output(pass, l).get(16 * row_tile + i, column)};
+    }
+    __device__ void finish(int l, int i, int column, float x0, float x1, const Fetched& at, const Member& me) const {
+        const int row = 16 * row_tile + i;
+        const float z0 = x0 + at.bias.x, z1 = x1 + at.bias.y;
+        const Pair out = p.output(p.tangent(), l);
+        if (l + 1 < end) {
+            const float2 x = masked(z0, z1, at.h);
+            return pass_on<Product>(out, row, column, x.x, x.y, true, me);
+        }
+        if (p.head == Head::softmax) return out.put_row(row, column, z0, z1);
+        const float2 delta = tangent_delta(p, row, column, at.h, z0, z1, {});
+        pass_on<Product>(p.delta(p.tangent(), l), row, column, delta.x, delta.y, last_sends, me);
+    }
+};
 
 // R delta_{l-1} = m_{l-1} (R delta_l W_l + delta_l V_l); at the observations, unmasked, their gradient.
 template <typename Product>
-__device__ void adjoint_rows(const Problem& p, float* theta, float* pass, int row_tile, bool want_observations,
-                             const Member& me) {
-    float *v = p.direction(), *tangent = p.tangent();
-    for (int l = p.net.layers - 1; l >= (want_observations ? 0 : 1); --l) {
-        const Pair moved = p.delta(tangent, l), from = p.delta(pass, l), h = p.input(pass, l);
-        const Terms terms{
-            {{moved.rows, p.weights(theta, l).columns}, {from.rows, p.weights(v, l).columns}}, 2, from.width / 16};
-        rows_product<Product>(
-            terms, row_tile, h.width, me, [&](int row, int column) { return h.get(row, column); },
-            [&](int row, int column, float x0, float x1, float2 at) {
-                if (l > 0) {
-                    const float2 x = masked(x0, x1, at);
-                    return p.delta(tangent, l - 1).put(row, column, x.x, x.y);
-                }
-                float* gradient = p.base + p.kernel.at.observations_gradient + tiled(row, column, h.width);
-                gradient[0] -= p.lr * x0;
-                gradient[1] -= p.lr * x1;
-            });
-        me.wait_team();
+struct AdjointRows {
+    static constexpr int step = -1;
+    const Problem& p;
+    float *theta, *pass;
+    int row_tile, begin, end;
+
+    __device__ AdjointRows(const Problem& p_, float* theta_, float* pass_, int row_tile_, bool want_observations)
+        : p(p_),
+          theta(theta_),
+          pass(pass_),
+          row_tile(row_tile_),
+          begin(p_.net.layers - 1),
+          end(want_observations ? -1 : 0) {}
+
+    __device__ int columns(int l) const { return p.net.layer[l].in_padded; }
+    __device__ bool receives(int) const { return true; }
+    __device__ bool sends(int l) const { return l - 1 > end; }
+    __device__ const float* tile_of(const Pair& matrix) const { return matrix.rows + 16ll * row_tile * matrix.width; }
+    __device__ const float* left(int l) const { return tile_of(p.delta(p.tangent(), l)); }
+    __device__ Task task(int l) const {
+        const Pair from = p.delta(pass, l);
+        return {{{nullptr, p.weights(theta, l).columns}, {tile_of(from), p.weights(p.direction(), l).columns}},
+                2,
+                from.width / 16,
+                0,
+                0,
+                false,
+                false};
     }
-}
+    __device__ float2 fetch(int l, int i, int column) const { return p.input(pass, l).get(16 * row_tile + i, column); }
+    __device__ void finish(int l, int i, int column, float x0, float x1, float2 h, const Member& me) const {
+        const int row = 16 * row_tile + i;
+        if (l > 0) {
+            const float2 x = masked(x0, x1, h);
+            return pass_on<Product>(p.delta(p.tangent(), l - 1), row, column, x.x, x.y, sends(l), me);
+        }
+        float* gradient = p.base + p.kernel.at.observations_gradient + tiled(row, column, p.net.inputs());
+        gradient[0] -= p.lr * x0;
+        gradient[1] -= p.lr * x1;
+    }
+};
 
 // The tape of the step before on its way to the second-level cache while this one's weights are computed.
 __device__ inline void prefetch(const float* data, int64_t floats, const Member& me) {
@@ -456,8 +525,10 @@ __device__ void adjoint_step(const Problem& p, int64_t i, bool first, bool want_
                              Member& me) {
     float *theta = p.theta(i), *pass = p.pass(i), *tangent = p.tangent(), *v = p.direction();
     for (int tile = me.team(); tile < p.net.row_tiles(); tile += me.teams()) {
-        tangent_rows<Product>(p, theta, pass, tile, me);
-        adjoint_rows<Product>(p, theta, pass, tile, want_observations, me);
+        const bool goes_back = want_observations || p.net.layers > 1;
+        run_stage<Product>(TangentRows<Product>(p, theta, pass, tile, goes_back), me);
+        if (p.head == Head::softmax) softmax_tangent_rows<Product>(p, pass, tile, goes_back, me);
+        run_stage<Product>(AdjointRows<Product>(p, theta, pass, tile, want_observations), me);
     }
     if (first && !want_params) return;
     me.wait();
@@ -467,12 +538,15 @@ __device__ void adjoint_step(const Problem& p, int64_t i, bool first, bool want_
     }
     const Updated<AdjointStep> sets{v, v, p.momentum != 0 ? p.adjoint() : nullptr, {p.lr, first ? 0 : p.momentum}};
     update_weights<Product>(p, sets, me, [&](int l) {
-        return Terms{{{p.delta(tangent, l).columns, p.input(pass, l).columns},
-                      {p.delta(pass, l).columns, p.input(tangent, l).columns}},
-                     l == 0 ? 1 : 2,
-                     p.net.row_tiles()};
+        return Task{{{p.delta(tangent, l).columns, p.input(pass, l).columns},
+                     {p.delta(pass, l).columns, p.input(tangent, l).columns}},
+                    l == 0 ? 1 : 2,
+                    p.net.row_tiles(),
+                    0,
+                    0,
+                    false,
+                    false};
     });
-    update_biases(p, sets, tangent, me);
     me.wait();
 }
 
@@ -486,12 +560,15 @@ __device__ void pack(const float* from, int height, int width, float* to, int pa
     }
 }
 
+// The same rounded, and its transpose.
+template <typename Product>
 __device__ void pack_pair(const float* from, int height, int width, const Pair& to, const Member& me) {
-    pack(from, height, width, to.rows, to.height, to.width, me);
     for (int i = me.thread(); i < to.height * to.width; i += me.threads()) {
         const int row = i / to.width, column = i % to.width;
-        to.columns[tiled(column, row, to.height)] =
-            row < height && column < width ? from[static_cast<int64_t>(row) * width + column] : 0.0f;
+        const float x =
+            row < height && column < width ? Product::rounded(from[static_cast<int64_t>(row) * width + column]) : 0.0f;
+        to.rows[tiled(row, column, to.width)] = x;
+        to.columns[tiled(column, row, to.height)] = x;
     }
 }
 
@@ -500,10 +577,13 @@ __device__ void unpack(const float* from, int padded_width, float* to, int heigh
         to[i] = from[tiled(i / width, i % width, padded_width)];
 }
 
+template <typename Product>
 __device__ void pack_params(const Problem& p, const float* flat, float* theta, const Member& me) {
     for (int l = 0; l < p.net.layers; ++l) {
         const Layer& layer = p.net.layer[l];
-        pack_pair(flat + layer.flat, layer.out, layer.in, p.weights(theta, l), me);
+        const Weights to = p.weights(theta, l);
+        pack_pair<Product>(flat + layer.flat, layer.out, layer.in, to, me);
+        pack(flat + layer.flat, layer.out, layer.in, to.exact, to.height, to.width, me);
         const float* biases = flat + layer.flat + static_cast<int64_t>(layer.out) * layer.in;
         for (int i = me.thread(); i < layer.out_padded; i += me.threads())
             p.biases(theta, l)[i] = i < layer.out ? biases[i] : 0.0f;
@@ -513,7 +593,7 @@ __device__ void pack_params(const Problem& p, const float* flat, float* theta, c
 __device__ void unpack_params(const Problem& p, float* theta, float* flat, const Member& me) {
     for (int l = 0; l < p.net.layers; ++l) {
         const Layer& layer = p.net.layer[l];
-        unpack(p.weights(theta, l).rows, layer.in_padded, flat + layer.flat, layer.out, layer.in, me);
+        unpack(p.weights(theta, l).exact, layer.in_padded, flat + layer.flat, layer.out, layer.in, me);
         float* biases = flat + layer.flat + static_cast<int64_t>(layer.out) * layer.in;
         for (int i = me.thread(); i < layer.out; i += me.threads()) biases[i] = p.biases(theta, l)[i];
     }
@@ -534,10 +614,10 @@ __device__ void train(const Forward& f, int index, Member& me) {
     const Network& net = p.net;
     const Plan& plan = f.kernel.plan;
     const int64_t rows = net.rows, in = net.layer[0].in, out = net.layer[net.layers - 1].out;
-    pack_pair(f.observations + index * rows * in, net.rows, static_cast<int>(in), p.input(nullptr, 0), me);
+    pack_pair<Product>(f.observations + index * rows * in, net.rows, static_cast<int>(in), p.input(nullptr, 0), me);
     pack(f.actions + index * rows * out, net.rows, static_cast<int>(out), p.actions(), net.rows_padded, net.outputs(),
          me);
-    pack_params(p, f.params + index * net.flat, p.theta(0), me);
+    pack_params<Product>(p, f.params + index * net.flat, p.theta(0), me);
     clear(p.velocity(), net.theta, me);
     me.wait();
     // Steps that leave no tape overwrite their own parameters.
@@ -570,8 +650,8 @@ __device__ void differentiate(const Backward& b, int index, Member& me) {
     const Layout& at = b.kernel.at;
     const Plan& plan = b.kernel.plan;
     const bool want_observations = b.observations != nullptr, want_params = b.params != nullptr;
-    pack_params(p, b.trained + index * net.flat, p.direction(), me);
-    pack_params(p, b.trained + index * net.flat, p.adjoint(), me);
+    pack_params<Product>(p, b.trained + index * net.flat, p.direction(), me);
+    pack_params<Product>(p, b.trained + index * net.flat, p.adjoint(), me);
     clear(p.base + at.observations_gradient, at.floats - at.observations_gradient, me);
     me.wait();
     int64_t held = b.again ? 0 : plan.segments - 1;  // the segment whose steps are on the tape
@@ -599,14 +679,14 @@ __device__ void differentiate(const Backward& b, int index, Member& me) {
 
 template <typename Product>
 __global__ void __launch_bounds__(kThreads, 1) unrolled_bc_forward(const __grid_constant__ Forward f) {
-    Member me(f.kernel);
+    Member me(f.kernel.groups, f.kernel.counters, f.kernel.strip);
     for (int index = blockIdx.x / me.members; index < f.kernel.problems; index += f.kernel.groups.groups)
         train<Product>(f, index, me);
 }
 
 template <typename Product>
 __global__ void __launch_bounds__(kThreads, 1) unrolled_bc_backward(const __grid_constant__ Backward b) {
-    Member me(b.kernel);
+    Member me(b.kernel.groups, b.kernel.counters, b.kernel.strip);
     for (int index = blockIdx.x / me.members; index < b.kernel.problems; index += b.kernel.groups.groups)
         differentiate<Product>(b, index, me);
 }
@@ -630,11 +710,14 @@ Kernel make_kernel(const UnrolledBCParams& params) {
 template <typename Params>
 void run(void (*kernel)(Params), Params params, void* stream) {
     Kernel& k = params.kernel;
-    const int resident[] = {resident_blocks(1, kernel, kThreads, 0), resident_blocks(2, kernel, kThreads, 0),
-                            resident_blocks(4, kernel, kThreads, 0)};
+    const size_t strip = shared_bytes(strip_floats(k.net)) <= shared_limit() ? strip_floats(k.net) : 0;
+    const size_t shared = shared_bytes(strip);
+    k.strip = static_cast<int>(strip);
+    int resident[4];
+    for (int i = 0; i < 4; ++i) resident[i] = resident_blocks(1 << i, kernel, kThreads, shared);
     k.groups = make_groups(k.problems, k.net, resident);
     set_zero(k.counters, k.groups.groups * kCounterStride * sizeof(unsigned), stream);
-    launch_clusters(k.groups.parts, kernel, dim3(k.groups.groups * k.groups.members), dim3(kThreads), 0, stream,
+    launch_clusters(k.groups.parts, kernel, dim3(k.groups.groups * k.groups.members), dim3(kThreads), shared, stream,
                     params);
 }
 

@@ -15,6 +15,8 @@ constexpr int kWarps = 8;  // a block
 constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxLayers = 32;      // the kernels' parameters hold a table of them
 constexpr int kCounterStride = 32;  // integers from one group's barrier counter to the next: a line of 128 bytes
+constexpr int kColumns = 32;        // of a block's tile of a product
+constexpr int kMaxParts = 8;        // blocks of a team
 
 SDW_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 SDW_HOST_DEVICE constexpr int padded(int64_t n) { return static_cast<int>(ceil_div(n, 16) * 16); }
@@ -28,12 +30,13 @@ SDW_HOST_DEVICE constexpr int tiled(int row, int column, int columns) {
     return (row / 8 * (columns / 16) + column / 16) * 128 + row % 8 * 16 + column % 16;
 }
 
-// What is an operand both ways is stored twice: the matrix, and right behind it its transpose.
+// What is an operand is stored as products take it, rounded to their precision, and twice where it is one both ways:
+// the matrix, and right behind it its transpose. Weights lie a third time, in full precision, behind both.
 struct Layer {
     int in, out;                // widths
     int in_padded, out_padded;  // to 16
     int64_t flat;               // of W in a problem's flat parameters; b lies behind
-    int64_t weights, biases;    // in a set of parameters: W (out, in) twice, b
+    int64_t weights, biases;    // in a set of parameters: W (out, in) three times, b
     int64_t h, delta;           // in a pass: the layer's output h (rows, out) and its delta, twice each
 };
 
@@ -78,7 +81,7 @@ inline Network make_network(const UnrolledBCParams& problem) {
         layer.flat = net.flat;
         net.flat += static_cast<int64_t>(layer.out) * (layer.in + 1);
         layer.weights = net.theta;
-        layer.biases = net.theta + 2ll * layer.out_padded * layer.in_padded;
+        layer.biases = net.theta + 3ll * layer.out_padded * layer.in_padded;
         net.theta = lines(layer.biases + layer.out_padded);
         layer.h = net.pass;
         layer.delta = net.pass + 2ll * net.rows_padded * layer.out_padded;
@@ -118,7 +121,7 @@ struct Layout {
     int64_t actions;       // (rows, outputs)
     int64_t theta;         // parameters before each step of the segment, and after the last
     int64_t passes;        // of each step of the segment
-    int64_t velocity;      // u, as parameters; as lambda unused without momentum, and the transposes of both always
+    int64_t velocity;      // u, as parameters in full precision; as lambda unused without momentum
     int64_t starts;        // parameters and velocity at the start of each segment, if there are several
     int64_t adjoint;       // lambda, as parameters
     int64_t direction;     // v, as parameters
@@ -150,75 +153,60 @@ inline Layout make_layout(const Network& net, const Plan& plan) {
     return at;
 }
 
-// A warp's tile of a weight gradient, and a block's: two by four warps. The coarse one reads less, the fine one shares
-// out better among many blocks.
-struct WeightShape {
-    int rows, columns;
+// A block's tile of a layer's weight gradient: 32 x 32. All of them are counted through all layers.
+constexpr int kWeightRows = 32;
 
-    SDW_HOST_DEVICE constexpr int block_rows() const { return 2 * rows; }
-    SDW_HOST_DEVICE constexpr int block_columns() const { return 4 * columns; }
-};
-constexpr WeightShape kCoarse{32, 32}, kFine{16, 16};
-
-// Block tiles of a layer's weight gradient, and of all layers'.
-SDW_HOST_DEVICE constexpr int weight_blocks(const Layer& layer, WeightShape shape) {
-    return static_cast<int>(ceil_div(layer.out_padded, shape.block_rows()) *
-                            ceil_div(layer.in_padded, shape.block_columns()));
+SDW_HOST_DEVICE constexpr int weight_tiles(const Layer& layer) {
+    return static_cast<int>(ceil_div(layer.out_padded, kWeightRows) * ceil_div(layer.in_padded, kColumns));
 }
-SDW_HOST_DEVICE constexpr int weight_blocks(const Network& net, WeightShape shape) {
-    int blocks = 0;
-    for (int l = 0; l < net.layers; ++l) blocks += weight_blocks(net.layer[l], shape);
-    return blocks;
+SDW_HOST_DEVICE constexpr int weight_tiles(const Network& net) {
+    int tiles = 0;
+    for (int l = 0; l < net.layers; ++l) tiles += weight_tiles(net.layer[l]);
+    return tiles;
 }
 
-// The tile of weight gradients of one warp in block tile `index`, counted through all layers.
 struct WeightTile {
-    int layer;        // net.layers: there is no such block tile
-    int row, column;  // of the first element; beyond the matrix: nothing for this warp
+    int layer;        // net.layers: there is no such tile
+    int row, column;  // of the first element
 };
 
-SDW_HOST_DEVICE constexpr WeightTile weight_tile(const Network& net, WeightShape shape, int index, int warp) {
+SDW_HOST_DEVICE constexpr WeightTile weight_tile(const Network& net, int index) {
     for (int l = 0; l < net.layers; ++l) {
-        const Layer& layer = net.layer[l];
-        const int blocks = weight_blocks(layer, shape);
-        if (index < blocks) {
-            const int across = static_cast<int>(ceil_div(layer.in_padded, shape.block_columns()));
-            return {l, index / across * shape.block_rows() + warp / 4 * shape.rows,
-                    index % across * shape.block_columns() + warp % 4 * shape.columns};
+        const int tiles = weight_tiles(net.layer[l]);
+        if (index < tiles) {
+            const int across = static_cast<int>(ceil_div(net.layer[l].in_padded, kColumns));
+            return {l, index / across * kWeightRows, index % across * kColumns};
         }
-        index -= blocks;
+        index -= tiles;
     }
     return {net.layers, 0, 0};
 }
 
 // A problem is run by a group of blocks; a group that has finished takes the next problem. Within a group, a team of
-// blocks (a cluster) shares tiles of rows: each computes a part of the columns of every product, and they meet after
-// each.
+// blocks (a cluster) shares tiles of 16 rows: each computes a part of the columns of every product. Teams beyond the
+// last tile of rows help with the weight gradients.
 struct Groups {
     int groups;
     int members;  // blocks of a group
-    int parts;    // blocks of a team: 1, 2 or 4
-    bool fine;    // the smaller tiles of weight gradients
+    int parts;    // blocks of a team: 1, 2, 4 or 8
 };
 
 // resident[i]: blocks that the device holds in clusters of 2^i.
-inline Groups make_groups(int64_t problems, const Network& net, const int (&resident)[3]) {
+inline Groups make_groups(int64_t problems, const Network& net, const int (&resident)[4]) {
     if (resident[0] < 1) throw std::runtime_error("unrolled_bc: the device cannot hold one block of the kernel");
-    const int teams = std::min(net.row_tiles(), resident[0]);
-    Groups result{static_cast<int>(std::min<int64_t>(problems, resident[0] / teams)), teams, 1, false};
-    for (int i = 1; i < 3; ++i) {
+    const int64_t tiles = net.row_tiles();
+    const int teams = static_cast<int>(std::min<int64_t>(tiles, resident[0]));
+    Groups result{static_cast<int>(std::min<int64_t>(problems, resident[0] / teams)), teams, 1};
+    for (int i = 0; i < 4; ++i) {
         const int parts = 1 << i;
-        // Worth it where all problems still run at once and no warp stays without columns in the widest layer.
-        if (net.row_tiles() * parts * problems <= resident[i] && net.widest() >= 8 * kWarps * parts)
-            result = {static_cast<int>(problems), net.row_tiles() * parts, parts, false};
+        const int64_t room = resident[i] / parts / problems;  // teams a problem
+        // Worth it where all problems still run at once and no block of a team stays without columns in the widest
+        // layer.
+        if (room < tiles || (parts > 1 && net.widest() < kColumns * parts)) continue;
+        const int64_t wanted = std::max(tiles, ceil_div(weight_tiles(net), parts));
+        result = {static_cast<int>(problems), static_cast<int>(std::min(room, wanted)) * parts, parts};
     }
-    result.fine = result.members >= 2 * weight_blocks(net, kCoarse);
     return result;
-}
-
-// Column tiles (of 8) of a product that a warp takes at a time: as few as let `warps` take all in one round, up to 4.
-SDW_HOST_DEVICE constexpr int tiles_a_warp(int tiles, int warps) {
-    return tiles <= warps ? 1 : tiles <= 2 * warps ? 2 : 4;
 }
 
 }  // namespace sdw::unrolled

@@ -125,8 +125,8 @@ py::dict unrolled_bc_schedule(const sdw::UnrolledBCParams& problem, int resident
     const Network net = make_network(problem);
     const Plan plan = make_plan(problem);
     const Layout at = make_layout(net, plan);
-    const Groups groups = make_groups(problem.problems, net, {resident, resident / 2 * 2, resident / 4 * 4});
-    const WeightShape shape = groups.fine ? kFine : kCoarse;
+    const Groups groups =
+        make_groups(problem.problems, net, {resident, resident / 2 * 2, resident / 4 * 4, resident / 8 * 8});
     py::list layers, weights;
     for (int l = 0; l < net.layers; ++l) {
         const Layer& x = net.layer[l];
@@ -135,11 +135,9 @@ py::dict unrolled_bc_schedule(const sdw::UnrolledBCParams& problem, int resident
                                py::arg("h") = x.h, py::arg("delta") = x.delta));
     }
     for (int rank = 0; rank < groups.members; ++rank) {
-        for (int index = rank; weight_tile(net, shape, index, 0).layer < net.layers; index += groups.members) {
-            for (int warp = 0; warp < kWarps; ++warp) {
-                const WeightTile tile = weight_tile(net, shape, index, warp);
-                weights.append(py::make_tuple(tile.layer, tile.row, tile.column));
-            }
+        for (int index = rank; weight_tile(net, index).layer < net.layers; index += groups.members) {
+            const WeightTile tile = weight_tile(net, index);
+            weights.append(py::make_tuple(tile.layer, tile.row, tile.column));
         }
     }
     std::vector<int> rows;
@@ -152,8 +150,8 @@ py::dict unrolled_bc_schedule(const sdw::UnrolledBCParams& problem, int resident
     return py::dict(py::arg("layers") = layers, py::arg("theta") = net.theta, py::arg("pass") = net.pass,
                     py::arg("flat") = net.flat, py::arg("length") = plan.length, py::arg("segments") = plan.segments,
                     py::arg("groups") = groups.groups, py::arg("members") = groups.members,
-                    py::arg("parts_of_a_team") = groups.parts, py::arg("tile") = shape.rows,
-                    py::arg("weights") = weights, py::arg("rows") = rows, py::arg("parts") = parts);
+                    py::arg("parts_of_a_team") = groups.parts, py::arg("weights") = weights, py::arg("rows") = rows,
+                    py::arg("parts") = parts);
 }
 
 }  // namespace
@@ -166,7 +164,6 @@ PYBIND11_MODULE(sdw_emulated, m) {
     sdw::bind_weighted_bc_loss(m);
     m.def("unrolled_bc_schedule", unrolled_bc_schedule);
     m.def("tiled", sdw::unrolled::tiled);
-    m.def("tiles_a_warp", sdw::unrolled::tiles_a_warp);
     m.def("set_seed", [](uint64_t seed) { sdw::emulator::state.seed = seed; });
     m.def("set_multiprocessors", [](int count) { sdw::emulator::state.multiprocessors = count; });
 

@@ -70,6 +70,7 @@ struct Warp {
 
 struct Cluster {
     std::vector<Fiber*> waiting;  // at meet_cluster
+    std::vector<Block*> blocks;   // by rank
     size_t threads = 0;
 };
 
@@ -301,6 +302,8 @@ inline void run_blocks(const std::vector<unsigned>& numbers, unsigned cluster, s
         block.index.z = numbers[b] / gridDim.x / gridDim.y;
         block.cluster = &clusters[numbers[b] / cluster];
         block.cluster->threads = cluster * threads;
+        block.cluster->blocks.resize(cluster);
+        block.cluster->blocks[numbers[b] % cluster] = &block;
         block.shared.assign(shared_bytes + kGuard, kPoison);
         block.warps.resize((threads + 31) / 32);
         block.alive = static_cast<int>(threads);
@@ -344,6 +347,44 @@ inline void copy_async(void* to, const void* from, size_t bytes) {
         std::memcpy(to, from, bytes);
     else
         state.current->copies.back().push_back({to, from, bytes});
+}
+
+// An mbarrier for one arrival, which announces how many bytes the phase takes.
+struct Mailbox {
+    int32_t missing = 0;  // bytes announced less bytes that came
+    uint16_t announced = 0, phase = 0;
+
+    bool is_past(unsigned parity) const { return (phase & 1u) != parity; }
+    void expect(int bytes) {
+        require(announced == 0, "emulator: a phase of a mailbox was announced twice");
+        announced = 1;
+        take(-bytes);
+    }
+    void take(int bytes) {
+        missing -= bytes;
+        if (announced == 0 || missing != 0) return;
+        announced = 0;
+        ++phase;
+        state.spins = 0;
+    }
+};
+
+// The address of this block's shared memory in another block of the cluster.
+template <typename T>
+T* in_block(T* address, unsigned rank) {
+    Block& self = *state.current->block;
+    require(rank < self.cluster->blocks.size(), "emulator: no such block in the cluster");
+    Block& other = *self.cluster->blocks[rank];
+    require(other.alive > 0, "emulator: a block wrote to one that has ended");
+    return reinterpret_cast<T*>(other.shared.data() + (reinterpret_cast<unsigned char*>(address) - self.shared.data()));
+}
+
+inline void mail(float* to, Mailbox* mailbox, unsigned rank, float x0, float x1) {
+    maybe_step_aside();
+    float* const there = in_block(to, rank);
+    there[0] = x0;
+    there[1] = x1;
+    in_block(mailbox, rank)->take(8);
 }
 
 inline void copy_async_commit() { state.current->copies.emplace_back(); }

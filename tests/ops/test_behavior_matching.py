@@ -134,7 +134,7 @@ def test_cpu_agrees_with_float64(kernel, widths, rows):
 def test_cuda_agrees_with_float64(kernel, widths, rows, precision):
     seed = rows if rows < 4000 else 0  # of the large ones, one whose outputs do not saturate
     case = random_case(widths, rows, seed, device=kernel.device, kinks=False)
-    check(case, kernel, precision, *([1e-5] if precision == "ieee" else [1e-2, 1e-3]))
+    check(case, kernel, precision, *([1e-5] if precision == "ieee" else [2e-2, 1e-3]))
 
 
 def test_large_weights_and_saturated_outputs(kernel):

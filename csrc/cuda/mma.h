@@ -224,22 +224,59 @@ struct Mailbox {
 #endif
 };
 
-// Two floats to where `to` lies in the shared memory of block `rank` of the cluster; its mailbox there counts 8 bytes.
-__device__ inline void mail(float* to, Mailbox* mailbox, unsigned rank, float x0, float x1) {
+// The shared memory of a block of the cluster, seen from another: addresses are those of this block's own.
+struct Neighbor {
 #ifdef SDW_EMULATE_CUDA
-    emulator::mail(to, &mailbox->state, rank, x0, x1);
-#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n.reg .b32 to, box;\n"
-        "mapa.shared::cluster.u32 to, %0, %2;\n"
-        "mapa.shared::cluster.u32 box, %1, %2;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%3, %4}, [box];\n}" ::"r"(
-            static_cast<unsigned>(__cvta_generic_to_shared(to))),
-        "r"(mailbox->address()), "r"(rank), "f"(x0), "f"(x1)
-        : "memory");
+    unsigned rank;
+
+    explicit Neighbor(unsigned rank_) : rank(rank_) {}
+    Neighbor() = default;
 #else
-    __trap();
+    unsigned distance;  // from this block's addresses to the neighbor's
+
+    Neighbor() = default;
+    __device__ explicit Neighbor(unsigned rank) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        const auto here = static_cast<unsigned>(__cvta_generic_to_shared(shared_memory()));
+        unsigned there;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+        distance = there - here;
+#else
+        distance = rank;
 #endif
-}
+    }
+#endif
+    // Stores numbers to `to` over there, whose mailbox counts their bytes when they have come.
+    __device__ void mail(float* to, Mailbox* mailbox, float2 x) const {
+#ifdef SDW_EMULATE_CUDA
+        emulator::mail(to, &mailbox->state, rank, {x.x, x.y});
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];" ::"r"(there(to)),
+            "r"(there(mailbox)), "f"(x.x), "f"(x.y)
+            : "memory");
+#else
+        __trap();
+#endif
+    }
+    // The same; `to` is aligned to 16 bytes.
+    __device__ void mail(float* to, Mailbox* mailbox, float4 x) const {
+#ifdef SDW_EMULATE_CUDA
+        emulator::mail(to, &mailbox->state, rank, {x.x, x.y, x.z, x.w});
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(
+                         there(to)),
+                     "r"(there(mailbox)), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+                     : "memory");
+#else
+        __trap();
+#endif
+    }
+#ifndef SDW_EMULATE_CUDA
+    __device__ unsigned there(const void* here) const {
+        return static_cast<unsigned>(__cvta_generic_to_shared(here)) + distance;
+    }
+#endif
+};
 
 }  // namespace sdw

@@ -1,11 +1,15 @@
 // Products of tiled matrices (unrolled_bc_schedule.h) by one block: sums of left x right-transposed, both operands
 // tiled with the summed index along their rows.
 //
-// A block computes tiles of 16 kM x 32, one after the other. Its warps share the summed index: warp w takes chunks
+// A block computes tiles of 16 kM x 32 kN, one after the other. Its warps share the summed index: warp w takes chunks
 // w, w + 8, ... of 16 of it for the whole tile, so that every operand is read once a block, from the caches straight to
 // registers, in the layout of the tensor core. The eight partial sums meet in shared memory, added in the order of the
 // warps: the bits of a sum do not depend on which block computes it. What the next tile needs that lies ready, its
-// weights above all, is loaded before the partial sums of this one are: loads are in flight while threads wait.
+// weights above all, is loaded before the partial sums of this one are added: loads are in flight while threads wait.
+//
+// With one warp in two cycles a scheduler, what counts is how many instructions a warp issues from one barrier to the
+// next. So matrices are padded to whole tiles (nothing is compared with an end), and the operands of a tile lie at
+// fixed distances from one address.
 #pragma once
 
 #include "mma.h"
@@ -13,17 +17,16 @@
 
 namespace sdw::unrolled {
 
-constexpr int kTiles = kColumns / 8;  // tensor-core tiles across a block's tile
-// Floats from one row of partial sums to the next: no two lanes meet in a bank. Column 32 holds sums of the left
-// operand.
-constexpr int kPartialStride = kColumns + 8;
+constexpr int kTiles = kColumns / 8;  // tensor-core tiles across a group of columns
 
-SDW_HOST_DEVICE constexpr size_t partial_floats(int kM) {
-    return static_cast<size_t>(kWarps) * 16 * kM * kPartialStride;
-}
+// Floats from one row of partial sums to the next: no two lanes meet in a bank. The first one behind the tile's columns
+// holds a sum of the left operand.
+SDW_HOST_DEVICE constexpr int partial_stride(int kN) { return kColumns * kN + 8; }
+SDW_HOST_DEVICE constexpr int partial_floats(int kM, int kN) { return kWarps * 16 * kM * partial_stride(kN); }
 
-// The operands of a sum of one or two products, each with `chunks` chunks of 16 along the summed index. Both begin at
-// the tile's first row; past the end, loads repeat the last.
+// The operands of a sum of one or two products, each with `chunks` chunks of 16 along the summed index: where the
+// tile's rows begin (left, right; right of the tile's second group of columns, if there is one, `second` floats
+// behind).
 struct Term {
     const float* left;
     const float* right;
@@ -32,10 +35,13 @@ struct Task {
     Term term[2];
     int count;
     int chunks;
-    int left_tiles, right_tiles;  // of 16 and of 8 rows, up to the operands' ends
-    bool late;                    // left of term[0] is known only after Tiles::ready()
-    bool left_sums;               // the rows of term[0]'s left are summed as well
+    int late = 0;  // not 0: left of term[0] is known only after Tiles::ready(), its chunks so many floats apart
+    bool left_sums = false;  // the rows of term[0]'s left are summed as well
+    int64_t second = 0;
 };
+
+constexpr int kBlock = 512;       // floats of a chunk of an operand
+constexpr int kStripBlock = 256;  // the same of a strip of 16 rows
 
 __device__ inline float4 load4(const float* address) { return *reinterpret_cast<const float4*>(address); }
 
@@ -62,19 +68,20 @@ struct Tf32 {
         return make_float2((a.low.x + a.low.y) + (a.low.z + a.low.w), (a.high.x + a.high.y) + (a.high.z + a.high.w));
     }
 
-    template <int kM>
-    __device__ static void multiply(float (&sum)[kM][kTiles][4], const Left (&a)[kM], const Right (&b)[kTiles]) {
+    // The tensor-core tiles from number `at` on, of kT across the tile.
+    template <int kM, int kT>
+    __device__ static void multiply(float (&sum)[kM][kT][4], const Left (&a)[kM], const Right (&b)[kTiles], int at) {
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
             const float first[4] = {a[i].low.x, a[i].high.x, a[i].low.y, a[i].high.y};
 #pragma unroll
-            for (int j = 0; j < kTiles; ++j) mma_tf32(sum[i][j], first, {b[j].x, b[j].y});
+            for (int j = 0; j < kTiles; ++j) mma_tf32(sum[i][at + j], first, {b[j].x, b[j].y});
         }
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
             const float second[4] = {a[i].low.z, a[i].high.z, a[i].low.w, a[i].high.w};
 #pragma unroll
-            for (int j = 0; j < kTiles; ++j) mma_tf32(sum[i][j], second, {b[j].z, b[j].w});
+            for (int j = 0; j < kTiles; ++j) mma_tf32(sum[i][at + j], second, {b[j].z, b[j].w});
         }
     }
 };
@@ -102,8 +109,9 @@ struct Ieee {
     __device__ static float dot(float sum, float4 x, float4 y) {
         return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
     }
-    template <int kM>
-    __device__ static void multiply(float (&sum)[kM][kTiles][4], const Left (&a)[kM], const Right (&b)[kTiles]) {
+    // The tensor-core tiles from number `at` on, of kT across the tile.
+    template <int kM, int kT>
+    __device__ static void multiply(float (&sum)[kM][kT][4], const Left (&a)[kM], const Right (&b)[kTiles], int at) {
 #pragma unroll 1
         for (int k = 0; k < 16; k += 4) {
 #pragma unroll
@@ -112,152 +120,182 @@ struct Ieee {
 #pragma unroll
                 for (int i = 0; i < kM; ++i) {
                     const float4 low = load4(a[i].low + k), high = load4(a[i].high + k);
-                    sum[i][j][0] = dot(sum[i][j][0], low, even);
-                    sum[i][j][1] = dot(sum[i][j][1], low, odd);
-                    sum[i][j][2] = dot(sum[i][j][2], high, even);
-                    sum[i][j][3] = dot(sum[i][j][3], high, odd);
+                    sum[i][at + j][0] = dot(sum[i][at + j][0], low, even);
+                    sum[i][at + j][1] = dot(sum[i][at + j][1], low, odd);
+                    sum[i][at + j][2] = dot(sum[i][at + j][2], high, even);
+                    sum[i][at + j][3] = dot(sum[i][at + j][3], high, odd);
                 }
             }
         }
     }
 };
 
-// A warp's chunks of a task, counted through both terms: item i is chunk warp + 8 (i % each) of term i / each.
-template <typename Product, int kM>
+// What a warp holds of a task's operands: of each term its first two chunks.
+template <typename Product, int kM, int kN, int kTerms>
 struct Operands {
-    static constexpr int kSlots = 4 / kM;  // chunks that are in registers at a time
-    typename Product::Left left[kSlots][kM];
-    typename Product::Right right[kSlots][kTiles];
-    int each, items;
+    typename Product::Left left[kTerms][2][kM];
+    typename Product::Right right[kTerms][2][kN][kTiles];
 
-    __device__ void begin(const Task& task, int warp) {
-        each = (task.chunks - warp + kWarps - 1) / kWarps;
-        items = task.count * each;
-    }
-    __device__ bool is_late(const Task& task, int item) const { return task.late && item < each; }
-
-    __device__ int64_t chunk(int item, int warp) const { return warp + kWarps * (item < each ? item : item - each); }
-
-    __device__ void load_left(const Task& task, int slot, int item, int warp, int lane) {
-        const int stride = task.chunks * 128;
-        const float* from = item < each ? task.term[0].left : task.term[1].left;
-        from += chunk(item, warp) * 128 + Product::left_offset(lane);
+    // `from` is this lane's first number of the chunk.
+    __device__ void load_left(int term, int q, const float* from) {
 #pragma unroll
-        for (int i = 0; i < kM; ++i) {
-            const float* tile = from + (i < task.left_tiles ? i : task.left_tiles - 1) * 2 * stride;
-            left[slot][i] = Product::left(tile, tile + stride);
-        }
+        for (int i = 0; i < kM; ++i) left[term][q][i] = Product::left(from + 256 * i, from + 256 * i + 128);
     }
-    __device__ void load_right(const Task& task, int slot, int item, int warp, int lane) {
-        const int stride = task.chunks * 128;
-        const float* from = item < each ? task.term[0].right : task.term[1].right;
-        from += chunk(item, warp) * 128 + Product::right_offset(lane);
+    __device__ void load_right(int term, int q, const float* from, int64_t second) {
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-            right[slot][j] = Product::right(from + (j < task.right_tiles ? j : task.right_tiles - 1) * stride);
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) right[term][q][n][j] = Product::right(from + n * second + 128 * j);
     }
 };
 
-// What a thread has of a tile in the end: of each 8 x 8 part of it that is its warp's, row g and columns 2t, 2t + 1.
+// What a thread has of a tile in the end: rows `row` and columns `column` and + 1, a warp an 8 x 8 part of the tile;
+// and where they lie, from the tile's corner on, in a matrix, in its transpose (column + lane / 4, rows 2t and 2t + 1
+// of the part), and on a strip.
 struct Place {
     int row, column;
+    int in_matrix, in_transpose, on_strip;
+
+    __device__ static Place of(int warp, int lane, int i) {
+        const int down = 2 * i + warp / 4, across = warp % 4, g = lane / 4, t = lane % 4;  // parts; within the part
+        const int inside = g * 16 + across % 2 * 8 + 2 * t;
+        return {8 * down + g, 8 * across + 2 * t, across / 2 * kBlock + down * 128 + inside,
+                down / 2 * kBlock + across * 128 + g * 16 + down % 2 * 8 + 2 * t,
+                across / 2 * kStripBlock + down * 128 + inside};
+    }
 };
 
 // Computes tiles one after the other. Tiles is where they come from and go to:
 //     valid(), advance()       is there a tile; the next one
-//     task()                   its operands
-//     ready()                  waits for what comes late;  late_left(): there it is. All threads of the block call
-//     fetch(place)             what the epilogue needs of memory, early
-//     finish(place, x0, x1, fetched)    takes two neighbors of the product; all lanes of a warp call for an 8 x 8 part
+//     task()                   its operands; of kTerms terms, of which the last may repeat the first, not counted
+//     ready()                  waits for what comes late, where kLate; late_left(): there it is. All threads call
+//     fetch(place, n)          what the epilogue needs of memory, early
+//     finish(place, n, x0, x1, fetched)    takes two neighbors of the product, in group n of the tile's columns, and
+//                              passes on what others wait for; all lanes of a warp call
+//     store(place, n, x)       stores what finish() returned, which nobody waits for
 //     finish_left(row, sum)    takes a row's sum of the left operand
-// `partial` is shared memory for two times partial_floats(kM). All warps pass a barrier a tile, and two tiles never use
-// the same half in turn, so that none waits twice.
-template <typename Product, int kM, typename Tiles>
+// `partial` is shared memory for two times partial_floats(kM, kN). All warps pass a barrier a tile, and two tiles never
+// use the same half in turn, so that none waits twice.
+template <typename Product, int kM, int kN, typename Tiles>
 __device__ void run_tiles(Tiles& tiles, float* partial, unsigned& half) {
+    constexpr int kParts = kM * kN;  // of 8 x 8, a warp
+    constexpr int kStride = partial_stride(kN), kWarpFloats = 16 * kM * kStride;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int g = lane / 4, t = lane % 4;
+    const int left_lane = Product::left_offset(lane), right_lane = Product::right_offset(lane);
     if (!tiles.valid()) return;
-    constexpr int kSlots = Operands<Product, kM>::kSlots;
     Task task = tiles.task();
-    Operands<Product, kM> operands;
+    constexpr int kTerms = Tiles::kTerms;
+    Operands<Product, kM, kN, kTerms> operands;
+    using Fetched = decltype(tiles.fetch(Place{}, 0));
+    const auto place_of = [&](int part) { return Place::of(warp, lane, kM == 2 ? part : 0); };
+    const auto has_both = [&]() { return kParts == 2 && (kM == 2 || task.second != 0); };
+    // Chunks warp and warp + 8 of either term, at fixed distances, but for what comes late; and what the epilogue
+    // needs.
+    Fetched fetched[kParts];
     const auto load_early = [&]() {
         operands = {};  // so that no register of the tile before seems in use until it is loaded
-        operands.begin(task, warp);
 #pragma unroll
-        for (int slot = 0; slot < kSlots; ++slot) {
-            if (slot >= operands.items) continue;
-            operands.load_right(task, slot, slot, warp, lane);
-            if (!operands.is_late(task, slot)) operands.load_left(task, slot, slot, warp, lane);
+        for (int term = 0; term < kTerms; ++term) {
+            const float* left = task.term[term].left + warp * kBlock + left_lane;
+            const float* right = task.term[term].right + warp * kBlock + right_lane;
+#pragma unroll
+            for (int q = 0; q < 2; ++q) {
+                if (term >= task.count || warp + kWarps * q >= task.chunks) continue;
+                operands.load_right(term, q, right + kWarps * q * kBlock, task.second);
+                if (term > 0 || !Tiles::kLate || task.late == 0)
+                    operands.load_left(term, q, left + kWarps * q * kBlock);
+            }
         }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+            if (part == 0 || has_both()) fetched[part] = tiles.fetch(place_of(part), kN == 2 ? part : 0);
     };
     load_early();
     for (bool more = true; more;) {
-        decltype(tiles.fetch(Place{})) fetched[kM];
-        const auto place = [&](int i) { return Place{16 * i + warp / 4 * 8 + g, warp % 4 * 8 + 2 * t}; };
-        // The parts of a tile that exist: the same answer for a whole warp.
-        const auto exists = [&](int i) { return i < task.left_tiles && warp % 4 < task.right_tiles; };
+        const bool both = has_both();
+        tiles.ready();
+        if (Tiles::kLate && task.late != 0) {
+            task.term[0].left = tiles.late_left();
+            const float* left = task.term[0].left + warp * task.late + left_lane;
+#pragma unroll
+            for (int q = 0; q < 2; ++q)
+                if (warp + kWarps * q < task.chunks) operands.load_left(0, q, left + kWarps * q * task.late);
+        }
+        float sum[kM][kN * kTiles][4] = {};
+        float2 left_sums[kM] = {};
+        const auto multiply = [&](int term, int q, bool sums_left) {
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+                if (n == 0 || both)
+                    Product::multiply(sum, operands.left[term][q], operands.right[term][q][n], n * kTiles);
+            if constexpr (kM == 2) {
+                if (!sums_left) return;
+#pragma unroll
+                for (int i = 0; i < kM; ++i) {
+                    const float2 rows = Product::row_sums(operands.left[term][q][i], lane);
+                    left_sums[i].x += rows.x;
+                    left_sums[i].y += rows.y;
+                }
+            }
+        };
+#pragma unroll
+        for (int term = 0; term < kTerms; ++term)
+#pragma unroll
+            for (int q = 0; q < 2; ++q)
+                if (term < task.count && warp + kWarps * q < task.chunks)
+                    multiply(term, q, term == 0 && task.left_sums);
+        // Products of more than 16 chunks.
+#pragma unroll 1
+        for (int term = 0; term < task.count && task.chunks > 2 * kWarps; ++term) {
+            const int left_block = task.late != 0 && term == 0 ? task.late : kBlock;
+            const float* left = (term == 0 ? task.term[0].left : task.term[1].left) + left_lane;
+            const float* right = (term == 0 ? task.term[0].right : task.term[1].right) + right_lane;
+#pragma unroll 1
+            for (int first = warp + 2 * kWarps; first < task.chunks; first += 2 * kWarps) {
+#pragma unroll
+                for (int q = 0; q < 2; ++q) {
+                    const int chunk = first + kWarps * q;
+                    if (chunk >= task.chunks) continue;
+                    operands.load_right(0, q, right + static_cast<int64_t>(chunk) * kBlock, task.second);
+                    operands.load_left(0, q, left + static_cast<int64_t>(chunk) * left_block);
+                }
+#pragma unroll
+                for (int q = 0; q < 2; ++q)
+                    if (first + kWarps * q < task.chunks) multiply(0, q, term == 0 && task.left_sums);
+            }
+        }
+        // Partial sums of all warps.
+        float* const partials = partial + (half++ & 1) * partial_floats(kM, kN);
+        float* const mine = partials + warp * kWarpFloats + g * kStride + 2 * t;
 #pragma unroll
         for (int i = 0; i < kM; ++i)
-            if (exists(i)) fetched[i] = tiles.fetch(place(i));
-        tiles.ready();
-        if (task.late) {
-            task.term[0].left = tiles.late_left();
 #pragma unroll
-            for (int slot = 0; slot < kSlots; ++slot) {
-                if (slot >= operands.each) continue;
-                operands.load_left(task, slot, slot, warp, lane);
+            for (int j = 0; j < kN * kTiles; ++j) {
+                if (j >= kTiles && !both) continue;
+#pragma unroll
+                for (int low = 0; low < 2; ++low)
+                    *reinterpret_cast<float2*>(mine + (16 * i + 8 * low) * kStride + 8 * j) =
+                        make_float2(sum[i][j][2 * low], sum[i][j][2 * low + 1]);
             }
-        }
-        float sum[kM][kTiles][4] = {};
-        float2 left_sums[kM] = {};
-#pragma unroll 1
-        for (int first = 0; first < operands.items; first += kSlots) {
-#pragma unroll
-            for (int slot = 0; slot < kSlots; ++slot) {
-                if (first + slot >= operands.items) continue;
-                Product::multiply(sum, operands.left[slot], operands.right[slot]);
-                if (task.left_sums && first + slot < operands.each) {
-#pragma unroll
-                    for (int i = 0; i < kM; ++i) {
-                        const float2 more_rows = Product::row_sums(operands.left[slot][i], lane);
-                        left_sums[i].x += more_rows.x;
-                        left_sums[i].y += more_rows.y;
-                    }
-                }
-                const int next = first + slot + kSlots;
-                if (next >= operands.items) continue;
-                operands.load_right(task, slot, next, warp, lane);
-                operands.load_left(task, slot, next, warp, lane);
-            }
-        }
-        float* const mine = partial + (half++ & 1) * partial_floats(kM);
-        const auto partial_at = [&](int w, int row, int column) {
-            return mine + (w * 16 * kM + row) * kPartialStride + column;
-        };
-        if (operands.items > 0) {
+        const bool sums_left = kM == 2 && task.left_sums;
+        if (sums_left) {
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
 #pragma unroll
-                for (int j = 0; j < kTiles; ++j) {
-                    *reinterpret_cast<float2*>(partial_at(warp, 16 * i + g, 8 * j + 2 * t)) =
-                        make_float2(sum[i][j][0], sum[i][j][1]);
-                    *reinterpret_cast<float2*>(partial_at(warp, 16 * i + 8 + g, 8 * j + 2 * t)) =
-                        make_float2(sum[i][j][2], sum[i][j][3]);
+                for (int lanes = 1; lanes <= 2; lanes *= 2) {
+                    left_sums[i].x += __shfl_xor_sync(0xffffffffu, left_sums[i].x, lanes);
+                    left_sums[i].y += __shfl_xor_sync(0xffffffffu, left_sums[i].y, lanes);
                 }
-                if (task.left_sums) {
-                    for (int lanes = 1; lanes <= 2; lanes *= 2) {
-                        left_sums[i].x += __shfl_xor_sync(0xffffffffu, left_sums[i].x, lanes);
-                        left_sums[i].y += __shfl_xor_sync(0xffffffffu, left_sums[i].y, lanes);
-                    }
-                    if (t == 0) {
-                        *partial_at(warp, 16 * i + g, kColumns) = left_sums[i].x;
-                        *partial_at(warp, 16 * i + 8 + g, kColumns) = left_sums[i].y;
-                    }
-                }
+                if (t != 0) continue;
+                mine[16 * i * kStride + kColumns * kN] = left_sums[i].x;
+                mine[(16 * i + 8) * kStride + kColumns * kN] = left_sums[i].y;
             }
         }
-        const Task done = task;
         const Tiles here = tiles;
+        Fetched known[kParts];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) known[part] = fetched[part];
         tiles.advance();
         more = tiles.valid();
         if (more) {
@@ -265,24 +303,28 @@ __device__ void run_tiles(Tiles& tiles, float* partial, unsigned& half) {
             load_early();
         }
         __syncthreads();
-        const int warps = done.chunks < kWarps ? done.chunks : kWarps;
+        float2 result[kParts];
 #pragma unroll
-        for (int i = 0; i < kM; ++i) {
-            if (!(i < done.left_tiles && warp % 4 < done.right_tiles)) continue;
-            const Place at = place(i);
+        for (int part = 0; part < kParts; ++part) {
+            if (part > 0 && !both) continue;
+            const Place place = place_of(part);
+            const float* from = partials + place.row * kStride + place.column + (kN == 2 ? part * kColumns : 0);
             float2 total = make_float2(0, 0);
-            for (int w = 0; w < warps; ++w) {
-                const float2 x = *reinterpret_cast<const float2*>(partial_at(w, at.row, at.column));
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) {
+                const float2 x = *reinterpret_cast<const float2*>(from + w * kWarpFloats);
                 total.x += x.x;
                 total.y += x.y;
             }
-            here.finish(at, total.x, total.y, fetched[i]);
-            if (done.left_sums && at.column == 0) {
-                float left_sum = 0;
-                for (int w = 0; w < warps; ++w) left_sum += *partial_at(w, at.row, kColumns);
-                here.finish_left(at.row, left_sum);
-            }
+            result[part] = here.finish(place, kN == 2 ? part : 0, total.x, total.y, known[part]);
+            if (!sums_left || place.column != 0) continue;
+            float left_sum = 0;
+            for (int w = 0; w < kWarps; ++w) left_sum += from[w * kWarpFloats + kColumns * kN];
+            here.finish_left(place.row, left_sum);
         }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+            if (part == 0 || both) here.store(place_of(part), kN == 2 ? part : 0, result[part]);
     }
 }
 

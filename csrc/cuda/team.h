@@ -18,9 +18,12 @@ namespace sdw::unrolled {
 
 // A block's shared memory: two mailboxes, two times partial sums, two strips.
 constexpr size_t kMailboxBytes = 16;
+constexpr int kPartials = partial_floats(2, 1) > partial_floats(1, 2) ? partial_floats(2, 1) : partial_floats(1, 2);
 
 inline size_t strip_floats(const Network& net) { return 16 * static_cast<size_t>(net.widest()); }
-inline size_t shared_bytes(size_t strip) { return kMailboxBytes + (2 * partial_floats(2) + 2 * strip) * sizeof(float); }
+inline size_t shared_bytes(size_t strip) {
+    return kMailboxBytes + (2 * static_cast<size_t>(kPartials) + 2 * strip) * sizeof(float);
+}
 
 struct Member {
     int rank, members;  // of the group
@@ -33,6 +36,7 @@ struct Member {
     int strip;                // floats of one
     unsigned half = 0;        // of the partial sums, see run_tiles()
     unsigned sent = 0, received = 0;
+    Neighbor half_team[kMaxParts / 2];  // whom this thread sends to, see send_part()
 
     __device__ Member(const Groups& groups, unsigned* counters, int strip_)
         : rank(blockIdx.x % groups.members),
@@ -44,9 +48,12 @@ struct Member {
           counter(counters + kCounterStride * (blockIdx.x / groups.members)),
           mailboxes(reinterpret_cast<Mailbox*>(shared_memory())),
           partial(reinterpret_cast<float*>(shared_memory() + kMailboxBytes)),
-          strips(strip_ == 0 ? nullptr : partial + 2 * partial_floats(2)),
+          strips(strip_ == 0 ? nullptr : partial + 2 * kPartials),
           strip(strip_) {
         if (parts == 1 || strips == nullptr) return;
+        const int first = lane % 2 == 0 ? 0 : parts / 2;
+        for (int i = 0; i < kMaxParts / 2; ++i)
+            half_team[i] = Neighbor(static_cast<unsigned>(min(first + i, parts - 1)));
         if (threadIdx.x == 0)
             for (int i = 0; i < 2; ++i) mailboxes[i].open();
         meet_cluster();
@@ -83,82 +90,111 @@ struct Member {
     }
     __device__ const float* received_strip() const { return strips + ((received - 1) & 1) * strip; }
 
-    // Row 0 to 15 of the strip, and neighbors of it in a matrix of `width` columns.
-    __device__ void send(int row, int column, int width, float x0, float x1) const {
+    // Neighbors of the strip's matrix, `at` its place in tiles. By a warp for an 8 x 8 part of it, as run_tiles() gives
+    // it: lanes with an even t take four neighbors to one half of the team, those with an odd one to the other.
+    __device__ void send_part(int at, float x0, float x1) const {
         if (strips == nullptr) return;
+        if (parts == 1) return put(at, x0, x1);
+        const bool odd = lane % 2 != 0;
+        const float other0 = __shfl_xor_sync(0xffffffffu, x0, 1), other1 = __shfl_xor_sync(0xffffffffu, x1, 1);
+        const float4 x = odd ? make_float4(other0, other1, x0, x1) : make_float4(x0, x1, other0, other1);
         const unsigned index = (sent - 1) & 1;
-        float* const to = strips + index * strip + tiled(row, column, width);
-        if (parts == 1) {
-            *reinterpret_cast<float2*>(to) = make_float2(x0, x1);
-            return;
-        }
-        for (int i = 0; i < parts; ++i) mail(to, mailboxes + index, static_cast<unsigned>(i), x0, x1);
+        float* const to = strips + index * strip + (odd ? at - 2 : at);
+#pragma unroll
+        for (int i = 0; i < kMaxParts / 2; ++i)
+            if (i < parts / 2) half_team[i].mail(to, mailboxes + index, x);
+    }
+    // The same by a thread alone.
+    __device__ void send(int at, float x0, float x1) const {
+        if (strips == nullptr) return;
+        if (parts == 1) return put(at, x0, x1);
+        const unsigned index = (sent - 1) & 1;
+        for (int i = 0; i < parts; ++i)
+            Neighbor(static_cast<unsigned>(i))
+                .mail(strips + index * strip + at, mailboxes + index, make_float2(x0, x1));
+    }
+    __device__ void put(int at, float x0, float x1) const {
+        *reinterpret_cast<float2*>(strips + ((sent - 1) & 1) * strip + at) = make_float2(x0, x1);
     }
 };
 
-// The tiles of a stage: products begin, begin + step, ... up to end, this block's columns of each. Stage has
+// Where the tile of 16 rows and 32 columns of this number lies in a matrix, and in its transpose.
+struct Corner {
+    int in_matrix, in_transpose;
+
+    __device__ Corner(int row_tile, int column_tile, int height, int width)
+        : in_matrix((row_tile / 2 * (width / 16) + 2 * column_tile) * kBlock + row_tile % 2 * 256),
+          in_transpose((column_tile * (height / 16) + row_tile) * kBlock) {}
+};
+
+// The tiles of a stage for one tile of rows: products begin, begin + step, ... up to end, this block's columns of each.
+// Stage has
 //     columns(l), task(l)           the product's columns, and its operands from the first column on
 //     receives(l), sends(l)         whether its left[0] comes from the product before, and its result goes to the next
 //     left(l)                       left[0] where there are no strips
-//     fetch(l, row, column), finish(l, row, column, x0, x1, fetched)     as run_tiles() has them
+//     fetch(l, group, place), finish(l, group, place, x0, x1, fetched, me), store(l, group, place, x)
+//                                   as run_tiles() has them, of columns 32 group and following
+// A tile is kGroups (1 or 2) groups of columns of this block, as far as there are.
 template <typename Stage>
 struct RowTiles {
+    static constexpr int kTerms = Stage::kTerms;
+    static constexpr bool kLate = true;
     const Stage& stage;
     Member& me;
-    int l, group = 0, started;
+    int l, group, groups, started;  // of 32 columns
 
     __device__ RowTiles(const Stage& stage_, Member& me_) : stage(stage_), me(me_), l(stage_.begin), started(l) {
-        group = me.part;
-        skip();
+        settle();
     }
 
-    __device__ void skip() {
-        while (l != stage.end && kColumns * group >= stage.columns(l)) {
-            l += Stage::step;
-            group = me.part;
+    __device__ void settle() {
+        group = me.part;
+        for (; l != stage.end; l += Stage::step) {
+            groups = stage.columns(l) / kColumns;
+            if (group < groups) return;
         }
     }
     __device__ bool valid() const { return l != stage.end; }
     __device__ void advance() {
-        group += me.parts;
-        skip();
+        group += Stage::kGroups * me.parts;
+        if (group < groups) return;
+        l += Stage::step;
+        settle();
     }
     __device__ Task task() const {
         Task task = stage.task(l);
-        const int first = kTiles * group;
-        for (Term& term : task.term) term.right += static_cast<int64_t>(first) * task.chunks * 128;
-        task.left_tiles = 1;
-        task.right_tiles = stage.columns(l) / 8 - first;
-        task.late = stage.receives(l);
-        task.left_sums = false;
+        const int64_t offset = static_cast<int64_t>(group) * task.chunks * kBlock;
+        task.term[0].right += offset;
+        task.term[1].right += offset;
+        if (Stage::kGroups == 2 && group + me.parts < groups)
+            task.second = static_cast<int64_t>(me.parts) * task.chunks * kBlock;
+        if (stage.receives(l)) task.late = me.strips == nullptr ? kBlock : kStripBlock;
         return task;
     }
     // Starts products up to this one, those that this block has no columns of too.
-    __device__ void ready() {
-        for (; started != l + Stage::step; started += Stage::step) start(started);
-    }
-    __device__ void finish_stage() {
-        for (; started != stage.end; started += Stage::step) start(started);
-    }
-    __device__ void start(int product) const {
-        const int columns = stage.columns(product);
-        me.start_product(stage.receives(product), columns <= kColumns * (me.parts - 1),
-                         stage.sends(product) ? columns : 0);
+    __device__ void ready() { start_before(l + Stage::step); }
+    __device__ void start_before(int end) {
+        for (; started != end; started += Stage::step) {
+            const int columns = stage.columns(started);
+            me.start_product(stage.receives(started), columns < kColumns * me.parts,
+                             stage.sends(started) ? columns : 0);
+        }
     }
     __device__ const float* late_left() const { return me.strips == nullptr ? stage.left(l) : me.received_strip(); }
-    __device__ auto fetch(Place at) const { return stage.fetch(l, at.row, kColumns * group + at.column); }
+    __device__ auto fetch(const Place& place, int n) const { return stage.fetch(l, group + n * me.parts, place); }
     template <typename Fetched>
-    __device__ void finish(Place at, float x0, float x1, const Fetched& fetched) const {
-        stage.finish(l, at.row, kColumns * group + at.column, x0, x1, fetched, me);
+    __device__ float2 finish(const Place& place, int n, float x0, float x1, const Fetched& fetched) const {
+        return stage.finish(l, group + n * me.parts, place, x0, x1, fetched, me);
     }
+    __device__ void store(const Place& place, int n, float2 x) const { stage.store(l, group + n * me.parts, place, x); }
     __device__ void finish_left(int, float) const {}
 };
 
 template <typename Product, typename Stage>
 __device__ void run_stage(const Stage& stage, Member& me) {
     RowTiles<Stage> tiles(stage, me);
-    run_tiles<Product, 1>(tiles, me.partial, me.half);
-    tiles.finish_stage();
+    run_tiles<Product, 1, Stage::kGroups>(tiles, me.partial, me.half);
+    tiles.start_before(stage.end);
 }
 
 }  // namespace sdw::unrolled

@@ -14,27 +14,11 @@
 #include <memory>
 #include <utility>
 
-#include "head.h"
-#include "team.h"
+#include "unrolled_bc_rows.h"
 
 namespace sdw {
 namespace unrolled {
 namespace {
-
-struct Kernel {
-    Network net;
-    Plan plan;
-    Layout at;
-    Groups groups;
-    int problems;
-    float* workspace;
-    unsigned* counters;  // one a group, kCounterStride apart, zero at the start
-    int strip;           // floats of a strip of rows in shared memory, 0 where it does not fit
-    const float* lr;
-    float momentum;
-    Head head;
-    float scale;  // c of head.h
-};
 
 struct Forward {
     Kernel kernel;
@@ -47,229 +31,6 @@ struct Backward {
     bool again;
     const float* trained;
     float *observations, *actions, *params, *lr_gradient;
-};
-
-// Of an 8 x 8 part of a matrix, of which a lane has row g, columns 2t and 2t + 1: column g, rows 2t and 2t + 1.
-__device__ inline float2 transposed(float x0, float x1) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int source = lane % 4 * 8 + lane / 8;  // has row 2t, of which column g is its first or second number
-    const bool odd = lane / 4 % 2 != 0;
-    const float even0 = __shfl_sync(0xffffffffu, x0, source), even1 = __shfl_sync(0xffffffffu, x1, source);
-    const float odd0 = __shfl_sync(0xffffffffu, x0, source + 4), odd1 = __shfl_sync(0xffffffffu, x1, source + 4);
-    return odd ? make_float2(even1, odd1) : make_float2(even0, odd0);
-}
-
-// A matrix in tiles and its transpose, in tiles of its own.
-struct Pair {
-    float* rows;     // (height, width)
-    float* columns;  // (width, height)
-    int height, width;
-
-    __device__ Pair(float* data, int height_, int width_)
-        : rows(data), columns(data + static_cast<int64_t>(height_) * width_), height(height_), width(width_) {}
-
-    __device__ float2 get(int row, int column) const {
-        return *reinterpret_cast<const float2*>(rows + tiled(row, column, width));
-    }
-    __device__ void put_row(int row, int column, float x0, float x1) const {
-        *reinterpret_cast<float2*>(rows + tiled(row, column, width)) = make_float2(x0, x1);
-    }
-    // By a warp for an 8 x 8 part, which the lanes have as run_tiles() gives it: whole sectors of both.
-    __device__ void put(int row, int column, float x0, float x1) const {
-        put_row(row, column, x0, x1);
-        const int g = row % 8, t = column % 8 / 2;
-        *reinterpret_cast<float2*>(columns + tiled(column - 2 * t + g, row - g + 2 * t, height)) = transposed(x0, x1);
-    }
-    // By a thread alone.
-    __device__ void scatter(int row, int column, float x0, float x1) const {
-        put_row(row, column, x0, x1);
-        columns[tiled(column, row, height)] = x0;
-        columns[tiled(column + 1, row, height)] = x1;
-    }
-};
-
-// Weights: operands as above, and the same in full precision.
-struct Weights : Pair {
-    float* exact;  // (height, width)
-
-    __device__ Weights(float* data, int height_, int width_)
-        : Pair(data, height_, width_), exact(data + 2ll * height_ * width_) {}
-};
-
-// One problem's data in the workspace.
-struct Problem {
-    const Kernel& kernel;
-    const Network& net;
-    float* base;
-    float lr, momentum;
-    Head head;
-    float scale;
-
-    __device__ Problem(const Kernel& k, int index)
-        : kernel(k),
-          net(k.net),
-          base(k.workspace + index * k.at.floats),
-          lr(k.lr[index]),
-          momentum(k.momentum),
-          head(k.head),
-          scale(k.scale) {}
-
-    __device__ float* theta(int64_t step) const { return base + kernel.at.theta + step * net.theta; }
-    __device__ float* pass(int64_t step) const { return base + kernel.at.passes + step * net.pass; }
-    __device__ float* velocity() const { return base + kernel.at.velocity; }
-    __device__ float* start(int64_t segment) const { return base + kernel.at.starts + 2 * segment * net.theta; }
-    __device__ float* start_velocity(int64_t segment) const { return start(segment) + net.theta; }
-    __device__ float* adjoint() const { return base + kernel.at.adjoint; }
-    __device__ float* direction() const { return base + kernel.at.direction; }
-    __device__ float* tangent() const { return base + kernel.at.tangent; }
-    __device__ float* actions() const { return base + kernel.at.actions; }
-
-    // Of a set of parameters: W of layer l (out, in), b.
-    __device__ Weights weights(float* theta, int l) const {
-        return {theta + net.layer[l].weights, net.layer[l].out_padded, net.layer[l].in_padded};
-    }
-    __device__ float* biases(float* theta, int l) const { return theta + net.layer[l].biases; }
-
-    // Of a pass: what goes into layer l (the observations, where l is 0; they are no part of a pass), what comes out of
-    // it, and the gradient before its nonlinearity.
-    __device__ Pair input(float* pass, int l) const {
-        return l == 0 ? Pair(base + kernel.at.observations, net.rows_padded, net.inputs()) : output(pass, l - 1);
-    }
-    __device__ Pair output(float* pass, int l) const {
-        return {pass + net.layer[l].h, net.rows_padded, net.layer[l].out_padded};
-    }
-    __device__ Pair delta(float* pass, int l) const {
-        return {pass + net.layer[l].delta, net.rows_padded, net.layer[l].out_padded};
-    }
-};
-
-__device__ inline float2 masked(float x0, float x1, float2 h) {
-    return make_float2(h.x > 0 ? x0 : 0.0f, h.y > 0 ? x1 : 0.0f);
-}
-
-// Two neighbors of the output as they are stored, and delta there, zero in rows of padding.
-__device__ inline float2 output_delta(const Problem& p, float* pass, int row, int column, float z0, float z1,
-                                      const RowSums& sums) {
-    const Pair out = p.output(pass, p.net.layers - 1);
-    const float2 y = *reinterpret_cast<const float2*>(p.actions() + tiled(row, column, out.width));
-    const float scale = row < p.net.rows ? p.scale : 0.0f;
-    const float a0 = head_output(p.head, z0, sums), a1 = head_output(p.head, z1, sums);
-    out.put_row(row, column, a0, a1);
-    return make_float2(head_delta(p.head, scale * head_error(p.head, a0, y.x, sums), a0),
-                       head_delta(p.head, scale * head_error(p.head, a1, y.y, sums), a1));
-}
-
-// Rows of a pass that are operands from now on: to memory, and to the strip of the team where the next product reads
-// it.
-template <typename Product>
-__device__ void pass_on(const Pair& to, int row, int column, float x0, float x1, bool sends, const Member& me) {
-    x0 = Product::rounded(x0);
-    x1 = Product::rounded(x1);
-    if (sends) me.send(row % 16, column, to.width, x0, x1);
-    to.put(row, column, x0, x1);
-}
-
-// body(row, column, sums(row)) for every pair of neighbors of a tile of the output, a warp a row.
-template <typename Sums, typename Body>
-__device__ void whole_rows(const Problem& p, int row_tile, const Member& me, Sums sums, Body body) {
-    me.wait_team();
-    const int width = p.net.outputs();
-    for (int i = me.part * kWarps + me.warp; i < 16; i += kWarps * me.parts) {
-        const int row = 16 * row_tile + i;
-        const RowSums shared = sums(row);
-        for (int column = 2 * me.lane; column < width; column += 64) body(row, column, shared);
-    }
-}
-
-// The same as pass_on(), by a thread alone.
-template <typename Product>
-__device__ void scatter_on(const Pair& to, int row, int column, float x0, float x1, bool sends, const Member& me) {
-    x0 = Product::rounded(x0);
-    x1 = Product::rounded(x1);
-    if (sends) me.send(row % 16, column, to.width, x0, x1);
-    to.scatter(row, column, x0, x1);
-}
-
-// From z in place of the output: a softmax needs its whole row, which the columns' owners do not have.
-template <typename Product>
-__device__ void softmax_rows(const Problem& p, float* pass, int row_tile, const Member& me) {
-    const Pair out = p.output(pass, p.net.layers - 1);
-    const int columns = p.net.layer[p.net.layers - 1].out;
-    const auto sums = [&](int row) {
-        return output_sums(
-            columns, me.lane, [&](int column) { return out.rows[tiled(row, column, out.width)]; },
-            [&](int column) { return p.actions()[tiled(row, column, out.width)]; });
-    };
-    whole_rows(p, row_tile, me, sums, [&](int row, int column, const RowSums& shared) {
-        const float2 z = out.get(row, column);  // e^z is 0 in columns of padding
-        const float2 delta = output_delta(p, pass, row, column, column < columns ? z.x : -INFINITY,
-                                          column + 1 < columns ? z.y : -INFINITY, shared);
-        scatter_on<Product>(p.delta(pass, p.net.layers - 1), row, column, delta.x, delta.y, p.net.layers > 1, me);
-    });
-}
-
-// h of every layer, and delta of the last.
-template <typename Product>
-struct ForwardRows {
-    static constexpr int step = 1;
-    const Problem& p;
-    float *theta, *pass;
-    int row_tile, begin, end;
-
-    __device__ ForwardRows(const Problem& p_, float* theta_, float* pass_, int row_tile_)
-        : p(p_), theta(theta_), pass(pass_), row_tile(row_tile_), begin(0), end(p_.net.layers) {}
-
-    __device__ int columns(int l) const { return p.net.layer[l].out_padded; }
-    __device__ bool receives(int l) const { return l > 0; }
-    __device__ bool sends(int) const { return end > 1; }
-    __device__ const float* left(int l) const { return tile_of(p.input(pass, l)); }
-    __device__ const float* tile_of(const Pair& matrix) const { return matrix.rows + 16ll * row_tile * matrix.width; }
-    __device__ Task task(int l) const {
-        const Pair in = p.input(pass, l);
-        return {{{tile_of(in), p.weights(theta, l).rows}, {}}, 1, in.width / 16, 0, 0, false, false};
-    }
-    __device__ float2 fetch(int l, int, int column) const {
-        return *reinterpret_cast<const float2*>(p.biases(theta, l) + column);
-    }
-    __device__ void finish(int l, int i, int column, float x0, float x1, float2 bias, const Member& me) const {
-        const int row = 16 * row_tile + i;
-        const float z0 = x0 + bias.x, z1 = x1 + bias.y;
-        if (l + 1 < end)  // NaN stays
-            return pass_on<Product>(p.output(pass, l), row, column, z0 < 0 ? 0 : z0, z1 < 0 ? 0 : z1, true, me);
-        if (p.head == Head::softmax) return p.output(pass, l).put_row(row, column, z0, z1);
-        const float2 delta = output_delta(p, pass, row, column, z0, z1, {});
-        pass_on<Product>(p.delta(pass, l), row, column, delta.x, delta.y, end > 1, me);
-    }
-};
-
-// delta_{l-1} = m_{l-1} (delta_l W_l)
-template <typename Product>
-struct BackwardRows {
-    static constexpr int step = -1;
-    const Problem& p;
-    float *theta, *pass;
-    int row_tile, begin, end;
-
-    __device__ BackwardRows(const Problem& p_, float* theta_, float* pass_, int row_tile_)
-        : p(p_), theta(theta_), pass(pass_), row_tile(row_tile_), begin(p_.net.layers - 1), end(0) {}
-
-    __device__ int columns(int l) const { return p.net.layer[l].in_padded; }
-    __device__ bool receives(int) const { return true; }
-    __device__ bool sends(int l) const { return l > 1; }
-    __device__ const float* left(int l) const {
-        const Pair from = p.delta(pass, l);
-        return from.rows + 16ll * row_tile * from.width;
-    }
-    __device__ Task task(int l) const {
-        return {{{nullptr, p.weights(theta, l).columns}, {}}, 1, p.net.layer[l].out_padded / 16, 0, 0, false, false};
-    }
-    __device__ float2 fetch(int l, int i, int column) const {
-        return p.output(pass, l - 1).get(16 * row_tile + i, column);
-    }
-    __device__ void finish(int l, int i, int column, float x0, float x1, float2 h, const Member& me) const {
-        const float2 x = masked(x0, x1, h);
-        pass_on<Product>(p.delta(pass, l - 1), 16 * row_tile + i, column, x.x, x.y, sends(l), me);
-    }
 };
 
 // What becomes of a number of a set of parameters with its gradient x, and of the number kept beside it.
@@ -302,8 +63,10 @@ struct Updated {
 
 // This block's tiles of weights and their biases, updated. gradient(l) has the operands of layer l's gradient for W,
 // summed over rows; the gradient for b is the sum of its first left operand.
-template <typename Product, typename Update, typename Gradient>
+template <typename Product, int kTerms_, typename Update, typename Gradient>
 struct WeightTiles {
+    static constexpr int kTerms = kTerms_;
+    static constexpr bool kLate = false;
     const Problem& p;
     const Updated<Update>& sets;
     const Gradient& gradient;
@@ -322,29 +85,35 @@ struct WeightTiles {
     __device__ void advance() { tile = weight_tile(p.net, index += members); }
     __device__ Task task() const {
         Task task = gradient(tile.layer);
+        const int64_t left = static_cast<int64_t>(tile.row) / 32 * task.chunks * kBlock;
+        const int64_t right = static_cast<int64_t>(tile.column) / 32 * task.chunks * kBlock;
         for (Term& term : task.term) {
-            term.left += static_cast<int64_t>(tile.row) / 8 * task.chunks * 128;
-            term.right += static_cast<int64_t>(tile.column) / 8 * task.chunks * 128;
+            term.left += left;
+            term.right += right;
         }
-        task.left_tiles = (p.net.layer[tile.layer].out_padded - tile.row) / 16;
-        task.right_tiles = (p.net.layer[tile.layer].in_padded - tile.column) / 8;
         task.left_sums = tile.column == 0;
         return task;
     }
     __device__ void ready() const {}
     __device__ const float* late_left() const { return nullptr; }
-    __device__ int64_t offset(Place at) const {
-        return tiled(tile.row + at.row, tile.column + at.column, p.net.layer[tile.layer].in_padded);
+    __device__ Corner corner() const {
+        const Layer& layer = p.net.layer[tile.layer];
+        return {tile.row / 16, tile.column / kColumns, layer.out_padded, layer.in_padded};
     }
-    __device__ float2 fetch(Place at) const {
-        return *reinterpret_cast<const float2*>(p.weights(sets.from, tile.layer).exact + offset(at));
+    __device__ float2 fetch(const Place& place, int) const {
+        const int at = corner().in_matrix + place.in_matrix;
+        return *reinterpret_cast<const float2*>(p.weights(sets.from, tile.layer).exact + at);
     }
-    __device__ void finish(Place at, float x0, float x1, float2 old) const {
+    __device__ float2 finish(const Place& place, int, float x0, float x1, float2 old) const {
+        const int at = corner().in_matrix + place.in_matrix;
+        float* const beside = sets.kept == nullptr ? nullptr : p.weights(sets.kept, tile.layer).exact + at;
+        return sets(p.lr, x0, x1, old, beside);
+    }
+    __device__ void store(const Place& place, int, float2 w) const {
+        const Corner at = corner();
         const Weights to = p.weights(sets.to, tile.layer);
-        float* const beside = sets.kept == nullptr ? nullptr : p.weights(sets.kept, tile.layer).exact + offset(at);
-        const float2 w = sets(p.lr, x0, x1, old, beside);
-        *reinterpret_cast<float2*>(to.exact + offset(at)) = w;
-        to.put(tile.row + at.row, tile.column + at.column, Product::rounded(w.x), Product::rounded(w.y));
+        *reinterpret_cast<float2*>(to.exact + at.in_matrix + place.in_matrix) = w;
+        to.put(at, place, make_float2(Product::rounded(w.x), Product::rounded(w.y)));
     }
     __device__ void finish_left(int row, float x) const {
         const int feature = tile.row + row;
@@ -354,10 +123,10 @@ struct WeightTiles {
     }
 };
 
-template <typename Product, typename Update, typename Gradient>
+template <typename Product, int kTerms, typename Update, typename Gradient>
 __device__ void update_weights(const Problem& p, const Updated<Update>& sets, Member& me, const Gradient& gradient) {
-    WeightTiles<Product, Update, Gradient> tiles(p, sets, gradient, me);
-    run_tiles<Product, kWeightRows / 16>(tiles, me.partial, me.half);
+    WeightTiles<Product, kTerms, Update, Gradient> tiles(p, sets, gradient, me);
+    run_tiles<Product, kWeightRows / 16, 1>(tiles, me.partial, me.half);
 }
 
 // One SGD step: the pass at theta, and `next`, the parameters after it. `next` may be theta.
@@ -370,9 +139,8 @@ __device__ void descend(const Problem& p, float* theta, float* next, float* pass
     }
     me.wait();
     const Updated<Descent> sets{theta, next, p.momentum != 0 ? p.velocity() : nullptr, {p.lr, p.momentum}};
-    update_weights<Product>(p, sets, me, [&](int l) {
-        return Task{
-            {{p.delta(pass, l).columns, p.input(pass, l).columns}, {}}, 1, p.net.row_tiles(), 0, 0, false, false};
+    update_weights<Product, 1>(p, sets, me, [&](int l) {
+        return Task{{{p.delta(pass, l).columns, p.input(pass, l).columns}, {}}, 1, p.net.row_tiles()};
     });
     me.wait();
 }
@@ -382,136 +150,6 @@ __device__ void run_segment(const Problem& p, int64_t segment, Member& me) {
     for (int64_t i = 0; i < p.kernel.plan.steps(segment); ++i)
         descend<Product>(p, p.theta(i), p.theta(i + 1), p.pass(i), me);
 }
-
-// Two neighbors of R delta of the output, from its values a and R z; adds their shares of the gradients for the
-// actions, alpha c moved, and for alpha, - c error moved, each element's apart.
-__device__ inline float2 tangent_delta(const Problem& p, int row, int column, float2 values, float z0, float z1,
-                                       const RowSums& sums) {
-    const int offset = tiled(row, column, p.net.outputs());
-    const float a[2] = {values.x, values.y}, z[2] = {z0, z1};
-    float moved_delta[2] = {0, 0};
-    for (int i = 0; i < 2 && row < p.net.rows; ++i) {
-        const float error = head_error(p.head, a[i], p.actions()[offset + i], sums);
-        const float moved = head_moved(p.head, a[i], z[i], sums);
-        moved_delta[i] = p.scale * head_curvature(p.head, a[i], error, sums) * moved;
-        p.base[p.kernel.at.actions_gradient + offset + i] += p.lr * p.scale * moved;
-        p.base[p.kernel.at.lr_terms + offset + i] -= p.scale * error * moved;
-    }
-    return make_float2(moved_delta[0], moved_delta[1]);
-}
-
-// The same for a softmax, from R z in place of R h of the output.
-template <typename Product>
-__device__ void softmax_tangent_rows(const Problem& p, float* pass, int row_tile, bool sends, const Member& me) {
-    const Pair out = p.output(pass, p.net.layers - 1), moved = p.output(p.tangent(), p.net.layers - 1);
-    const auto sums = [&](int row) {
-        return tangent_sums(
-            p.net.layer[p.net.layers - 1].out, me.lane,
-            [&](int column) { return out.rows[tiled(row, column, out.width)]; },
-            [&](int column) { return p.actions()[tiled(row, column, out.width)]; },
-            [&](int column) { return moved.rows[tiled(row, column, out.width)]; });
-    };
-    whole_rows(p, row_tile, me, sums, [&](int row, int column, const RowSums& shared) {
-        const float2 z = moved.get(row, column);
-        const float2 delta = tangent_delta(p, row, column, out.get(row, column), z.x, z.y, shared);
-        scatter_on<Product>(p.delta(p.tangent(), p.net.layers - 1), row, column, delta.x, delta.y, sends, me);
-    });
-}
-
-// R h of every layer along v: R z = R h_in W + h_in V + v_b, and R delta of the last.
-template <typename Product>
-struct TangentRows {
-    struct Fetched {
-        float2 bias, h;
-    };
-    static constexpr int step = 1;
-    const Problem& p;
-    float *theta, *pass;
-    int row_tile;
-    bool last_sends;
-    int begin, end;
-
-    __device__ TangentRows(const Problem& p_, float* theta_, float* pass_, int row_tile_, bool last_sends_)
-        : p(p_),
-          theta(theta_),
-          pass(pass_),
-          row_tile(row_tile_),
-          last_sends(last_sends_),
-          begin(0),
-          end(p_.net.layers) {}
-
-    __device__ int columns(int l) const { return p.net.layer[l].out_padded; }
-    __device__ bool receives(int l) const { return l > 0; }
-    __device__ bool sends(int l) const { return l + 1 < end || last_sends; }
-    __device__ const float* tile_of(const Pair& matrix) const { return matrix.rows + 16ll * row_tile * matrix.width; }
-    __device__ const float* left(int l) const { return tile_of(p.input(p.tangent(), l)); }
-    __device__ Task task(int l) const {
-        const Pair in = p.input(pass, l);
-        const Term still{tile_of(in), p.weights(p.direction(), l).rows};
-        if (l == 0) return {{still, {}}, 1, in.width / 16, 0, 0, false, false};  // the observations do not move
-        return {{{nullptr, p.weights(theta, l).rows}, still}, 2, in.width / 16, 0, 0, false, false};
-    }
-    __device__ Fetched fetch(int l, int i, int column) const {
-        return {*reinterpret_cast<const float2*>(p.biases(p.direction(), l) + column),
-                p.output(pass, l).get(16 * row_tile + i, column)};
-    }
-    __device__ void finish(int l, int i, int column, float x0, float x1, const Fetched& at, const Member& me) const {
-        const int row = 16 * row_tile + i;
-        const float z0 = x0 + at.bias.x, z1 = x1 + at.bias.y;
-        const Pair out = p.output(p.tangent(), l);
-        if (l + 1 < end) {
-            const float2 x = masked(z0, z1, at.h);
-            return pass_on<Product>(out, row, column, x.x, x.y, true, me);
-        }
-        if (p.head == Head::softmax) return out.put_row(row, column, z0, z1);
-        const float2 delta = tangent_delta(p, row, column, at.h, z0, z1, {});
-        pass_on<Product>(p.delta(p.tangent(), l), row, column, delta.x, delta.y, last_sends, me);
-    }
-};
-
-// R delta_{l-1} = m_{l-1} (R delta_l W_l + delta_l V_l); at the observations, unmasked, their gradient.
-template <typename Product>
-struct AdjointRows {
-    static constexpr int step = -1;
-    const Problem& p;
-    float *theta, *pass;
-    int row_tile, begin, end;
-
-    __device__ AdjointRows(const Problem& p_, float* theta_, float* pass_, int row_tile_, bool want_observations)
-        : p(p_),
-          theta(theta_),
-          pass(pass_),
-          row_tile(row_tile_),
-          begin(p_.net.layers - 1),
-          end(want_observations ? -1 : 0) {}
-
-    __device__ int columns(int l) const { return p.net.layer[l].in_padded; }
-    __device__ bool receives(int) const { return true; }
-    __device__ bool sends(int l) const { return l - 1 > end; }
-    __device__ const float* tile_of(const Pair& matrix) const { return matrix.rows + 16ll * row_tile * matrix.width; }
-    __device__ const float* left(int l) const { return tile_of(p.delta(p.tangent(), l)); }
-    __device__ Task task(int l) const {
-        const Pair from = p.delta(pass, l);
-        return {{{nullptr, p.weights(theta, l).columns}, {tile_of(from), p.weights(p.direction(), l).columns}},
-                2,
-                from.width / 16,
-                0,
-                0,
-                false,
-                false};
-    }
-    __device__ float2 fetch(int l, int i, int column) const { return p.input(pass, l).get(16 * row_tile + i, column); }
-    __device__ void finish(int l, int i, int column, float x0, float x1, float2 h, const Member& me) const {
-        const int row = 16 * row_tile + i;
-        if (l > 0) {
-            const float2 x = masked(x0, x1, h);
-            return pass_on<Product>(p.delta(p.tangent(), l - 1), row, column, x.x, x.y, sends(l), me);
-        }
-        float* gradient = p.base + p.kernel.at.observations_gradient + tiled(row, column, p.net.inputs());
-        gradient[0] -= p.lr * x0;
-        gradient[1] -= p.lr * x1;
-    }
-};
 
 // The tape of the step before on its way to the second-level cache while this one's weights are computed.
 __device__ inline void prefetch(const float* data, int64_t floats, const Member& me) {
@@ -537,15 +175,10 @@ __device__ void adjoint_step(const Problem& p, int64_t i, bool first, bool want_
         prefetch(p.pass(i - 1), p.net.pass, me);
     }
     const Updated<AdjointStep> sets{v, v, p.momentum != 0 ? p.adjoint() : nullptr, {p.lr, first ? 0 : p.momentum}};
-    update_weights<Product>(p, sets, me, [&](int l) {
-        return Task{{{p.delta(tangent, l).columns, p.input(pass, l).columns},
-                     {p.delta(pass, l).columns, p.input(tangent, l).columns}},
-                    l == 0 ? 1 : 2,
-                    p.net.row_tiles(),
-                    0,
-                    0,
-                    false,
-                    false};
+    update_weights<Product, 2>(p, sets, me, [&](int l) {
+        const Term still{p.delta(tangent, l).columns, p.input(pass, l).columns};
+        if (l == 0) return Task{{still, still}, 1, p.net.row_tiles()};
+        return Task{{still, {p.delta(pass, l).columns, p.input(tangent, l).columns}}, 2, p.net.row_tiles()};
     });
     me.wait();
 }

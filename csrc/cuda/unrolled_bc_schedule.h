@@ -19,35 +19,39 @@ constexpr int kColumns = 32;        // of a block's tile of a product
 constexpr int kMaxParts = 8;        // blocks of a team
 
 SDW_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-SDW_HOST_DEVICE constexpr int padded(int64_t n) { return static_cast<int>(ceil_div(n, 16) * 16); }
+SDW_HOST_DEVICE constexpr int padded(int64_t n, int64_t multiple) {
+    return static_cast<int>(ceil_div(n, multiple) * multiple);
+}
 // A number of floats rounded up to whole lines of 128 bytes.
 SDW_HOST_DEVICE constexpr int64_t lines(int64_t floats) { return ceil_div(floats, 32) * 32; }
 
-// All matrices are padded to multiples of 16 and lie in tiles of 8 x 16, 512 bytes each, one row of tiles behind the
-// other. Lane l of a warp finds its part of a tensor-core operand, row l / 4 and columns 4 (l % 4) to + 3, at float 4 l
-// of the tile: one 16-byte load a lane, all of them in one line after another.
+// Matrices lie in tiles of 8 x 16, 512 bytes each: lane l of a warp finds its part of a tensor-core operand, row l / 4
+// and columns 4 (l % 4) to + 3, at float 4 l. Four tiles one below the other are a block of 32 x 16, 2 KiB, one row of
+// blocks behind the other: what a block of threads takes of an operand for a chunk of 16 of the summed index lies
+// together.
 SDW_HOST_DEVICE constexpr int tiled(int row, int column, int columns) {
-    return (row / 8 * (columns / 16) + column / 16) * 128 + row % 8 * 16 + column % 16;
+    return (row / 32 * (columns / 16) + column / 16) * 512 + row % 32 / 8 * 128 + row % 8 * 16 + column % 16;
 }
 
 // What is an operand is stored as products take it, rounded to their precision, and twice where it is one both ways:
 // the matrix, and right behind it its transpose. Weights lie a third time, in full precision, behind both.
 struct Layer {
     int in, out;                // widths
-    int in_padded, out_padded;  // to 16
+    int in_padded, out_padded;  // to 32
     int64_t flat;               // of W in a problem's flat parameters; b lies behind
     int64_t weights, biases;    // in a set of parameters: W (out, in) three times, b
     int64_t h, delta;           // in a pass: the layer's output h (rows, out) and its delta, twice each
 };
 
 struct Network {
-    int rows, rows_padded, layers;
+    int rows, rows_padded, layers;  // padded to 16
     Layer layer[kMaxLayers];
     int64_t flat;   // floats of a problem's flat parameters
     int64_t theta;  // floats of a set of parameters
     int64_t pass;   // floats of a pass: what one step leaves for its adjoint, besides the parameters
 
     SDW_HOST_DEVICE int row_tiles() const { return rows_padded / 16; }
+    SDW_HOST_DEVICE int rows_allocated() const { return padded(rows, 32); }
     SDW_HOST_DEVICE int inputs() const { return layer[0].in_padded; }
     SDW_HOST_DEVICE int widest() const {
         int widest = inputs();
@@ -65,27 +69,27 @@ inline Network make_network(const UnrolledBCParams& problem) {
     if (widths.size() > kMaxLayers + 1)
         throw std::invalid_argument("unrolled_bc: the CUDA kernel takes at most 32 layers; use backend=\"torch\"");
     const int64_t widest = *std::max_element(widths.begin(), widths.end());
-    if (2 * (std::max(problem.rows, widest) + 16) * (widest + 16) > INT32_MAX)
+    if (2 * (std::max(problem.rows, widest) + 32) * (widest + 32) > INT32_MAX)
         throw std::invalid_argument(
             "unrolled_bc: the CUDA kernel takes matrices of up to 2^30 numbers; use fewer rows");
     Network net{};
     net.rows = static_cast<int>(problem.rows);
-    net.rows_padded = padded(problem.rows);
+    net.rows_padded = padded(problem.rows, 16);
     net.layers = static_cast<int>(widths.size()) - 1;
     for (int l = 0; l < net.layers; ++l) {
         Layer& layer = net.layer[l];
         layer.in = static_cast<int>(widths[l]);
         layer.out = static_cast<int>(widths[l + 1]);
-        layer.in_padded = padded(layer.in);
-        layer.out_padded = padded(layer.out);
+        layer.in_padded = padded(layer.in, kColumns);
+        layer.out_padded = padded(layer.out, kColumns);
         layer.flat = net.flat;
         net.flat += static_cast<int64_t>(layer.out) * (layer.in + 1);
         layer.weights = net.theta;
         layer.biases = net.theta + 3ll * layer.out_padded * layer.in_padded;
         net.theta = lines(layer.biases + layer.out_padded);
         layer.h = net.pass;
-        layer.delta = net.pass + 2ll * net.rows_padded * layer.out_padded;
-        net.pass = layer.delta + 2ll * net.rows_padded * layer.out_padded;
+        layer.delta = net.pass + 2ll * net.rows_allocated() * layer.out_padded;
+        net.pass = layer.delta + 2ll * net.rows_allocated() * layer.out_padded;
     }
     return net;
 }
@@ -134,7 +138,7 @@ inline Layout make_layout(const Network& net, const Plan& plan) {
     Layout at{};
     int64_t next = 0;
     const auto take = [&](int64_t floats) { return std::exchange(next, next + lines(floats)); };
-    const int64_t rows = net.rows_padded;
+    const int64_t rows = net.rows_allocated();
     at.observations = take(2 * rows * net.inputs());
     at.actions = take(rows * net.outputs());
     at.theta = take((plan.length + 1) * net.theta);
@@ -157,7 +161,7 @@ inline Layout make_layout(const Network& net, const Plan& plan) {
 constexpr int kWeightRows = 32;
 
 SDW_HOST_DEVICE constexpr int weight_tiles(const Layer& layer) {
-    return static_cast<int>(ceil_div(layer.out_padded, kWeightRows) * ceil_div(layer.in_padded, kColumns));
+    return layer.out_padded / kWeightRows * (layer.in_padded / kColumns);
 }
 SDW_HOST_DEVICE constexpr int weight_tiles(const Network& net) {
     int tiles = 0;
@@ -174,7 +178,7 @@ SDW_HOST_DEVICE constexpr WeightTile weight_tile(const Network& net, int index) 
     for (int l = 0; l < net.layers; ++l) {
         const int tiles = weight_tiles(net.layer[l]);
         if (index < tiles) {
-            const int across = static_cast<int>(ceil_div(net.layer[l].in_padded, kColumns));
+            const int across = net.layer[l].in_padded / kColumns;
             return {l, index / across * kWeightRows, index % across * kColumns};
         }
         index -= tiles;

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -379,12 +380,10 @@ T* in_block(T* address, unsigned rank) {
     return reinterpret_cast<T*>(other.shared.data() + (reinterpret_cast<unsigned char*>(address) - self.shared.data()));
 }
 
-inline void mail(float* to, Mailbox* mailbox, unsigned rank, float x0, float x1) {
+inline void mail(float* to, Mailbox* mailbox, unsigned rank, std::initializer_list<float> numbers) {
     maybe_step_aside();
-    float* const there = in_block(to, rank);
-    there[0] = x0;
-    there[1] = x1;
-    in_block(mailbox, rank)->take(8);
+    std::copy(numbers.begin(), numbers.end(), in_block(to, rank));
+    in_block(mailbox, rank)->take(static_cast<int>(numbers.size() * sizeof(float)));
 }
 
 inline void copy_async_commit() { state.current->copies.emplace_back(); }

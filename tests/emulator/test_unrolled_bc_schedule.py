@@ -10,34 +10,30 @@ def schedule(emulated, resident, **options):
 
 
 @pytest.mark.parametrize(
-    ("widths", "rows", "problems", "resident", "groups", "members", "parts", "tile"),
+    ("widths", "rows", "problems", "resident", "groups", "members", "parts"),
     [
-        ((17, 256, 256, 256, 6), 256, 1, 132, 1, 64, 4, 16),
-        ((17, 256, 256, 256, 6), 256, 2, 132, 2, 64, 4, 16),
-        ((17, 256, 256, 256, 6), 256, 4, 132, 4, 32, 2, 32),
-        ((17, 256, 256, 256, 6), 256, 8, 132, 8, 16, 1, 32),
-        ((17, 256, 256, 256, 6), 256, 20, 132, 8, 16, 1, 32),
-        ((17, 64, 64, 6), 256, 1, 132, 1, 16, 1, 16),
-        ((17, 256, 6), 5000, 2, 132, 1, 132, 1, 16),
-        ((17, 256, 6), 1, 300, 132, 132, 1, 1, 32),
+        ((17, 256, 256, 256, 6), 256, 1, 132, 1, 128, 8),
+        ((17, 256, 256, 256, 6), 256, 1, 120, 1, 120, 4),  # as an H200 holds of clusters; 56 blocks help with weights
+        ((17, 256, 256, 256, 6), 256, 2, 132, 2, 64, 4),
+        ((17, 256, 256, 256, 6), 256, 4, 132, 4, 32, 2),
+        ((17, 256, 256, 256, 6), 256, 8, 132, 8, 16, 1),
+        ((17, 256, 256, 256, 6), 256, 20, 132, 8, 16, 1),
+        ((17, 64, 64, 6), 256, 1, 132, 1, 32, 2),
+        ((17, 256, 6), 5000, 2, 132, 1, 132, 1),
+        ((17, 256, 6), 1, 300, 132, 132, 1, 1),
     ],
 )
-def test_groups_fill_the_device(emulated, widths, rows, problems, resident, groups, members, parts, tile):
+def test_groups_fill_the_device(emulated, widths, rows, problems, resident, groups, members, parts):
     options = {"rows": rows, "widths": widths, "steps": 1, "window": 1, "momentum": 0.0, "recompute": False}
     plan, _ = schedule(emulated, resident, problems=problems, **options)
-    names = ("groups", "members", "parts_of_a_team", "tile")
-    assert tuple(plan[name] for name in names) == (groups, members, parts, tile)
+    assert tuple(plan[name] for name in ("groups", "members", "parts_of_a_team")) == (groups, members, parts)
 
 
 def test_tiles_hold_a_warps_operand_in_one_line_after_another(emulated):
-    places = sorted(emulated.tiled(row, column, 48) for row in range(24) for column in range(48))
-    assert places == list(range(24 * 48))
+    places = sorted(emulated.tiled(row, column, 48) for row in range(64) for column in range(48))
+    assert places == list(range(64 * 48))
     for lane in range(32):
-        assert emulated.tiled(8 + lane // 4, 16 + lane % 4 * 4, 48) == (3 + 1) * 128 + 4 * lane
-
-
-def test_columns_are_dealt_out_in_one_round_where_they_can_be(emulated):
-    assert [emulated.tiles_a_warp(tiles, 8) for tiles in (2, 8, 10, 16, 18, 32, 34, 128)] == [1, 1, 2, 2, 4, 4, 4, 4]
+        assert emulated.tiled(40 + lane // 4, 16 + lane % 4 * 4, 48) == 4 * 512 + 128 + 4 * lane
 
 
 @pytest.mark.parametrize("resident", [1, 5, 132])
@@ -50,17 +46,16 @@ def test_every_tile_has_one_owner_and_every_number_its_place(emulated, widths, r
     plan, workspace = schedule(emulated, resident, problems=problems, **options)
     assert sorted(plan["rows"]) == list(range(-(-rows // 16)))
     assert plan["groups"] * plan["members"] <= resident
-    padded_rows = 16 * len(plan["rows"])
+    padded_rows = -(-rows // 32) * 32
     theta_end = pass_end = flat_end = 0
     for i, layer in enumerate(plan["layers"]):
         height, width = layer["out_padded"], layer["in_padded"]
         owned = [(row, column) for l, row, column in plan["weights"] if l == i and row < height and column < width]
-        tile = plan["tile"]
-        assert sorted(owned) == [(row, column) for row in range(0, height, tile) for column in range(0, width, tile)]
-        assert widths[i] <= width < widths[i] + 16
-        assert widths[i + 1] <= height < widths[i + 1] + 16
+        assert sorted(owned) == [(row, column) for row in range(0, height, 32) for column in range(0, width, 32)]
+        assert width == -(-widths[i] // 32) * 32
+        assert height == -(-widths[i + 1] // 32) * 32
         assert (layer["flat"], layer["weights"], layer["h"]) == (flat_end, theta_end, pass_end)
-        assert layer["biases"] == theta_end + 2 * height * width
+        assert layer["biases"] == theta_end + 3 * height * width
         assert layer["delta"] == pass_end + 2 * padded_rows * height
         flat_end += widths[i + 1] * (widths[i] + 1)
         theta_end = -(-(layer["biases"] + height) // 32) * 32

@@ -187,14 +187,16 @@ struct Searcher {
         }
     }
 
-    // Returns whether any query wanted the leaf.
+    // Returns whether any limit has changed.
     __device__ bool visit_leaf(int64_t cell, const float4* boxes, int box) {
         const int64_t leaf = cell * kKnnFan + box;
         const unsigned wants = wanting(leaf, boxes, box);
         ++tested;
         if (wants == 0) return false;
         scanned += __popc(wants);
+        const float before = limit;
         for (int half = 0; half < 2; half += kTogether) scan(leaf, half * kLanes, wants);
+        if (!__any_sync(kAll, limit != before)) return false;
         filter.update(limit, lane);
         return true;
     }

@@ -1,14 +1,15 @@
 // Which queries may have a point of a leaf within their limits: 32 queries against 64 points on the tensor core.
 //
 // ‖x − q‖² = ‖x‖² − 2qx + ‖q‖² over as many of the leading axes as fill whole tiles, which is no more than over all of
-// them. In halves a point is its coordinates and in two more places its squared norm, high and low part; a query is
-// −2q, and 1, 1. A sum that starts at ‖q‖² − T is then negative where the point lies within T, and 64 points are a few
-// "or"s of signs.
+// them. In halves a point is its coordinates and in the last place its squared norm; a query is −2q, and 1. A sum that
+// starts at ‖q‖² − T is then negative where the point lies within T, and what 64 points have to say are a few "or"s of
+// signs.
 //
-// T for a limit d² on the distance as it was before the rounding: coordinates are kHalf times theirs, rounded (to 11
-// bits, or 2^-25 where halves run out of exponents), which moves the two points by at most A = 2^-11 (2‖q‖ + d) and
-// something absolute, so that the distance becomes at most d + A. Norms are those of the rounded coordinates. Sums are
-// float; of 18 terms a tile, each below m² = (2‖q‖ + d)², the tensor core cuts off at most 2^-23 m².
+// T for a limit d² on the distance as it was before rounding: coordinates are kKnnHalf times theirs, rounded to 11 bits
+// (or by 2^-25, where halves run out of exponents), which moves the two points by at most A = 2^-11 (2‖q‖ + d) and
+// something absolute, so that the distance becomes at most d + A. The norm is that of the rounded coordinates, rounded
+// itself: 2^-11 (‖q‖ + d)². Sums are float; of 17 terms a tile, each below (2‖q‖ + d)², the tensor core cuts off at
+// most 2^-23 of the largest.
 #pragma once
 
 #include "knn_common.h"
@@ -17,7 +18,7 @@
 namespace sdw {
 namespace {
 
-// Tiles of 16 numbers along the axes for points of V float4s: what the least leading axes, and two for the norm, take.
+// Tiles of 16 numbers along the axes for points of V float4s: nearly all axes, and the norm.
 SDW_HOST_DEVICE constexpr int filter_tiles(int V) { return V < 6 ? 1 : (V + 2) / 4; }
 
 template <int V>
@@ -34,7 +35,7 @@ struct Filter {
         const float4 x = i < V ? row[i] : make_float4(0, 0, 0, 0);
         constexpr float scale = -2 * kKnnHalf;
         return make_uint2(pack_halves(scale * x.x, scale * x.y),
-                          i == 4 * kTiles - 1 ? pack_halves(1, 1) : pack_halves(scale * x.z, scale * x.w));
+                          pack_halves(scale * x.z, i == 4 * kTiles - 1 ? 1 : scale * x.w));
     }
 
     // rows: of the 32 queries, `stride` float4s apart.
@@ -42,8 +43,8 @@ struct Filter {
         for (int i = 0; i < 4 * kTiles; ++i) {
             const uint2 x = halves(rows + lane * stride, i);
             const float2 low = unpack_halves(x.x), high = unpack_halves(x.y);
-            square += (low.x * low.x + low.y * low.y) / 4;
-            if (i < 4 * kTiles - 1) square += (high.x * high.x + high.y * high.y) / 4;
+            square += (low.x * low.x + low.y * low.y + high.x * high.x) / 4;
+            if (i < 4 * kTiles - 1) square += high.y * high.y / 4;
         }
 #pragma unroll
         for (int i = 0; i < 4 * kTiles; ++i) {  // halves 16 (i / 2), rows g and g + 8 of each
@@ -56,9 +57,9 @@ struct Filter {
 
     // limit: of this lane's query; negative: there is none.
     __device__ void update(float limit, int lane) {
-        const float d = sqrtf(fmaxf(limit, 0)) * kKnnHalf * (1 + 0x1p-17f), m = 2 * sqrtf(square) + d,
-                    far = d + 1.01f * 0x1p-11f * m + 0x1p-20f;
-        const float within = far * far + kTiles * 0x1p-17f * m * m + 0x1p-24f;
+        const float d = sqrtf(fmaxf(limit, 0)) * kKnnHalf * (1 + 0x1p-17f), norm = sqrtf(square), sum = 2 * norm + d;
+        const float moved = d + 1.01f * 0x1p-11f * sum + 0x1p-20f, norms = 1.01f * 0x1p-11f * (norm + d) * (norm + d);
+        const float within = moved * moved + norms + kTiles * 0x1p-17f * sum * sum + 0x1p-24f;
         sharp = __ballot_sync(kAll, limit >= 0 && limit < kNone && within <= 1.5f * d * d);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

@@ -141,20 +141,18 @@ def _widened(coordinates: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def _halves(coordinates: torch.Tensor, leaves: int) -> torch.Tensor:
-    """What the kernel's filter reads of (N, W) sorted coordinates: pairs of float16 as int32, see csrc/include/sdw/knn.h.
+    """What the kernel's filter reads of (N, W) sorted coordinates: pairs of float16 as int32, see sdw/knn.h.
 
-    Of a point as many leading coordinates as there is room for, and the squared norm of these as they are rounded, its
-    high and its low part. Places without a point have a norm that is far from everything.
+    Of a point as many leading coordinates as there is room for, and the squared norm of these as they are rounded.
+    Places without a point have a norm that is far from everything.
     """
     leaf, width = _C.knn_cuda_leaf, _C.knn_cuda_filter_width(coordinates.shape[1])
-    leading = coordinates[:, : width - 2] * _C.knn_cuda_half
+    leading = coordinates[:, : width - 1] * _C.knn_cuda_half
     halves = leading.new_zeros((leaves * leaf, width), dtype=torch.float16)
     halves[: len(leading), : leading.shape[1]] = leading
-    norm = halves[:, :-2].float().square_().sum(1)
-    norm[len(leading) :] = 60000
-    halves[:, -2] = norm
-    halves[:, -1] = norm - halves[:, -2]
-    tiles = halves.view(torch.int32).view(leaves, leaf // 16, 2, 8, width // 16, 4, 2)  # points in twos of 8; fours of halves
+    halves[: len(leading), -1] = halves[: len(leading)].float().square_().sum(1)
+    halves[len(leading) :, -1] = 60000
+    tiles = halves.view(torch.int32).view(leaves, leaf // 16, 2, 8, width // 16, 4, 2)
     return tiles.permute(0, 1, 4, 3, 5, 2, 6).reshape(leaves, leaf // 16, width // 16, 32, 4)
 
 

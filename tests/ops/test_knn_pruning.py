@@ -252,13 +252,23 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
 
 
 def test_the_filter_keeps_what_half_precision_moves(search: Search) -> None:
-    # Two clusters far from the center between them: rounding to 11 bits moves points by as much as neighbors differ.
-    rng = np.random.default_rng(16)
-    for dimension in (6, 17, 30):
-        x = rng.standard_normal((1100, dimension)).astype(np.float32)
-        x += np.where(rng.random((1100, 1)) < 0.5, 20, -20)
-        squared, found, counts = search(x, None, 5)
-        expected, expected_index = brute_force(x, None, 5)
+    # On a sphere about the queries and far from the center, at radii that differ by less than halves resolve there.
+    for dimension in (3, 6, 15, 17, 40):
+        rng = np.random.default_rng(dimension)
+        center = 20 * rng.standard_normal(dimension)
+        y = rng.standard_normal((400, dimension))
+        y *= (1 + 3e-5 * rng.permutation(len(y)))[:, None] / np.linalg.norm(y, axis=1, keepdims=True)
+        x = np.repeat(center[None], 32, 0)
+        squared, found, counts = search(x, np.concatenate([y + center, -y - center]), 5)
+        expected, expected_index = brute_force(x, y + center, 5)
         np.testing.assert_array_equal(found, expected_index)
-        np.testing.assert_allclose(squared, expected, rtol=1e-13, atol=0)
-    assert counts[:, 1].sum() < 0.8 * 18 / 2 * len(x)  # in 30 dimensions boxes alone leave all of a cluster's leaves
+        np.testing.assert_allclose(squared, expected, rtol=1e-11, atol=0)
+        assert counts[:, 2].sum() == 0  # none searched again: the filter had the last word
+
+
+def test_the_filter_spares_the_scan(search: Search) -> None:
+    # In eleven effective dimensions boxes leave a query half of all leaves.
+    x = bench_knn_gpu.points_on("cpu", "surface:17", 2000).numpy()
+    counts = check(search, x, None, 5)
+    assert counts[:, 0].sum() > 0.9 * 32 * len(counts)
+    assert counts[:, 1].sum() < 0.3 * 32 * len(x)

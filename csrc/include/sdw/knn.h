@@ -58,8 +58,8 @@ struct KnnParams {
     int64_t leaves = 0;               // 1 to 2^26 - 1
     const int32_t* halves = nullptr;  // [leaves][4][S][32][4] pairs of float16, the first in the low bits, for the
                                       // tensor core: of 16 points, 16 at a time of the F = knn_cuda_filter_width(dims)
-                                      // = 16S numbers that each has: kKnnHalf times the first F - 2 coordinates, as
-                                      // far as there are any, and the squared norm of these, rounded and the rest.
+                                      // = 16S numbers that each has: kKnnHalf times the first F - 1 coordinates, as
+                                      // far as there are any, and last the squared norm of these as they are rounded.
                                       // Lane l has numbers 4 (l % 4) to 4 (l % 4) + 3 of point l / 4 and of l / 4 + 8
     const int64_t* row = nullptr;     // [leaves * 64] row of the reference at a place, -1 for none
     const int64_t* first_row = nullptr;  // [cells * 32] lowest row of each leaf

@@ -252,15 +252,17 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
 
 
 def test_the_filter_keeps_what_half_precision_moves(search: Search) -> None:
-    # On a sphere about the queries and far from the center, at radii that differ by less than halves resolve there.
+    # One neighbor or two a leaf, on a sphere about the queries, at radii that differ by less than halves resolve there.
     for dimension in (3, 6, 15, 17, 40):
         rng = np.random.default_rng(dimension)
-        center = 20 * rng.standard_normal(dimension)
-        y = rng.standard_normal((400, dimension))
-        y *= (1 + 3e-5 * rng.permutation(len(y)))[:, None] / np.linalg.norm(y, axis=1, keepdims=True)
+        y = rng.standard_normal((2000, dimension))
+        radius = np.append(1 + 3e-5 * rng.permutation(40), rng.uniform(1.5, 3, 1960))
+        y *= radius[:, None] / np.linalg.norm(y, axis=1, keepdims=True)
+        center = rng.standard_normal(dimension)
+        y += (center := center * 15 / np.linalg.norm(center))
         x = np.repeat(center[None], 32, 0)
-        squared, found, counts = search(x, np.concatenate([y + center, -y - center]), 5)
-        expected, expected_index = brute_force(x, y + center, 5)
+        squared, found, counts = search(x, np.concatenate([y, -y]), 5)
+        expected, expected_index = brute_force(x, y, 5)
         np.testing.assert_array_equal(found, expected_index)
         np.testing.assert_allclose(squared, expected, rtol=1e-11, atol=0)
         assert counts[:, 2].sum() == 0  # none searched again: the filter had the last word

@@ -126,12 +126,15 @@ knn_cuda_max_k: int
 knn_cuda_leaf: int
 knn_cuda_fan: int
 knn_cuda_far: float
+knn_cuda_half: float
 
 def knn_cuda_width(dims: int) -> int: ...
+def knn_cuda_filter_width(dims: int) -> int: ...
 def knn_cuda_workspace(rows: int, k: int) -> int: ...
 def knn_cuda(
     points: Tensor,
     coordinates: Tensor,
+    halves: Tensor,
     row: Tensor,
     first_row: Tensor,
     leaf_boxes: Tensor,

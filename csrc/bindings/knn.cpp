@@ -141,18 +141,19 @@ void bind_cpu(py::module_& m) {
 
 #ifdef SDW_WITH_CUDA
 
-void search_on_cuda(const py::object& points_, const py::object& coordinates_, const py::object& row_,
-                    const py::object& first_row_, const py::object& leaf_boxes_, const py::object& cell_boxes_,
-                    const py::object& query_points_, const py::object& query_coordinates_, const py::object& query_row_,
-                    int64_t first, int64_t k, int64_t self_offset, bool prune, const py::object& workspace_,
-                    const py::object& counts_, const py::object& squared_, const py::object& index_, uintptr_t stream) {
+void search_on_cuda(const py::object& points_, const py::object& coordinates_, const py::object& halves_,
+                    const py::object& row_, const py::object& first_row_, const py::object& leaf_boxes_,
+                    const py::object& cell_boxes_, const py::object& query_points_,
+                    const py::object& query_coordinates_, const py::object& query_row_, int64_t first, int64_t k,
+                    int64_t self_offset, bool prune, const py::object& workspace_, const py::object& counts_,
+                    const py::object& squared_, const py::object& index_, uintptr_t stream) {
     const RealView points(points_, "points", 2, kDevice), query_points(query_points_, "query_points", 2, kDevice);
     const TensorView<float> coordinates(coordinates_, "coordinates", 4, kDevice),
         leaf_boxes(leaf_boxes_, "leaf_boxes", 5, kDevice), cell_boxes(cell_boxes_, "cell_boxes", 5, kDevice),
         query_coordinates(query_coordinates_, "query_coordinates", 2, kDevice);
     const TensorView<int64_t> row(row_, "row", 1, kDevice), first_row(first_row_, "first_row", 1, kDevice),
         query_row(query_row_, "query_row", 1, kDevice), index(index_, "index", 2, kDevice);
-    const TensorView<int32_t> counts(counts_, "counts", 2, kDevice);
+    const TensorView<int32_t> halves(halves_, "halves", 5, kDevice), counts(counts_, "counts", 2, kDevice);
     const TensorView<double> squared(squared_, "squared", 2, kDevice);
     const TensorView<uint8_t> workspace(workspace_, "workspace", 1, kDevice);
 
@@ -164,6 +165,7 @@ void search_on_cuda(const py::object& points_, const py::object& coordinates_, c
     p.squared = squared.data();
     p.index = index.data();
     p.leaves = coordinates.size(0);
+    p.halves = halves.data();
     p.row = row.data();
     p.first_row = first_row.data();
     p.leaf_boxes = leaf_boxes.data();
@@ -181,6 +183,10 @@ void search_on_cuda(const py::object& points_, const py::object& coordinates_, c
     require(p.leaves >= 1 && p.leaves < int64_t{1} << 26 && coordinates.size(1) * 4 == width &&
                 coordinates.size(2) == kKnnLeaf && coordinates.size(3) == 4,
             "coordinates must have shape (leaves, width / 4, 64, 4) with fewer than 2^26 leaves");
+    require(halves.size(0) == p.leaves && halves.size(1) * 16 == kKnnLeaf &&
+                halves.size(2) * 16 == knn_cuda_filter_width(p.references.dims) && halves.size(3) == kKnnFan &&
+                halves.size(4) == 4,
+            "halves must have shape (leaves, 4, filter width / 16, 32, 4)");
     require(row.size(0) == p.leaves * kKnnLeaf && first_row.size(0) == cells * kKnnFan,
             "row and first_row must have a number for each place and leaf");
     for (const auto* boxes : {&leaf_boxes, &cell_boxes})
@@ -210,11 +216,14 @@ void bind_cuda(py::module_& m) {
     m.attr("knn_cuda_fan") = kKnnFan;
     m.attr("knn_cuda_far") = kKnnFar;
     m.def("knn_cuda_width", &knn_cuda_width, py::arg("dims"));
+    m.attr("knn_cuda_half") = kKnnHalf;
+    m.def("knn_cuda_filter_width", &knn_cuda_filter_width, py::arg("dims"));
     m.def("knn_cuda_workspace", &knn_cuda_workspace, py::arg("rows"), py::arg("k"));
-    m.def("knn_cuda", &search_on_cuda, py::arg("points"), py::arg("coordinates"), py::arg("row"), py::arg("first_row"),
-          py::arg("leaf_boxes"), py::arg("cell_boxes"), py::arg("query_points"), py::arg("query_coordinates"),
-          py::arg("query_row"), py::kw_only(), py::arg("first"), py::arg("k"), py::arg("self_offset"), py::arg("prune"),
-          py::arg("workspace"), py::arg("counts"), py::arg("squared"), py::arg("index"), py::arg("stream"));
+    m.def("knn_cuda", &search_on_cuda, py::arg("points"), py::arg("coordinates"), py::arg("halves"), py::arg("row"),
+          py::arg("first_row"), py::arg("leaf_boxes"), py::arg("cell_boxes"), py::arg("query_points"),
+          py::arg("query_coordinates"), py::arg("query_row"), py::kw_only(), py::arg("first"), py::arg("k"),
+          py::arg("self_offset"), py::arg("prune"), py::arg("workspace"), py::arg("counts"), py::arg("squared"),
+          py::arg("index"), py::arg("stream"));
 }
 
 #endif  // CUDA

@@ -56,6 +56,68 @@ __device__ inline void mma_tf32(float (&d)[4], const float (&a)[4], const float 
 #endif
 }
 
+// Two floats rounded to half precision, to nearest; the first in the low bits.
+__device__ inline unsigned pack_halves(float low, float high) {
+#ifdef SDW_EMULATE_CUDA
+    return emulator::to_half(low) | emulator::to_half(high) << 16;
+#else
+    unsigned bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+#endif
+}
+
+__device__ inline float2 unpack_halves(unsigned bits) {
+#ifdef SDW_EMULATE_CUDA
+    return make_float2(emulator::from_half(bits & 0xffffu), emulator::from_half(bits >> 16));
+#else
+    float2 x;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(x.x), "=f"(x.y)
+        : "r"(bits));
+    return x;
+#endif
+}
+
+// d (16 x 8) = c + a (16 x 16) b (16 x 8) by the lanes of one warp: pairs of halves, sums in float32. The order of the
+// 16 is any, the same in a and b. With g = lane / 4 and t = lane % 4, and four of them that are this t's:
+//     a: row g, the first two; row g + 8, the first two; row g, the other two; row g + 8, the other two
+//     b: column g, the first two; the other two      c, d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+__device__ inline void mma_half(float (&d)[4], const unsigned (&a)[4], uint2 b, const float (&c)[4]) {
+#ifdef SDW_EMULATE_CUDA
+    struct Input {
+        const unsigned* a;
+        uint2 b;
+        const float* c;
+        float* d;
+    };
+    emulator::rendezvous<Input, int>(0xffffffffu, Input{a, b, c, d}, [](const Input* const* lanes, int* const*) {
+        float left[16][16], right[16][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4;
+            for (int i = 0; i < 8; ++i)
+                left[g + i / 2 % 2 * 8][4 * t + i / 4 * 2 + i % 2] =
+                    emulator::from_half(lanes[lane]->a[i / 2] >> i % 2 * 16 & 0xffffu);
+            for (int i = 0; i < 4; ++i)
+                right[4 * t + i][g] =
+                    emulator::from_half((i < 2 ? lanes[lane]->b.x : lanes[lane]->b.y) >> i % 2 * 16 & 0xffffu);
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+            for (int i = 0; i < 4; ++i) {
+                float sum = lanes[lane]->c[i];
+                for (int k = 0; k < 16; ++k) sum += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+                lanes[lane]->d[i] = sum;
+            }
+        }
+    });
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+        "%12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#endif
+}
+
 // Copies 16 bytes from global to shared memory, through the second-level cache only, without waiting. Both addresses
 // are multiples of 16 bytes. The copies up to a commit are a group; wait<n> waits for all but the last n groups of this
 // thread, and a barrier must follow before other threads read.

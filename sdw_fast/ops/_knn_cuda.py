@@ -63,6 +63,7 @@ class CudaKnnIndex:
         if missing:
             high[-1, -missing:, :dims] = -far
         leaf_low, leaf_high = low.view(leaves, leaf, width).amin(1), high.amax(1)
+        self.halves = _halves(self.sorted, leaves)
         self.leaf_boxes = _packed(leaf_low, leaf_high)
         self.cell_boxes = _packed(_reduced(leaf_low, far).amin(1), _reduced(leaf_high, -far).amax(1))
         self.row = pad(self.order, (0, missing), value=-1)
@@ -113,6 +114,7 @@ class CudaKnnJoin:
             _C.knn_cuda(
                 self.index.points,
                 self.index.coordinates,
+                self.index.halves,
                 self.index.row,
                 self.index.first_row,
                 self.index.leaf_boxes,
@@ -136,6 +138,22 @@ def _widened(coordinates: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Rows in this order, filled up with zeros to the width that the kernels have."""
     dims = coordinates.shape[1]
     return pad(coordinates[order], (0, _C.knn_cuda_width(dims) - dims))
+
+
+def _halves(coordinates: torch.Tensor, leaves: int) -> torch.Tensor:
+    """What the kernel's filter reads of (N, W) sorted coordinates: pairs of float16 as int32, see sdw/knn.h.
+
+    Of a point as many leading coordinates as there is room for, and the squared norm of these as they are rounded.
+    Places without a point have a norm that is far from everything.
+    """
+    leaf, width = _C.knn_cuda_leaf, _C.knn_cuda_filter_width(coordinates.shape[1])
+    leading = coordinates[:, : width - 1] * _C.knn_cuda_half
+    halves = leading.new_zeros((leaves * leaf, width), dtype=torch.float16)
+    halves[: len(leading), : leading.shape[1]] = leading
+    halves[: len(leading), -1] = halves[: len(leading)].float().square_().sum(1)
+    halves[len(leading) :, -1] = 60000
+    tiles = halves.view(torch.int32).view(leaves, leaf // 16, 2, 8, width // 16, 4, 2)
+    return tiles.permute(0, 1, 4, 3, 5, 2, 6).reshape(leaves, leaf // 16, width // 16, 32, 4)
 
 
 def _reduced(ends: torch.Tensor, fill: float) -> torch.Tensor:

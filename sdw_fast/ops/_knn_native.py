@@ -64,10 +64,11 @@ class CudaKernel:
     def capacity(self, search: Search) -> tuple[int, int]:
         """Rows of the references, and of the queries, that are brought to the device at a time."""
         # Half of the free memory for references: points in double, coordinates, the packed and widened copies of these
-        # with a transient of each, sort keys. A quarter for queries and their results, before and after merging.
+        # with a transient of each, those in half precision, sort keys. A quarter for queries and their results, before
+        # and after merging.
         dims, k = search.queries.dims, search.k
         free, width = free_bytes(self.device), _C.knn_cuda_width(dims)
-        slab = max(free // 2 // (12 * dims + 16 * width + 96), k + 1)
+        slab = max(free // 2 // (12 * dims + 16 * width + 8 * _C.knn_cuda_filter_width(dims) + 96), k + 1)
         return slab, max(free // 4 // (12 * dims + 8 * width + 64 * k + 64), 1)
 
     def index(self, points: torch.Tensor, frame: Frame) -> Any:

@@ -164,6 +164,8 @@ PYBIND11_MODULE(sdw_emulated, m) {
     sdw::bind_weighted_bc_loss(m);
     m.def("unrolled_bc_schedule", unrolled_bc_schedule);
     m.def("tiled", sdw::unrolled::tiled);
+    m.def("to_half", &sdw::emulator::to_half);
+    m.def("from_half", &sdw::emulator::from_half);
     m.def("set_seed", [](uint64_t seed) { sdw::emulator::state.seed = seed; });
     m.def("set_multiprocessors", [](int count) { sdw::emulator::state.multiprocessors = count; });
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -88,6 +89,32 @@ inline void spin_pause() {
     if (++emulator::state.spins > emulator::kSpins) emulator::fail("emulator: threads spin for ever");
     emulator::step_aside();
 }
+
+namespace emulator {
+
+inline float from_half(unsigned bits) {
+    const int exponent = static_cast<int>(bits >> 10 & 31u), digits = static_cast<int>(bits & 1023u);
+    const float size = exponent == 31 ? (digits == 0 ? INFINITY : NAN)
+                                      : std::ldexp(static_cast<float>(exponent == 0 ? digits : digits + 1024),
+                                                   std::max(exponent, 1) - 25);
+    return bits >> 15 & 1u ? -size : size;
+}
+
+// To nearest, ties to even.
+inline unsigned to_half(float x) {
+    const unsigned sign = std::signbit(x) ? 0x8000u : 0u;
+    if (std::isnan(x)) return sign | 0x7e00u;
+    if (x == 0) return sign;
+    if (std::abs(x) >= 65520.0f) return sign | 0x7c00u;
+    int exponent = 0;
+    std::frexp(x, &exponent);
+    exponent = std::max(exponent, -13);  // of a unit in the last place: exponent - 11
+    const float units = std::nearbyint(std::ldexp(std::abs(x), 11 - exponent));
+    // 2048 units carry into the exponent by themselves; what has no leading 1 is subnormal.
+    return sign | (static_cast<unsigned>(exponent + 13) * 1024u + static_cast<unsigned>(units));
+}
+
+}  // namespace emulator
 
 }  // namespace sdw
 

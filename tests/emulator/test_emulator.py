@@ -59,6 +59,20 @@ def test_tensor_core_tile(emulated):
     assert wrong_on_some_seed(emulated, lambda: emulated.tile(a, b, False), a @ b)
 
 
+def test_halves_are_those_of_numpy(emulated):
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    values = bits.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal([emulated.from_half(int(x)) for x in bits], values)
+    rng = np.random.default_rng(1)
+    between = np.float32(2) ** rng.uniform(-27, 17, 4000).astype(np.float32) * rng.choice([-1, 1], 4000)
+    finite = values[np.isfinite(values)]
+    ties = (finite[:-1] + finite[1:])[::50] / 2
+    for some in (finite, between.astype(np.float32), ties):
+        with np.errstate(over="ignore"):
+            expected = some.astype(np.float16).view(np.uint16)
+        np.testing.assert_array_equal([emulated.to_half(float(x)) for x in some], expected)
+
+
 def test_warp_and_block_votes(emulated):
     emulated.set_seed(3)
     previous, votes, ballot, _ = emulated.count(0)

@@ -26,6 +26,7 @@ constexpr int64_t kKnnNoSelf = -(int64_t{1} << 62);  // an offset that meets no 
 constexpr int kKnnLeaf = 64;             // CUDA: points of a leaf
 constexpr int kKnnFan = 32;              // CUDA: boxes of a pack, leaves of a cell; and queries of a group
 constexpr float kKnnFar = 1e30f;         // CUDA: coordinate of what fills up the last leaf and pack
+constexpr float kKnnHalf = 0x1p-44f;     // CUDA: of coordinates in half precision
 constexpr int64_t kKnnCudaMaxDims = 64;  // largest dimension that is compiled
 constexpr int64_t kKnnCudaMaxK = 256;
 
@@ -53,8 +54,14 @@ struct KnnParams {
     // W = knn_cuda_width(dims) = 4V numbers. Places of references are numbered along the tree, 64 a leaf, 32 leaves a
     // cell, 32 cells a pack: references.coordinates are [leaves][V][64][4], with kKnnFar in the first coordinates of
     // places without a point; queries.coordinates are (queries.rows, W). sdw_fast/ops/_knn_cuda.py makes all of it.
-    int64_t leaves = 0;                  // 1 to 2^26 - 1
-    const int64_t* row = nullptr;        // [leaves * 64] row of the reference at a place, -1 for none
+    // The center is such that coordinates are shorter than 2^50, as vectors.
+    int64_t leaves = 0;               // 1 to 2^26 - 1
+    const int32_t* halves = nullptr;  // [leaves][4][S][32][4] pairs of float16, the first in the low bits, for the
+                                      // tensor core: of 16 points, 16 at a time of the F = knn_cuda_filter_width(dims)
+                                      // = 16S numbers that each has: kKnnHalf times the first F - 1 coordinates, as
+                                      // far as there are any, and last the squared norm of these as they are rounded.
+                                      // Lane l has numbers 4 (l % 4) to 4 (l % 4) + 3 of point l / 4 and of l / 4 + 8
+    const int64_t* row = nullptr;     // [leaves * 64] row of the reference at a place, -1 for none
     const int64_t* first_row = nullptr;  // [cells * 32] lowest row of each leaf
     const float* leaf_boxes = nullptr;   // [cells][2][V][32][4] low and high ends; empty ones are at kKnnFar
     const float* cell_boxes = nullptr;   // [packs][2][V][32][4]
@@ -63,8 +70,8 @@ struct KnnParams {
     int64_t rows = 0;
     bool prune = true;          // false: look at everything, to compare with
     void* workspace = nullptr;  // knn_cuda_workspace(rows, k) bytes, aligned to 8
-    int32_t* counts = nullptr;  // (groups of this call, 3) of each 32 queries: leaves whose box was tested against each
-                                // of them, pairs (query, leaf) scanned, queries searched again in double
+    int32_t* counts = nullptr;  // (groups of this call, 3) of each 32 queries: leaves tested against each of them,
+                                // pairs (query, leaf) scanned, queries searched again in double
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -107,6 +114,9 @@ std::unique_ptr<KnnIndex> build_knn_index(const KnnParams& params);
 // Coordinates a point has in the kernels: dims rounded up with zeros to the next width W that is compiled, a multiple
 // of 4; 0 where dims is above kKnnCudaMaxDims.
 int64_t knn_cuda_width(int64_t dims);
+
+// Numbers of a point in half precision, a multiple of 16; 0 likewise.
+int64_t knn_cuda_filter_width(int64_t dims);
 
 size_t knn_cuda_workspace(int64_t rows, int64_t k);
 

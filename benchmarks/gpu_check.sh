@@ -131,9 +131,8 @@ stage_tests() {
     together 90 "${commands[@]}"
 }
 
-stage_sanitize() { # racecheck watches shared memory, and unrolled_bc has none
-    together 90 "memcheck" "touch_ops memcheck" "synccheck" "touch_ops synccheck" \
-        "racecheck" "touch_ops racecheck behavior_matching weighted_bc_loss knn"
+stage_sanitize() {
+    together 90 "memcheck" "touch_ops memcheck" "synccheck" "touch_ops synccheck" "racecheck" "touch_ops racecheck"
 }
 
 stage_ops() {

@@ -43,6 +43,9 @@ struct Task {
 constexpr int kBlock = 512;       // floats of a chunk of an operand
 constexpr int kStripBlock = 256;  // the same of a strip of 16 rows
 
+// The same for all lanes, and known to be: branches on it need no reconvergence.
+__device__ inline int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); }
+
 __device__ inline float4 load4(const float* address) { return *reinterpret_cast<const float4*>(address); }
 
 // tf32: per chunk two tensor-core steps of 8. The order along the summed index is free as long as both operands share
@@ -168,7 +171,9 @@ struct Place {
 // Computes tiles one after the other. Tiles is where they come from and go to:
 //     valid(), advance()       is there a tile; the next one
 //     task()                   its operands; of kTerms terms, of which the last may repeat the first, not counted
-//     ready()                  waits for what comes late, where kLate; late_left(): there it is. All threads call
+//     ready()                  waits for what comes late, where kLate; late_left(f): f(there it is, floats from chunk
+//     to
+//                              chunk). All threads call
 //     fetch(place, n)          what the epilogue needs of memory, early
 //     finish(place, n, x0, x1, fetched)    takes two neighbors of the product, in group n of the tile's columns, and
 //                              passes on what others wait for; all lanes of a warp call
@@ -180,7 +185,7 @@ template <typename Product, int kM, int kN, typename Tiles>
 __device__ void run_tiles(Tiles& tiles, float* partial, unsigned& half) {
     constexpr int kParts = kM * kN;  // of 8 x 8, a warp
     constexpr int kStride = partial_stride(kN), kWarpFloats = 16 * kM * kStride;
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % 32;
     const int g = lane / 4, t = lane % 4;
     const int left_lane = Product::left_offset(lane), right_lane = Product::right_offset(lane);
     if (!tiles.valid()) return;
@@ -216,11 +221,13 @@ __device__ void run_tiles(Tiles& tiles, float* partial, unsigned& half) {
         const bool both = has_both();
         tiles.ready();
         if (Tiles::kLate && task.late != 0) {
-            task.term[0].left = tiles.late_left();
-            const float* left = task.term[0].left + warp * task.late + left_lane;
+            tiles.late_left([&](const float* left, int block) {
+                task.term[0].left = left;
 #pragma unroll
-            for (int q = 0; q < 2; ++q)
-                if (warp + kWarps * q < task.chunks) operands.load_left(0, q, left + kWarps * q * task.late);
+                for (int q = 0; q < 2; ++q)
+                    if (warp + kWarps * q < task.chunks)
+                        operands.load_left(0, q, left + (warp + kWarps * q) * block + left_lane);
+            });
         }
         float sum[kM][kN * kTiles][4] = {};
         float2 left_sums[kM] = {};

@@ -43,7 +43,7 @@ struct Member {
           members(groups.members),
           part(rank % groups.parts),
           parts(groups.parts),
-          warp(threadIdx.x / 32),
+          warp(warp_index()),
           lane(threadIdx.x % 32),
           counter(counters + kCounterStride * (blockIdx.x / groups.members)),
           mailboxes(reinterpret_cast<Mailbox*>(shared_memory())),
@@ -180,7 +180,11 @@ struct RowTiles {
                              stage.sends(started) ? columns : 0);
         }
     }
-    __device__ const float* late_left() const { return me.strips == nullptr ? stage.left(l) : me.received_strip(); }
+    template <typename Load>
+    __device__ void late_left(Load load) const {
+        if (me.strips == nullptr) return load(stage.left(l), kBlock);
+        load(me.received_strip(), kStripBlock);
+    }
     __device__ auto fetch(const Place& place, int n) const { return stage.fetch(l, group + n * me.parts, place); }
     template <typename Fetched>
     __device__ float2 finish(const Place& place, int n, float x0, float x1, const Fetched& fetched) const {

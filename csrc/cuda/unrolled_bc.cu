@@ -95,7 +95,8 @@ struct WeightTiles {
         return task;
     }
     __device__ void ready() const {}
-    __device__ const float* late_left() const { return nullptr; }
+    template <typename Load>
+    __device__ void late_left(Load) const {}
     __device__ Corner corner() const {
         const Layer& layer = p.net.layer[tile.layer];
         return {tile.row / 16, tile.column / kColumns, layer.out_padded, layer.in_padded};

@@ -28,7 +28,8 @@ def draws_of_the_cpu() -> Iterator[None]:
 
 
 def make(data: sdw.TransitionDataset, teacher: sdw.Teacher, device: str, n_runs: int | None = None, **settings: Any):
-    return new_distiller(data, teacher, sdw.DistillConfig(**TINY, **settings), device=device, n_runs=n_runs)
+    config = sdw.DistillConfig(**{**TINY, **settings})
+    return new_distiller(data, teacher, config, device=device, n_runs=n_runs)
 
 
 @pytest.mark.parametrize("n_runs", [None, 3])
@@ -75,6 +76,25 @@ def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_pat
     assert losses[0] == losses[1]
     with pytest.raises(ValueError, match="device"):
         sdw.distill(small_data, small_teacher, **TINY, out=tmp_path / "whole", progress=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_runs": 2, "initializations": 2}], ids=str)
+def test_drawing_ahead_changes_no_bits(small_data, small_teacher, monkeypatch, settings) -> None:
+    """Policies wide enough for a draw to be at work while steps are; and a run goes on from a state in between."""
+
+    def wide() -> sdw.Distiller:
+        return make(small_data, small_teacher, "cuda", **settings, hidden=(256, 256, 256), inner_width=None)
+
+    ahead, plain, resumed = wide(), wide(), wide()
+    monkeypatch.setattr(plain._draws, "draw_ahead", lambda *_: None)
+    figures = [[distiller.advance() for _ in range(12)] for distiller in (plain, ahead)]
+    resumed.load_state_dict(ahead.state_dict())
+    for steps, distiller in zip(figures, (plain, ahead), strict=True):
+        steps += [distiller.advance() for _ in range(12)]
+    figures.append(figures[1][:12] + [resumed.advance() for _ in range(12)])
+    expected = torch.stack(figures[0])
+    assert all(torch.equal(torch.stack(steps), expected) for steps in figures[1:])
+    assert all(torch.equal(d.observations, plain.observations) for d in (ahead, resumed))
 
 
 def test_a_problem_in_host_memory_takes_the_steps_of_the_cpu_s_rows(small_data, small_teacher, monkeypatch) -> None:

@@ -106,7 +106,9 @@ class Draws:
             of_policies, of_rows = self._seeded(streams) if number else self._generators
             initials.append(self._loop.initial(of_policies))
             generators += of_rows
-        return [torch.cat(parts) for parts in zip(*initials, strict=True)], generators
+        if len(initials) > 1:
+            initials = [[torch.cat(parts) for parts in zip(*initials, strict=True)]]
+        return initials[0], generators
 
     def _hand_over(self, initial: list[Tensor], current: torch.cuda.Stream, ahead: torch.cuda.Stream) -> None:
         """Lets the current stream use this θ_0, and the other one draw into the memory of the θ_0 before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks import gpu_distill
 from sdw_fast import batches
 from sdw_fast import distiller as module
 from sdw_fast.folder import read_metrics
+from sdw_fast.networks import orthogonal_parameters
 from sdw_fast.run import new_distiller, run
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
@@ -44,6 +46,19 @@ def test_first_steps_agree_with_the_cpu(small_data, small_teacher, draws_of_the_
     for one, other in zip(*(distiller.sets for distiller in distillers), strict=True):
         np.testing.assert_allclose(one.observations, other.observations, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(one.actions, other.actions, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("runs", [1, 5])
+def test_initial_weights_are_the_q_of_what_is_drawn(runs) -> None:
+    """With a positive diagonal of R, layer by layer, whatever is factored together."""
+    sizes = (17, 256, 256, 40, 6)
+    found, drawn = ([torch.Generator("cuda").manual_seed(seed) for seed in range(runs)] for _ in range(2))
+    weights = orthogonal_parameters(sizes, gain=1.0, generators=found)[::2]
+    for weight, (fan_in, fan_out) in zip(weights, itertools.pairwise(sizes), strict=True):
+        shape = max(fan_in, fan_out), min(fan_in, fan_out)
+        q, r = torch.linalg.qr(torch.stack([torch.randn(shape, generator=g, device="cuda") for g in drawn]).double())
+        q *= r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        torch.testing.assert_close(weight.double(), q if fan_out >= fan_in else q.mT, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_runs", [None, 2])

@@ -55,6 +55,9 @@ class OuterBatches:
 class Draws:
     """The random numbers of R runs, each from its own seed.
 
+    θ_0 of the step to come can be drawn ahead, which changes no number: it is what its generators draw next. On a GPU
+    that is done on a stream of its own, beside the kernels of the step before, which leave multiprocessors idle.
+
     Args:
         loop: Whose θ_0 are drawn.
         batches: What the batches are drawn from.
@@ -69,6 +72,15 @@ class Draws:
         self._loop, self._batches, self._device, self._size = loop, batches, device, batch_size
         self._seeds = list(seeds)
         self._generators = self._seeded(self._seeds)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Drawn ahead: `state` before it, θ_0, and the generators that draw its rows.
+        self._ahead: tuple[list[Tensor], list[Tensor], list[torch.Generator]] | None = None
+        self._in_use: list[Tensor] = []
+
+    def draw_ahead(self, initializations: Iterable[int], step: int) -> None:
+        """Draws the θ_0 of the next call of `draw`, which must be given the same."""
+        with torch.cuda.stream(self._stream):
+            self._ahead = (self.state(), *self._initial(initializations, step))
 
     def draw(self, initializations: Iterable[int], step: int) -> tuple[list[Tensor], list[Tensor]]:
         """θ_0, and states (J·R, B, D), targets (J·R, B, A) and weights (J·R, B): of R runs for J initializations.
@@ -76,14 +88,37 @@ class Draws:
         Number 0 is drawn by generators that go on from step to step. Others have new ones in every step, so that
         nothing of them needs to be kept, and any process can draw them.
         """
-        initials, batches = [], []
+        if self._ahead is None:
+            initial, generators = self._initial(initializations, step)
+        else:
+            _, initial, generators = self._ahead
+            self._ahead = None
+        if self._stream:
+            self._hand_over(initial, torch.cuda.current_stream(self._device), self._stream)
+        batches = [self._batches.draw(self._size, generator) for generator in generators]
+        return initial, [torch.stack(parts) for parts in zip(*batches, strict=True)]
+
+    def _initial(self, initializations: Iterable[int], step: int) -> tuple[list[Tensor], list[torch.Generator]]:
+        """θ_0 of J initializations, and their J·R generators of rows."""
+        initials, generators = [], []
         for number in initializations:
             streams = [_stream(seed, number, step) for seed in self._seeds]
             of_policies, of_rows = self._seeded(streams) if number else self._generators
             initials.append(self._loop.initial(of_policies))
-            batches += [self._batches.draw(self._size, generator) for generator in of_rows]
-        initial = [torch.cat(parts) for parts in zip(*initials, strict=True)]
-        return initial, [torch.stack(parts) for parts in zip(*batches, strict=True)]
+            generators += of_rows
+        if len(initials) > 1:
+            initials = [[torch.cat(parts) for parts in zip(*initials, strict=True)]]
+        return initials[0], generators
+
+    def _hand_over(self, initial: list[Tensor], current: torch.cuda.Stream, ahead: torch.cuda.Stream) -> None:
+        """Lets the current stream use this θ_0, and the other one draw into the memory of the θ_0 before.
+
+        That is kept until here: PyTorch gives memory back to the stream that it was allocated on, at once, so that the
+        next draw could write where a step still reads. From here on it waits for the steps before, not for this one.
+        """
+        current.wait_stream(ahead)
+        ahead.wait_stream(current)
+        self._in_use = initial
 
     def _seeded(self, seeds: Sequence[int]) -> tuple[list[torch.Generator], list[torch.Generator]]:
         """Generators of the policies, and of the rows where those lie: the same ones on one device."""
@@ -97,11 +132,17 @@ class Draws:
         return [policies] if rows is policies else [policies, rows]
 
     def state(self) -> list[Tensor]:
-        """What `load` takes: copies of the generators' states, (R, bytes) for each device."""
+        """What `load` takes: copies of the generators' states, (R, bytes) for each device.
+
+        They are those before θ_0 was drawn ahead: whoever goes on from them draws it again.
+        """
+        if self._ahead:
+            return [states.clone() for states in self._ahead[0]]
         return [torch.stack([generator.get_state() for generator in group]) for group in self._kept()]
 
     def load(self, states: Sequence[Tensor]) -> None:
         """Puts the generators where those of `state` were."""
+        self._ahead = None
         for group, kept in zip(self._kept(), states, strict=True):
             for generator, state in zip(group, kept.cpu(), strict=True):
                 generator.set_state(state.clone())  # a view into other states is misaligned

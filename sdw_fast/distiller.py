@@ -167,7 +167,8 @@ class Distiller:
     def advance(self) -> Tensor:
         """Takes one outer step and hardly waits; returns its figures (5, R), to be given to `fetch`."""
         rank, ranks = (self._ranks.rank, self._ranks.size) if self._ranks else (0, 1)
-        initial, batch = self._draws.draw(range(rank, self.config.initializations or 1, ranks), self.iteration)
+        own_share = range(rank, self.config.initializations or 1, ranks)
+        initial, batch = self._draws.draw(own_share, self.iteration)
         count = len(batch[0]) // self.n_runs
         for parameter in initial:
             parameter.requires_grad_()
@@ -199,6 +200,8 @@ class Distiller:
         share = max(1 - self.config.average, 1 / self.iteration) * finite
         for average, leaf in zip(self._averages, self._leaves, strict=False):
             average.lerp_(leaf.detach(), share)
+        if self.runs_ahead:
+            self._draws.draw_ahead(own_share, self.iteration)
         return figures
 
     def _averaged(self, figures: Tensor) -> Tensor:

@@ -152,40 +152,67 @@ def orthogonal_parameters(sizes: Sequence[int], *, gain: float, generators: Sequ
     """
     device = generators[0].device
     shapes = [(max(pair), min(pair)) for pair in itertools.pairwise(sizes)]  # standing: rows ≥ columns
-    draws = [[torch.randn(shape, generator=g, device=device) for shape in shapes] for g in generators]
+    normal = [torch.stack([torch.randn(shape, generator=g, device=device) for g in generators]) for shape in shapes]
     parameters = []
-    for (fan_in, fan_out), *normal in zip(itertools.pairwise(sizes), *draws, strict=True):
-        q = _orthonormal_columns(torch.stack(normal))
-        weight = q if fan_out >= fan_in else q.mT
-        parameters += [(gain * weight).contiguous(), torch.zeros(len(generators), fan_out, device=device)]
+    for (fan_in, fan_out), q in zip(itertools.pairwise(sizes), _orthonormal_columns(normal), strict=True):
+        weight = torch.empty(len(generators), fan_out, fan_in, device=device)
+        torch.mul(q if fan_out >= fan_in else q.mT, gain, out=weight)
+        parameters += [weight, torch.zeros(len(generators), fan_out, device=device)]
     return parameters
 
 
-def _orthonormal_columns(normal: Tensor) -> Tensor:
-    """The Q of the QR decomposition whose R has a positive diagonal, of (…, m, n) normal numbers, m ≥ n.
+def _orthonormal_columns(layers: Sequence[Tensor]) -> list[Tensor]:
+    """The Q of the QR decompositions whose R has a positive diagonal, of normal numbers (R, m, n) a layer, m ≥ n.
 
     It is uniform over such matrices (Mezzadri 2007). On a GPU a Householder QR is a long chain of tiny kernels, matrix
     by matrix; Cholesky factors find the same Q in a few batched ones.
     """
-    if normal.device.type != "cpu":
-        return cholesky_qr(normal)
-    reflectors, tau = torch.geqrf(normal)  # QR in LAPACK's two halves: torch.linalg.qr takes twice as long
-    q = torch.linalg.householder_product(reflectors, tau)
-    return q * reflectors.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    if layers[0].device.type != "cpu":
+        return batched_cholesky_qr(layers)
+    found = []
+    for normal in layers:
+        reflectors, tau = torch.geqrf(normal)  # QR in LAPACK's two halves: torch.linalg.qr takes twice as long
+        q = torch.linalg.householder_product(reflectors, tau)
+        found.append(q * reflectors.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
+    return found
+
+
+def batched_cholesky_qr(layers: Sequence[Tensor]) -> list[Tensor]:
+    """`cholesky_qr` in float64 of layers (R, m, n), those of about one width n as one batch.
+
+    What takes the time is the number of launches. Zeros fill a batch up: such columns stay zero, and the others become
+    what they would be alone.
+    """
+    groups: dict[int, list[int]] = {}
+    for number, normal in enumerate(layers):
+        groups.setdefault(math.ceil(normal.shape[-1] / 32), []).append(number)
+    found = list(layers)
+    for numbers in groups.values():
+        shape = [max(sizes) for sizes in zip(*(layers[number].shape for number in numbers), strict=True)]
+        batch = torch.zeros(len(numbers), *shape, dtype=torch.float64, device=layers[0].device)
+        for part, number in zip(batch, numbers, strict=True):
+            _corner(part, layers[number]).copy_(layers[number])
+        for q, number in zip(cholesky_qr(batch), numbers, strict=True):
+            found[number] = _corner(q, layers[number])
+    return found
+
+
+def _corner(padded: Tensor, like: Tensor) -> Tensor:
+    return padded[..., : like.shape[-2], : like.shape[-1]]
 
 
 def cholesky_qr(normal: Tensor) -> Tensor:
     """Q = X R⁻¹ with RᵀR = XᵀX, in float64, for forming XᵀX squares the condition number.
 
-    That is about n for a square normal matrix, but may be anything: a ridge far below what matters keeps the first
-    factorization from failing, and a second one makes exact what the ridge bent (shifted Cholesky QR, Fukaya et al.
-    2020). Nothing is asked back from the device.
+    That is about n for a square matrix of standard normal numbers, but may be anything: a ridge far below what matters
+    keeps the first factorization from failing, and a second one makes exact what the ridge bent (shifted Cholesky QR,
+    Fukaya et al. 2020). Nothing is asked back from the device.
     """
     x = normal.double()
-    for _ in range(2):
+    rows, columns = x.shape[-2:]
+    for trace in (rows * columns, columns):  # of XᵀX as expected, and of QᵀQ
         gram = x.mT @ x
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        diagonal += 1e-14 * diagonal.sum(-1, keepdim=True)
+        gram.diagonal(dim1=-2, dim2=-1).add_(1e-14 * trace)
         upper, _ = torch.linalg.cholesky_ex(gram, upper=True)  # cholesky would wait to see whether it succeeded
         x = torch.linalg.solve_triangular(upper, x, upper=True, left=False)
     return x.to(normal.dtype)

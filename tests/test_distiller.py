@@ -314,6 +314,25 @@ def test_runs_side_by_side_take_the_steps_of_single_runs(small_data, small_teach
         _ = together.synthetic
 
 
+@pytest.mark.parametrize("initializations", [None, 3])
+def test_drawing_ahead_changes_no_number(small_data, small_teacher, monkeypatch, initializations) -> None:
+    """As on a GPU; and a state holds the generators of before what is drawn ahead."""
+    monkeypatch.setattr(sdw.Distiller, "runs_ahead", True)
+    ahead, plain, resumed = (make(small_data, small_teacher, 2, initializations=initializations) for _ in range(3))
+    monkeypatch.setattr(plain._draws, "draw_ahead", lambda *_: None)
+    for _ in range(4):
+        states = [distiller.state_dict() for distiller in (ahead, plain)]
+        for one, other in zip(*(state["generators"] for state in states), strict=True):
+            assert torch.equal(one, other)
+        resumed.load_state_dict(states[0])
+        metrics = [distiller.step() for distiller in (plain, ahead, resumed)]
+        for name, value in metrics[0].items():
+            assert all(np.array_equal(value, other[name]) for other in metrics[1:])
+    assert ahead._draws._ahead is not None
+    for expected, *others in zip(*(distiller.sets for distiller in (plain, ahead, resumed)), strict=True):
+        assert all(same_set(expected, other) for other in others)
+
+
 # --- steps that are not finite ----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks import gpu_distill
 from sdw_fast import batches
 from sdw_fast import distiller as module
 from sdw_fast.folder import read_metrics
+from sdw_fast.networks import orthogonal_parameters
 from sdw_fast.run import new_distiller, run
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
@@ -28,7 +30,8 @@ def draws_of_the_cpu() -> Iterator[None]:
 
 
 def make(data: sdw.TransitionDataset, teacher: sdw.Teacher, device: str, n_runs: int | None = None, **settings: Any):
-    return new_distiller(data, teacher, sdw.DistillConfig(**TINY, **settings), device=device, n_runs=n_runs)
+    config = sdw.DistillConfig(**{**TINY, **settings})
+    return new_distiller(data, teacher, config, device=device, n_runs=n_runs)
 
 
 @pytest.mark.parametrize("n_runs", [None, 3])
@@ -43,6 +46,19 @@ def test_first_steps_agree_with_the_cpu(small_data, small_teacher, draws_of_the_
     for one, other in zip(*(distiller.sets for distiller in distillers), strict=True):
         np.testing.assert_allclose(one.observations, other.observations, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(one.actions, other.actions, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("runs", [1, 5])
+def test_initial_weights_are_the_q_of_what_is_drawn(runs) -> None:
+    """With a positive diagonal of R, layer by layer, whatever is factored together."""
+    sizes = (17, 256, 256, 40, 6)
+    found, drawn = ([torch.Generator("cuda").manual_seed(seed) for seed in range(runs)] for _ in range(2))
+    weights = orthogonal_parameters(sizes, gain=1.0, generators=found)[::2]
+    for weight, (fan_in, fan_out) in zip(weights, itertools.pairwise(sizes), strict=True):
+        shape = max(fan_in, fan_out), min(fan_in, fan_out)
+        q, r = torch.linalg.qr(torch.stack([torch.randn(shape, generator=g, device="cuda") for g in drawn]).double())
+        q *= r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        torch.testing.assert_close(weight.double(), q if fan_out >= fan_in else q.mT, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_runs", [None, 2])
@@ -75,6 +91,25 @@ def test_stopped_run_goes_on_to_the_same_bits(small_data, small_teacher, tmp_pat
     assert losses[0] == losses[1]
     with pytest.raises(ValueError, match="device"):
         sdw.distill(small_data, small_teacher, **TINY, out=tmp_path / "whole", progress=False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_runs": 2, "initializations": 2}], ids=str)
+def test_drawing_ahead_changes_no_bits(small_data, small_teacher, monkeypatch, settings) -> None:
+    """Policies wide enough for a draw to be at work while steps are; and a run goes on from a state in between."""
+
+    def wide() -> sdw.Distiller:
+        return make(small_data, small_teacher, "cuda", **settings, hidden=(256, 256, 256), inner_width=None)
+
+    ahead, plain, resumed = wide(), wide(), wide()
+    monkeypatch.setattr(plain._draws, "draw_ahead", lambda *_: None)
+    figures = [[distiller.advance() for _ in range(12)] for distiller in (plain, ahead)]
+    resumed.load_state_dict(ahead.state_dict())
+    for steps, distiller in zip(figures, (plain, ahead), strict=True):
+        steps += [distiller.advance() for _ in range(12)]
+    figures.append(figures[1][:12] + [resumed.advance() for _ in range(12)])
+    expected = torch.stack(figures[0])
+    assert all(torch.equal(torch.stack(steps), expected) for steps in figures[1:])
+    assert all(torch.equal(d.observations, plain.observations) for d in (ahead, resumed))
 
 
 def test_a_problem_in_host_memory_takes_the_steps_of_the_cpu_s_rows(small_data, small_teacher, monkeypatch) -> None:

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from sdw_fast.networks import MLP, MinCritic, ask, below, cholesky_qr, evaluating, orthogonal_parameters
+from sdw_fast.networks import (
+    MLP,
+    MinCritic,
+    ask,
+    batched_cholesky_qr,
+    below,
+    cholesky_qr,
+    evaluating,
+    orthogonal_parameters,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -71,6 +80,14 @@ def test_cholesky_qr_of_an_almost_singular_matrix_is_orthogonal() -> None:
     x[:, 5] = x[:, 6] * (1 + 1e-7)
     q = cholesky_qr(x).double()
     torch.testing.assert_close(q.T @ q, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_layers_in_one_batch_are_as_alone() -> None:
+    shapes = [(256, 17), (256, 256), (300, 230), (64, 64), (256, 6), (1, 1), (40, 40)]
+    layers = [torch.randn(2, *shape, generator=generator()) for shape in shapes]
+    for normal, q in zip(layers, batched_cholesky_qr(layers), strict=True):
+        assert q.shape == normal.shape
+        torch.testing.assert_close(q, cholesky_qr(normal.double()), rtol=0, atol=1e-9)
 
 
 # Multilayer perceptrons

@@ -88,6 +88,8 @@ class Draws:
         Number 0 is drawn by generators that go on from step to step. Others have new ones in every step, so that
         nothing of them needs to be kept, and any process can draw them.
         """
+        if self._ahead is None and self._stream is not None:  # the first θ_0 by the same stream as the others
+            self.draw_ahead(initializations, step)
         if self._ahead is None:
             initial, generators = self._initial(initializations, step)
         else:

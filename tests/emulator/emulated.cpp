@@ -168,6 +168,7 @@ PYBIND11_MODULE(sdw_emulated, m) {
     m.def("from_half", &sdw::emulator::from_half);
     m.def("set_seed", [](uint64_t seed) { sdw::emulator::state.seed = seed; });
     m.def("set_multiprocessors", [](int count) { sdw::emulator::state.multiprocessors = count; });
+    m.def("set_shared_limit", [](size_t bytes) { sdw::emulator::state.shared_limit = bytes; });
 
     m.def("block_sum", [](const Floats& values, unsigned threads, bool warps, bool barriers) {
         const auto blocks = static_cast<unsigned>(values.size()) / threads;

@@ -70,7 +70,7 @@ void launch_clusters(int cluster, void (*kernel)(Params...), dim3 grid, dim3 blo
 }
 inline void use_device(int) {}
 inline int multiprocessors() { return emulator::state.multiprocessors; }
-inline size_t shared_limit() { return 227 * 1024; }
+inline size_t shared_limit() { return emulator::state.shared_limit; }
 template <typename... Params>
 int resident_blocks(void (*)(Params...), int, size_t) {
     return emulator::state.multiprocessors;

@@ -88,6 +88,7 @@ struct Block {
 struct State {
     uint64_t seed = 1, random = 1;
     int multiprocessors = 4;  // what resident_blocks() says, one block each
+    size_t shared_limit = 227 * 1024;
     std::vector<Fiber*> ready;
     Fiber* current = nullptr;
     int64_t spins = 0;

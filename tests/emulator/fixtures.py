@@ -104,6 +104,7 @@ def cuda_on_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterat
             monkeypatch.setattr(module, name, replacements[name])
     emulated.set_seed(1)
     emulated.set_multiprocessors(4)
+    emulated.set_shared_limit(227 * 1024)
     yield emulated
     for workspace in workspaces:
         assert bool((workspace[-GUARD:] == 0xFF).all()), "a kernel wrote behind its workspace"

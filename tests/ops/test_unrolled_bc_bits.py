@@ -47,15 +47,21 @@ def stacked(kernel, widths, rows, problems):
 
 
 @pytest.mark.parametrize(
-    ("problems", "blocks"),
-    [(1, (2, 4, 8)), (2, (3, 8, 16))],  # two tiles of rows a problem, in clusters of 1, 2 and 4
+    ("widths", "problems", "blocks"),
+    [
+        ((17, 256, 6), 1, (2, 4, 8, 16)),  # two tiles of rows a problem, in clusters of 1, 2, 4 and 8
+        ((17, 256, 6), 2, (3, 8, 16)),
+        ((5, 130, 20, 40, 16, 2), 1, (2, 4, 8)),  # products without columns for every block of a cluster
+    ],
 )
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_emulated_clusters_that_split_columns_give_the_same_bits(cuda_on_cpu, precision, problems, blocks):
-    data = stacked(SimpleNamespace(device="cpu"), (17, 256, 6), 32, problems)
+def test_emulated_clusters_that_split_columns_give_the_same_bits(cuda_on_cpu, precision, widths, problems, blocks):
+    data = stacked(SimpleNamespace(device="cpu"), widths, 32, problems)
     results = []
-    for multiprocessors in blocks:
+    # In the end once more without room for the strips of shared memory that blocks pass each other rows in.
+    for multiprocessors, shared_limit in [*((count, 227 * 1024) for count in blocks), (blocks[-1], 90 * 1024)]:
         cuda_on_cpu.set_multiprocessors(multiprocessors)
+        cuda_on_cpu.set_shared_limit(shared_limit)
         theta, gradients = hypergradient(unroll("cuda", 2, precision=precision), *data, 0.1)
         results.append([*theta, *gradients])
     assert all(equal(results[0], result) for result in results)

@@ -29,7 +29,8 @@ run() { # name, -fsanitize= argument, runtime library
     # thread sanitizer of older compilers does not know today's address-space randomization: switch it off. pytest must
     # not capture file descriptors, or a report would be lost with the process. Instrumented code is slow: a test may
     # take longer than elsewhere. SDW_SANITIZE tells the tests, which leave the CUDA emulator out.
-    (cd "$package" && env LD_PRELOAD="$runtime $(library libstdc++.so.6)" OMP_NUM_THREADS=2 PYTHONPATH="$package" \
+    (cd "$package" && env LD_PRELOAD="$runtime $(library libstdc++.so.6)" OMP_NUM_THREADS=2 \
+        PYTHONPATH="$package:$root" \
         SDW_SANITIZE=$2 setarch "$(uname -m)" -R "$PYTHON" -m pytest -q -p no:cacheprovider --capture=sys \
         --timeout=1800 "$root/tests/ops" "$root/tests/faults/test_attacks.py" -k "not first_trials")
 }

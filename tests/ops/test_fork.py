@@ -67,6 +67,10 @@ def test_the_same_again_in_a_child(work: Callable[[], torch.Tensor]) -> None:
     assert torch.get_num_threads() == 2  # of the parent
 
 
+@pytest.mark.skipif(
+    "thread" in os.environ.get("SDW_SANITIZE", ""),
+    reason="the sanitizer ends a child whose thread gets the address of one that the parent had",
+)
 def test_forks_while_other_threads_compute() -> None:
     expected = [work() for work in WORK]
     done = threading.Event()

@@ -18,9 +18,8 @@ library() { "${CXX:-c++}" -print-file-name="$1"; }
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 # The kernels' threads meet through std::thread and std::atomic, which the thread sanitizer follows. PyTorch is
-# not instrumented, so that what its threads hand over is invisible to it: calls out of it are ignored. Children that
-# are forked beside threads start threads of their own, which the sanitizer would not have by default.
-export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:die_after_fork=0
+# not instrumented, so that what its threads hand over is invisible to it: calls out of it are ignored.
+export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 
 run() { # name, -fsanitize= argument, runtime library
     local package=$root/build/sanitize-$1 runtime

@@ -24,14 +24,18 @@ export TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 run() { # name, -fsanitize= argument, runtime library
     local package=$root/build/sanitize-$1 runtime
     runtime=$(library "$3")
-    SDW_CUDA=0 SDW_SANITIZE=$2 SDW_BUILD_TYPE=Debug "$PYTHON" setup.py --quiet build --build-lib "$package"
+    # -O1, as the manuals of the sanitizers advise: the kernels are too slow without it.
+    CXXFLAGS="-O1 ${CXXFLAGS:-}" SDW_CUDA=0 SDW_SANITIZE=$2 SDW_BUILD_TYPE=Debug \
+        "$PYTHON" setup.py --quiet build --build-lib "$package"
     # The runtime must come first, before Python itself; libstdc++ with it, so that it finds the real __cxa_throw. The
     # thread sanitizer of older compilers does not know today's address-space randomization: switch it off. pytest must
     # not capture file descriptors, or a report would be lost with the process. Instrumented code is slow: a test may
-    # take longer than elsewhere. SDW_SANITIZE tells the tests, which leave the CUDA emulator out.
-    (cd "$package" && env LD_PRELOAD="$runtime $(library libstdc++.so.6)" OMP_NUM_THREADS=2 PYTHONPATH="$package" \
-        SDW_SANITIZE=$2 setarch "$(uname -m)" -R "$PYTHON" -m pytest -q -p no:cacheprovider --capture=sys \
-        --timeout=1800 "$root/tests/ops" "$root/tests/faults/test_attacks.py" -k "not first_trials")
+    # take longer than elsewhere, also in the pytest that one of them starts. SDW_SANITIZE tells the tests, which leave
+    # the CUDA emulator out.
+    (cd "$package" && env LD_PRELOAD="$runtime $(library libstdc++.so.6)" OMP_NUM_THREADS=2 SDW_SANITIZE=$2 \
+        PYTHONPATH="$package:$root" PYTEST_ADDOPTS="--capture=sys --timeout=3600" setarch "$(uname -m)" -R \
+        "$PYTHON" -m pytest -q -p no:cacheprovider "$root/tests/ops" "$root/tests/faults/test_attacks.py" \
+        -k "not first_trials")
 }
 
 [ $# -gt 0 ] || set -- address thread

@@ -19,7 +19,7 @@ from sdw_fast import run as runs
 from sdw_fast.adapters import named_factory
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
 from sdw_fast.density import DensityWeights
-from sdw_fast.disk import check_writable, replacing
+from sdw_fast.disk import check_writable, naming, replacing
 from sdw_fast.diversity import diversity
 from sdw_fast.files import one_sentence, to_json
 from sdw_fast.folder import find_runs, read_metrics, read_run
@@ -83,18 +83,29 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     typer.secho(f"warning: {message}", fg="yellow", err=True)
 
 
+def _say(what: object) -> None:
+    """Prints a line. What a full disk refuses is dropped: Python would try it again at its end, and exit with 120."""
+    try:
+        with naming("standard output"):
+            typer.echo(what)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
 def _show(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(to_json(values, indent=2))
+        _say(to_json(values, indent=2))
         return
     width = max(map(len, values), default=0)
     for name, value in values.items():
-        typer.echo(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+        _say(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sdw-fast {sdw.__version__}")
+        with _readable_errors():
+            _say(f"sdw-fast {sdw.__version__}")
         raise typer.Exit
 
 
@@ -128,7 +139,7 @@ def collect(
 ) -> None:
     """Roll out the suite's behavior policies into the local Minari dataset sdw/ENV/QUALITY-v0."""
     with _readable_errors():
-        typer.echo(sdw.collect(name, steps=steps, seed=seed, overwrite=overwrite))
+        _say(sdw.collect(name, steps=steps, seed=seed, overwrite=overwrite))
 
 
 @app.command(
@@ -146,7 +157,7 @@ def train_teacher(
         refuse_unused(TeacherConfig(**settings), settings)
         check_writable(out)
         sdw.train_teacher(sdw.load_dataset(dataset), out=out, **settings)
-        typer.echo(out)
+        _say(out)
 
 
 @app.command(epilog="Example: `sdw-fast density hopper/medium --k 10 --out logd.npy`")
@@ -322,7 +333,7 @@ def plot(
 
         path = _beside(runs, out, "metrics.png")
         plots.save(plots.plot_metrics({name: read_metrics(run) for name, run in find_runs(runs).items()}), path)
-        typer.echo(path)
+        _say(path)
 
 
 @app.command(epilog="Example: `sdw-fast report runs/hopper runs/walker2d --out report.html`")
@@ -338,7 +349,7 @@ def report(
 
         path = _beside(runs, out, "report.html")
         write_report(runs, path)
-        typer.echo(path)
+        _say(path)
 
 
 def _beside(runs: list[Path], out: Path | None, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sdw_fast.disk import locked, recover_folder, replacing, replacing_folder, reserve
+from sdw_fast.disk import locked, naming, recover_folder, replacing, replacing_folder, reserve
 from sdw_fast.files import write_text
 
 
@@ -47,6 +48,12 @@ def test_a_file_that_stays_the_same_is_left_alone(tmp_path: Path) -> None:
     write_text(path, "another")
     assert path.read_text() == "another"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_the_system_names_the_file_and_nothing_else() -> None:
+    for names in ((), (".a~host~1~0", None, "a")):
+        with pytest.raises(OSError, match=r"^\[Errno 28\] No space left: 'a'$"), naming("a"):
+            raise OSError(errno.ENOSPC, "No space left", *names)
 
 
 def test_leftovers_of_killed_processes_are_cleared_and_those_of_living_ones_stay(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
 import select
@@ -52,6 +53,8 @@ class Attack:
 
 def work(attack: Attack, seed: int, numbers: Iterable[int], folder: Path, deadline: float, report: IO[str]) -> None:
     """What a worker does: a line when it is ready, then one a trial, none of which begins after the deadline."""
+    # Where it is, when it hangs; of its children too, whose standard error may be elsewhere.
+    faulthandler.register(signal.SIGUSR1, os.dup(2))
     trial = attack.prepare(folder, seed)
     print(_READY, file=report, flush=True)
     for number in numbers:
@@ -103,7 +106,10 @@ def _of_one_worker(
             while number < numbers.stop:
                 line = lines(attack.patience)
                 if line is None:
-                    yield {"number": number, "outcome": "hung", "said": f"over {attack.patience} s"}
+                    os.killpg(process.pid, signal.SIGUSR1)
+                    time.sleep(1.0)
+                    said = f"over {attack.patience} s: {(folder / 'errors').read_text()[-2000:]}"
+                    yield {"number": number, "outcome": "hung", "said": said}
                     return
                 if not line:
                     if process.wait() == 0:  # the deadline

@@ -1,4 +1,4 @@
-"""The commands that write files, on tiny data: each run in a forked child, which may be limited, killed or alone."""
+"""The commands, on tiny data: each run in a forked child, which may be limited, killed or alone."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ COMMANDS = {
     "train-teacher": "train-teacher data.npz --steps 2 --out teacher.safetensors",
     "distill": f"{DISTILL} --checkpoint-every 1 --out run",
     "plot": "plot done",
+    "report": "report done",
+    "evaluate": "evaluate done/best.npz --env Pendulum-v1 --clones 1 --episodes 2 > returns.txt",
 }
 
 
@@ -45,7 +47,8 @@ class Ended:
 
 def make_ready() -> None:
     """Imports what the commands import, so that children find it, and leaves one thread to fork from."""
-    for module in ("minari", "torchrl.objectives", "sdw_fast.plots"):
+    ours = ("sdw_fast.plots", "sdw_fast.report")
+    for module in ("minari", "torchrl.objectives", "gymnasium.envs.classic_control", *ours):
         importlib.import_module(module)
     torch.set_num_threads(1)
     sdw.set_num_threads(1)
@@ -55,7 +58,7 @@ def fill(folder: Path) -> Path:
     """Makes a folder that holds a dataset and a finished run."""
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(60, 3))
-    arrays = {"observations": observations, "actions": np.tanh(observations[:, :2]), "rewards": rng.normal(size=60)}
+    arrays = {"observations": observations, "actions": np.tanh(observations[:, :1]), "rewards": rng.normal(size=60)}
     folder.mkdir(parents=True)
     np.savez(folder / "data.npz", **arrays, terminals=np.zeros(60, bool), timeouts=np.arange(60) % 10 == 9)
     assert run(folder, f"{DISTILL} --out done").status == 0
@@ -81,7 +84,8 @@ class Running:
 
 
 def start(folder: Path, command: str, before: Callable[[], Any] = lambda: None) -> Running:
-    """Starts a command in a folder, after `before`."""
+    """Starts a command in a folder, after `before`. What it prints goes into the file after ">", as in a shell."""
+    command, _, printed = command.partition(" > ")
     reading, writing = os.pipe()  # not a file, as that could be limited too
     process = os.fork()
     if process:
@@ -96,13 +100,21 @@ def start(folder: Path, command: str, before: Callable[[], Any] = lambda: None) 
         os.environ["MINARI_DATASETS_PATH"] = str(folder)
         before()
         try:
-            app(command.split())
-        except SystemExit as end:
-            status = int(end.code or 0)
+            if printed:
+                os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        except OSError as error:  # a shell says so, and runs nothing
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+        app(command.split())
+    except SystemExit as end:
+        status = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            status = 120  # the interpreter's, where it could not print
         sys.stderr.flush()
         os._exit(status)
 
@@ -124,7 +136,7 @@ def expected_files(before: Path, command: str) -> dict[str, Any]:
 
 def files(folder: Path) -> dict[str, Any]:
     """What is in a folder, by name: the bytes of what is a result, and of the rest that it is there."""
-    results = (".npz", ".npy", ".safetensors", ".hdf5", ".png")
+    results = (".npz", ".npy", ".safetensors", ".hdf5", ".png", ".html", ".txt")
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.suffix in results else None
         for path in sorted(folder.rglob("*"))

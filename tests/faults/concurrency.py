@@ -109,7 +109,7 @@ def two_processes(folder: Path, seed: int) -> Trial:
 
 
 ATTACKS = [
-    Attack("fork while three threads compute", forks, trials=500),
-    Attack("eight threads, every op at once", eight_threads, trials=200),
-    Attack("two processes, one place", two_processes, trials=200),
+    Attack("fork while three threads compute", forks, trials=200),
+    Attack("eight threads, every op at once", eight_threads, trials=60),
+    Attack("two processes, one place", two_processes, trials=60),
 ]

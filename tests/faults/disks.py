@@ -94,6 +94,6 @@ def filling(scarce: Scarce) -> Callable[[Path, int], Trial]:
 
 
 ATTACKS = [
-    Attack(f"no room: {what.__name__.replace('_', ' ')}", filling(what), trials=200)
-    for what in (limited_files, full_disk, read_only_disk)
+    Attack(f"no room: {what.__name__.replace('_', ' ')}", filling(what), trials=rooms * len(COMMANDS))
+    for what, rooms in ((limited_files, 16), (full_disk, 16), (read_only_disk, 1))
 ]

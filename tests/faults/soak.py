@@ -59,4 +59,4 @@ def rounds(folder: Path, seed: int) -> Trial:
     return trial
 
 
-ATTACKS = [Attack("soak: rounds of the whole path, bits and memory", rounds, trials=600)]
+ATTACKS = [Attack("soak: rounds of the whole path, bits and memory", rounds, trials=150)]

@@ -32,8 +32,8 @@ def threads() -> Iterator[None]:
         (forks, range(2)),
         (eight_threads, range(1)),
         (two_processes, range(6)),
-        (filling(limited_files), (0, 3, 6, 8)),
-        (deleting, (3, 13, 33)),
+        (filling(limited_files), (0, 8, 10, 12, 104)),
+        (deleting, (3, 17, 45)),
     ],
     ids=["forks", "eight threads", "two processes", "full disk", "folder deleted"],
 )

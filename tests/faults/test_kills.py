@@ -1,4 +1,4 @@
-"""Kills at every file event of a run, and at the first of each other command: run again, it ends in the same files."""
+"""Kills at every file event of a run, and at some of each other command: run again, it ends in the same files."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def test_a_run_killed_at_any_file_event_ends_in_the_same_files(tmp_path: Path) -
 def test_a_command_killed_at_a_file_event_ends_in_the_same_files(command: str, tmp_path: Path) -> None:
     pytest.importorskip("torchrl")
     trial = killing(command)(tmp_path, 0)
-    for event in (2, 5):
+    for event in (0,) if command == "evaluate" else (2, 5):  # it only prints
         assert trial(event) is None, event

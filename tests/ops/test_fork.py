@@ -17,6 +17,10 @@ from sdw_fast import get_num_threads, ops, set_num_threads
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork"),
+    pytest.mark.skipif(
+        "thread" in os.environ.get("SDW_SANITIZE", ""),
+        reason="the thread sanitizer ends children of a process with threads that start threads of their own",
+    ),
     pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning"),
 ]
 SECONDS = 60  # for what takes a tenth of one

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "check_precision",
     "cuda_stream",
     "cuda_workspace",
+    "float32_products",
     "follow_torch",
     "obstacle",
     "resolve_backend",
@@ -133,6 +135,27 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Makes PyTorch's float32 products on a GPU "tf32" or "ieee", whatever the user has set, which is put back."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        put: Callable[[str], None] = partial(setattr, matmul, "fp32_precision")
+        before = matmul.fp32_precision
+        put("none")
+        if matmul.fp32_precision == before:  # it follows torch.backends.fp32_precision, and shall do so again
+            before = "none"
+        put(precision)
+    else:  # before torch 2.9
+        put = torch.set_float32_matmul_precision
+        before = torch.get_float32_matmul_precision()
+        put({"tf32": "high", "ieee": "highest"}[precision])
+    try:
+        yield
+    finally:
+        put(before)
 
 
 # The number of threads that the user chose for the kernels; None: PyTorch's, whatever it is at the time of a call.

@@ -7,7 +7,8 @@ R networks of one shape have a leading dimension R on each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ def mlp_activations(params: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
     return activations
 
 
+def mlp_deltas(params: Sequence[Tensor], activations: Sequence[Tensor], delta: Tensor) -> Iterator[Tensor]:
+    """Yields δ_L = `delta`, δ_{L-1}, …, δ_1, each (rows, width): δ_{l-1} = [h_{l-1} > 0] ∘ (δ_l W_l)."""
+    yield delta
+    for layer in range(len(params) // 2 - 1, 0, -1):
+        delta = (delta @ params[2 * layer]).mul_(activations[layer] > 0)
+        yield delta
+
+
 def flatten(params: Sequence[Tensor], problems: int) -> Tensor:
     """Returns the parameters as the kernels take them, (R, P): a row a network, W1, b1, W2, b2, … behind each other."""
     return torch.cat([param.reshape(problems, -1) for param in params], dim=1)
@@ -32,6 +41,12 @@ def unflatten(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """Cuts (R, P) into tensors of the shapes of `params`."""
     parts = flat.split([param.numel() // len(flat) for param in params], dim=1)
     return [part.reshape(param.shape) for part, param in zip(parts, params, strict=True)]
+
+
+def cut(flat: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Cuts (R, P) into W1 (R, out, in), b1 (R, out), …"""
+    shapes = [shape for fan_in, fan_out in pairwise(widths) for shape in ((fan_out, fan_in), (fan_out,))]
+    return unflatten(flat, [flat.new_empty(len(flat), *shape) for shape in shapes])
 
 
 def layer_widths(params: Sequence[Tensor]) -> list[int]:

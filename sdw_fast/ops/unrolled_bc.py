@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,10 +38,12 @@ from sdw_fast.ops._mlp import (
     check_problems,
     check_rows,
     check_tape,
+    cut,
     flatten,
     layer_widths,
     learning_rates,
     mlp_activations,
+    mlp_deltas,
     unflatten,
 )
 from sdw_fast.ops._registration import Adjoint, register
@@ -176,15 +177,12 @@ class _Descent(NamedTuple):
 
     def step(self, state: _State) -> tuple[_State, _Step]:
         theta = state.theta
-        layers = len(theta) // 2
         *activations, z = mlp_activations(theta, self.observations)
         # Output: δ_L = c e∘slope.
         output = self.head.output(z)  # (N, A)
         activations.append(output)
-        deltas = [self.head.delta(self.head.scale(*z.shape) * self.head.error(output, self.actions), output)]  # (N, A)
-        # Backward: δ_{l-1} = m_{l-1} ∘ (δ_l W_l), m_l = [h_l > 0].
-        for layer in range(layers - 1, 0, -1):
-            deltas.insert(0, deltas[0] @ theta[2 * layer] * (activations[layer] > 0))  # (N, width)
+        delta = self.head.delta(self.head.scale(*z.shape) * self.head.error(output, self.actions), output)  # (N, A)
+        deltas = [*mlp_deltas(theta, activations, delta)][::-1]
         # Weights: g_l = δ_lᵀ h_{l-1}, and the column sums of δ_l.
         gradients: list[Tensor] = []
         for delta, h in zip(deltas, activations[:-1], strict=True):
@@ -300,23 +298,17 @@ def _run_twin(
             _TwinTape(_Descent(*problem, HEADS[head], schedule.momentum), schedule)
             for problem in zip(observations, actions, lr, strict=True)
         ]
-        starts = map(list, zip(*_layers(params, widths), strict=True))
+        starts = map(list, zip(*cut(params, widths), strict=True))
         ends = [tape.train(start, keep) for tape, start in zip(tapes, starts, strict=True)]
 
     def adjoint(grad_trained: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
         with without_autocast(params.device):
-            grads = map(list, zip(*_layers(grad_trained.detach(), widths), strict=True))
+            grads = map(list, zip(*cut(grad_trained.detach(), widths), strict=True))
             *data, ends = zip(*(tape.adjoint(grad) for tape, grad in zip(tapes, grads, strict=True)), strict=True)
             gradients = [*map(torch.stack, data), _rows(ends)]
         return [gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)]
 
     return _rows(ends), adjoint
-
-
-def _layers(flat: Tensor, widths: list[int]) -> list[Tensor]:
-    """Cuts (R, P) into W1 (R, out, in), b1 (R, out), …"""
-    shapes = [shape for fan_in, fan_out in pairwise(widths) for shape in ((fan_out, fan_in), (fan_out,))]
-    return unflatten(flat, [flat.new_empty(len(flat), *shape) for shape in shapes])
 
 
 def _rows(problems: Sequence[list[Tensor]]) -> Tensor:

@@ -1,5 +1,7 @@
 """The ops as PyTorch's own: registered, compiled without a graph break, and under torch.func."""
 
+import importlib
+
 import pytest
 import torch
 from oracle import random_problem
@@ -70,6 +72,18 @@ def test_opcheck_of_the_losses(problem, keep):
     flat = flatten(params, 1)
     data = observations[None], actions[None], weights[None], layer_widths(params), "softmax", False, "cpu"
     opchecked(torch.ops.sdw.behavior_matching.default, flat.clone().requires_grad_(), *data, keep)
+    opchecked(torch.ops.sdw.behavior_matching_backward.default, torch.ones(1), note, flat, *data, [True])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_opcheck_of_many_rows_on_a_gpu(problem, keep, monkeypatch):
+    observations, actions, params, weights = problem
+    module = importlib.import_module("sdw_fast.ops.behavior_matching")  # the package has the function by that name
+    monkeypatch.setattr(module, "ROWS_FOR_PRODUCTS", 1)  # by PyTorch's products, which the CPU has, too
+    flat = flatten(params, 1)
+    data = observations[None], actions[None], weights[None], layer_widths(params), "tanh", False, "cuda"
+    opchecked(torch.ops.sdw.behavior_matching.default, flat.clone().requires_grad_(), *data, keep)
+    note = torch.zeros(1, dtype=torch.uint8)
     opchecked(torch.ops.sdw.behavior_matching_backward.default, torch.ones(1), note, flat, *data, [True])
 
 

@@ -35,8 +35,9 @@ def check(tmp_path: Path):
     (tmp_path / "benchmarks").mkdir()
     shutil.copy(SCRIPT, tmp_path / "benchmarks")
 
-    def run(*stages: str) -> tuple[int, str]:
+    def run(*stages: str, **variables: str) -> tuple[int, str]:
         environment = {"PYTHON": str(tmp_path / "bin/python"), "OUT": str(tmp_path / "out"), "SDW_PATIENCE": "4"}
+        environment |= variables
         command = [str(tmp_path / "benchmarks/gpu_check.sh"), *stages]
         result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
         return result.returncode, result.stdout + result.stderr
@@ -67,6 +68,12 @@ def test_stages_are_named(check) -> None:
     assert "benchmarks.gpu_distill --returns" in output
     assert "table" not in output
     assert check("everything")[0] == 2
+
+
+def test_an_extension_from_elsewhere_is_taken_as_it_is(check) -> None:
+    _, output = check("--dry-run", "build", SDW_PREBUILT="1")
+    assert "== build" not in output
+    assert "-- prebuilt: done" in output
 
 
 def test_without_a_gpu_nothing_is_run(check) -> None:

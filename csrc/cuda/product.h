@@ -170,10 +170,9 @@ struct Place {
 
 // Computes tiles one after the other. Tiles is where they come from and go to:
 //     valid(), advance()       is there a tile; the next one
-//     task()                   its operands; of kTerms terms, of which the last may repeat the first, not counted
-//     ready()                  waits for what comes late, where kLate; late_left(f): f(there it is, floats from chunk
-//     to
-//                              chunk). All threads call
+//     task()                   its operands; of one term or, where kTerms is 2, of two
+//     ready()                  waits for what comes late, where kLate; all threads call
+//     late_left(f)             f(where that lies, floats from chunk to chunk)
 //     fetch(place, n)          what the epilogue needs of memory, early
 //     finish(place, n, x0, x1, fetched)    takes two neighbors of the product, in group n of the tile's columns, and
 //                              passes on what others wait for; all lanes of a warp call

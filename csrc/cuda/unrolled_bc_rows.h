@@ -199,7 +199,7 @@ struct TangentRows : Stage {
     __device__ Task task(int l) const {
         const Pair in = p.input(pass, l);
         const Term still{in.row_tile(row_tile), p.weights(p.direction(), l).rows};
-        if (l == 0) return {{still, still}, 1, in.width / 16};  // the observations do not move
+        if (l == 0) return {{still, {}}, 1, in.width / 16};  // the observations do not move
         return {{{nullptr, p.weights(theta, l).rows}, still}, 2, in.width / 16};
     }
     __device__ Fetched fetch(int l, int group, const Place& place) const {

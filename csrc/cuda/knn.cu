@@ -188,9 +188,9 @@ struct Searcher {
     }
 
     // Returns whether any limit has changed.
-    __device__ bool visit_leaf(int64_t cell, const float4* boxes, int box) {
-        const int64_t leaf = cell * kKnnFan + box;
-        const unsigned wants = wanting(leaf, boxes, box);
+    __device__ bool visit_leaf(int64_t cell, const float4* boxes, int number) {
+        const int64_t leaf = cell * kKnnFan + number;
+        const unsigned wants = wanting(leaf, boxes, number);
         ++tested;
         if (wants == 0) return false;
         scanned += __popc(wants);
@@ -201,12 +201,12 @@ struct Searcher {
         return true;
     }
 
-    __device__ unsigned wanting(int64_t leaf, const float4* boxes, int box) const {
+    __device__ unsigned wanting(int64_t leaf, const float4* boxes, int number) const {
         unsigned wants = real;
         if (!s.p.prune) return wants;
         if (wants & ~filter.sharp) {
             const float4* row = rows + lane * kStride;
-            wants = __ballot_sync(kAll, box_distance(row, row, boxes, box, V) < limit);
+            wants = __ballot_sync(kAll, box_distance(row, row, boxes, number, V) < limit);
         }
         if (__popc(wants & filter.sharp) < kFilterFrom) return wants;
         const uint4* points = reinterpret_cast<const uint4*>(s.p.halves) + leaf * (kKnnLeaf * 2 * Filter<V>::kTiles);

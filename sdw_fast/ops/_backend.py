@@ -124,6 +124,15 @@ def cuda_workspace(op: str, size: int, device: torch.device, advice: str) -> tor
         ) from error
 
 
+@contextmanager
+def cuda_memory(op: str, advice: str) -> Iterator[None]:
+    """Raises MemoryError, with `advice`, where PyTorch runs out of a GPU's memory."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(f"{op}: {str(error).splitlines()[0]}; {advice}") from error
+
+
 def check_precision(op: str, precision: str) -> None:
     """Raises ValueError unless `precision` is "tf32" or "ieee"."""
     if precision not in ("tf32", "ieee"):

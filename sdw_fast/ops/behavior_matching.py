@@ -10,6 +10,7 @@ from torch import Tensor
 from sdw_fast.ops._backend import (
     _C,
     check_precision,
+    cuda_memory,
     cuda_stream,
     cuda_workspace,
     float32_products,
@@ -187,7 +188,11 @@ def _run(
     """
     if backend == "cuda" and states.shape[1] >= ROWS_FOR_PRODUCTS:
         params, states, targets, weights = (t.detach() for t in (params, states, targets, weights))
-        with without_autocast(params.device), float32_products("ieee" if ieee else "tf32"):
+        with (
+            cuda_memory("behavior_matching", "use a narrower policy"),
+            without_autocast(params.device),
+            float32_products("ieee" if ieee else "tf32"),
+        ):
             problems = zip(zip(*cut(params, widths), strict=True), states, targets, weights, strict=True)
             results = [_products(HEADS[head], *problem, keep) for problem in problems]
         losses = torch.stack([loss for loss, _ in results])

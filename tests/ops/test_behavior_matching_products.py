@@ -111,6 +111,16 @@ def test_a_second_derivative_is_refused(chunks):
         gradient.sum().backward()
 
 
+def test_a_full_gpu_is_a_memory_error_that_says_what_to_do(chunks, monkeypatch):
+    def full(*arguments) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(module, "_add_chunk", full)
+    params, *data = problem(20, dtype=torch.float32)
+    with pytest.raises(MemoryError, match=r"behavior_matching: CUDA out of memory.*; use a narrower policy"):
+        behavior_matching(params, *data, backend="cuda")
+
+
 @pytest.mark.parametrize("rows", [8, 9])
 def test_the_number_of_rows_decides(cuda_on_cpu, chunks, rows, monkeypatch):
     monkeypatch.setattr(module, "ROWS_FOR_PRODUCTS", 9)

@@ -49,16 +49,16 @@ def ours(problem: Problem, momentum: float = 0.0, **options: Any) -> Run:
     return run
 
 
-def ours_alone(problem: Problem, **options: Any) -> Run:
-    """unrolled_bc forward and backward, without the outer loss: of any gradient for the trained parameters."""
-    observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
+def ours_alone(problem: Problem, back: bool = True, **options: Any) -> Run:
+    """unrolled_bc forward and, if `back`, back, without the outer loss: of any gradient for the trained parameters."""
+    observations, actions = (x.clone().requires_grad_(back) for x in problem.synthetic)
     covectors = [problem.normal(*p.shape, stream=7) for p in problem.params]
 
     def run() -> Any:
         trained = sdw_fast.ops.unrolled_bc(
             observations, actions, problem.params, steps=problem.steps, lr=problem.lr, **options
         )
-        return torch.autograd.grad(trained, [observations, actions], covectors)
+        return torch.autograd.grad(trained, [observations, actions], covectors) if back else trained
 
     return run
 

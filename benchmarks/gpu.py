@@ -104,6 +104,11 @@ def graphed(build: Callable[[Problem], Callable[[], Any]]) -> Callable[[Problem]
     return lambda problem: cuda_graph(build(problem), problem.device)
 
 
+def narrow(problem: Problem) -> Problem:
+    """The same with the hidden layers of the default settings."""
+    return replace(problem, hidden=(64, 64, 64))
+
+
 def unrolled_bc_builders() -> Builders:
     suite = bench_unrolled_bc
     return {
@@ -111,6 +116,8 @@ def unrolled_bc_builders() -> Builders:
         "sdw_fast, float32 throughout": partial(suite.ours, precision="ieee"),
         f"sdw_fast, {TOGETHER} problems at once": partial(suite.ours_together, count=TOGETHER),
         "sdw_fast, unrolled_bc alone": suite.ours_alone,
+        "sdw_fast, its forward pass": partial(suite.ours_alone, back=False),
+        "sdw_fast, unrolled_bc alone, hidden 64×64×64": lambda problem: suite.ours_alone(narrow(problem)),
         "autograd double backward (papers)": suite.autograd,
         "JAX jit(grad(scan))": suite.jax_scan,
         "closed form in PyTorch (twin)": suite.twin,

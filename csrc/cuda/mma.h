@@ -20,6 +20,20 @@ __device__ inline float to_tf32(float x) {
 #endif
 }
 
+#ifdef SDW_EMULATE_CUDA
+// d = c + left right of a warp's lanes, which hold of c and d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+template <int kDepth, typename Lane>
+void multiply_tiles(const Lane* const* lanes, const float (&left)[16][kDepth], const float (&right)[kDepth][8]) {
+    for (int lane = 0; lane < 32; ++lane) {
+        for (int i = 0; i < 4; ++i) {
+            float sum = lanes[lane]->c[i];
+            for (int k = 0; k < kDepth; ++k) sum += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+            lanes[lane]->d[i] = sum;
+        }
+    }
+}
+#endif
+
 // d (16 x 8) += a (16 x 8) b (8 x 8) by the lanes of one warp, operands already rounded to tf32, sums in float32.
 // Lane l holds, with g = l / 4 and t = l % 4:
 //     a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)     b: (t, g), (t + 4, g)
@@ -29,9 +43,10 @@ __device__ inline void mma_tf32(float (&d)[4], const float (&a)[4], const float 
     struct Input {
         const float* a;
         const float* b;
+        const float* c;
         float* d;
     };
-    emulator::rendezvous<Input, int>(0xffffffffu, Input{a, b, d}, [](const Input* const* lanes, int* const*) {
+    emulator::rendezvous<Input, int>(0xffffffffu, Input{a, b, d, d}, [](const Input* const* lanes, int* const*) {
         const auto cut = [](float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); };
         float left[16][8], right[8][8];
         for (int lane = 0; lane < 32; ++lane) {
@@ -39,13 +54,7 @@ __device__ inline void mma_tf32(float (&d)[4], const float (&a)[4], const float 
             for (int i = 0; i < 4; ++i) left[g + i % 2 * 8][t + i / 2 * 4] = cut(lanes[lane]->a[i]);
             for (int i = 0; i < 2; ++i) right[t + i * 4][g] = cut(lanes[lane]->b[i]);
         }
-        for (int lane = 0; lane < 32; ++lane) {
-            for (int i = 0; i < 4; ++i) {
-                float sum = lanes[lane]->d[i];
-                for (int k = 0; k < 8; ++k) sum += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
-                lanes[lane]->d[i] = sum;
-            }
-        }
+        multiply_tiles(lanes, left, right);
     });
 #else
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
@@ -102,13 +111,7 @@ __device__ inline void mma_half(float (&d)[4], const unsigned (&a)[4], uint2 b, 
                 right[4 * t + i][g] =
                     emulator::from_half((i < 2 ? lanes[lane]->b.x : lanes[lane]->b.y) >> i % 2 * 16 & 0xffffu);
         }
-        for (int lane = 0; lane < 32; ++lane) {
-            for (int i = 0; i < 4; ++i) {
-                float sum = lanes[lane]->c[i];
-                for (int k = 0; k < 16; ++k) sum += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
-                lanes[lane]->d[i] = sum;
-            }
-        }
+        multiply_tiles(lanes, left, right);
     });
 #else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "

@@ -40,9 +40,6 @@ struct Task {
     int64_t second = 0;
 };
 
-constexpr int kBlock = 512;       // floats of a chunk of an operand
-constexpr int kStripBlock = 256;  // the same of a strip of 16 rows
-
 // The same for all lanes, and known to be: branches on it need no reconvergence.
 __device__ inline int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); }
 

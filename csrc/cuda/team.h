@@ -123,7 +123,7 @@ struct Corner {
     int in_matrix, in_transpose;
 
     __device__ Corner(int row_tile, int column_tile, int height, int width)
-        : in_matrix((row_tile / 2 * (width / 16) + 2 * column_tile) * kBlock + row_tile % 2 * 256),
+        : in_matrix((row_tile / 2 * (width / 16) + 2 * column_tile) * kBlock + row_tile % 2 * kStripBlock),
           in_transpose((column_tile * (height / 16) + row_tile) * kBlock) {}
 };
 

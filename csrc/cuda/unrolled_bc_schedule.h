@@ -29,8 +29,11 @@ SDW_HOST_DEVICE constexpr int64_t lines(int64_t floats) { return ceil_div(floats
 // and columns 4 (l % 4) to + 3, at float 4 l. Four tiles one below the other are a block of 32 x 16, 2 KiB, one row of
 // blocks behind the other: what a block of threads takes of an operand for a chunk of 16 of the summed index lies
 // together.
+constexpr int kBlock = 512;       // floats of a block
+constexpr int kStripBlock = 256;  // of half of one, 16 rows
+
 SDW_HOST_DEVICE constexpr int tiled(int row, int column, int columns) {
-    return (row / 32 * (columns / 16) + column / 16) * 512 + row % 32 / 8 * 128 + row % 8 * 16 + column % 16;
+    return (row / 32 * (columns / 16) + column / 16) * kBlock + row % 32 / 8 * 128 + row % 8 * 16 + column % 16;
 }
 
 // What is an operand is stored as products take it, rounded to their precision, and twice where it is one both ways:

@@ -57,8 +57,8 @@ struct WeightTiles {
     __device__ void advance() { tile = weight_tile(p.net, index += members); }
     __device__ Task task() const {
         Task task = gradient(tile.layer);
-        const int64_t left = static_cast<int64_t>(tile.row) / 32 * task.chunks * kBlock;
-        const int64_t right = static_cast<int64_t>(tile.column) / 32 * task.chunks * kBlock;
+        const int64_t left = static_cast<int64_t>(tile.row) / kWeightRows * task.chunks * kBlock;
+        const int64_t right = static_cast<int64_t>(tile.column) / kColumns * task.chunks * kBlock;
         for (Term& term : task.term) {
             term.left += left;
             term.right += right;

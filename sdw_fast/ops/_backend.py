@@ -22,6 +22,7 @@ except ImportError as error:
 __all__ = [
     "_C",
     "check_precision",
+    "cuda_memory",
     "cuda_stream",
     "cuda_workspace",
     "float32_products",

@@ -7,7 +7,7 @@ R networks of one shape have a leading dimension R on each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -47,6 +47,11 @@ def cut(flat: Tensor, widths: Sequence[int]) -> list[Tensor]:
     """Cuts (R, P) into W1 (R, out, in), b1 (R, out), …"""
     shapes = [shape for fan_in, fan_out in pairwise(widths) for shape in ((fan_out, fan_in), (fan_out,))]
     return unflatten(flat, [flat.new_empty(len(flat), *shape) for shape in shapes])
+
+
+def side_by_side(problems: Iterable[Sequence[Tensor]]) -> Tensor:
+    """The parameters of R problems, each as `cut` gives those of one, (R, P)."""
+    return torch.cat([flatten(params, 1) for params in problems])
 
 
 def layer_widths(params: Sequence[Tensor]) -> list[int]:

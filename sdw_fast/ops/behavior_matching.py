@@ -29,6 +29,7 @@ from sdw_fast.ops._mlp import (
     layer_widths,
     mlp_activations,
     mlp_deltas,
+    side_by_side,
 )
 from sdw_fast.ops._registration import Adjoint, check_constant, register, wants_gradient
 from sdw_fast.ops.weighted_bc_loss import check_weights, known
@@ -196,7 +197,7 @@ def _run(
             problems = zip(zip(*cut(params, widths), strict=True), states, targets, weights, strict=True)
             results = [_products(HEADS[head], *problem, keep) for problem in problems]
         losses = torch.stack([loss for loss, _ in results])
-        return losses, known(torch.cat([flatten(slopes, 1) for _, slopes in results])) if keep else None
+        return losses, known(side_by_side(slopes for _, slopes in results)) if keep else None
     losses = params.new_empty(len(params))
     gradients = params.new_empty(params.shape) if keep else None
     p, s, y, w, values, slopes = views(params, states, targets, weights, losses, gradients)

@@ -44,6 +44,7 @@ from sdw_fast.ops._mlp import (
     learning_rates,
     mlp_activations,
     mlp_deltas,
+    side_by_side,
     unflatten,
 )
 from sdw_fast.ops._registration import Adjoint, register
@@ -305,15 +306,10 @@ def _run_twin(
         with without_autocast(params.device):
             grads = map(list, zip(*cut(grad_trained.detach(), widths), strict=True))
             *data, ends = zip(*(tape.adjoint(grad) for tape, grad in zip(tapes, grads, strict=True)), strict=True)
-            gradients = [*map(torch.stack, data), _rows(ends)]
+            gradients = [*map(torch.stack, data), side_by_side(ends)]
         return [gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)]
 
-    return _rows(ends), adjoint
-
-
-def _rows(problems: Sequence[list[Tensor]]) -> Tensor:
-    """The parameters of R problems, (R, P)."""
-    return torch.cat([flatten(params, 1) for params in problems])
+    return side_by_side(ends), adjoint
 
 
 def _run(

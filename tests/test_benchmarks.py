@@ -249,3 +249,9 @@ def test_neighbors_on_a_device_beside_their_peers(tmp_path: Path) -> None:
     assert "100 rows 0 differ" in bench_knn.agreement(points, knn(points, k=bench_knn_gpu.K)[1], 100)
     assert "searched again: 0" in bench_knn_gpu.parts_of_the_time(points)
     assert (tmp_path / "knn.jsonl").exists()
+
+
+def test_every_table_is_found() -> None:
+    for mode in ("quick", "full", "sweep"):
+        names = [name for name, _ in run.tables(mode)]
+        assert {name.split("/")[0] for name in names} >= {"knn", "unrolled_bc", "behavior_matching", "weighted_bc_loss"}

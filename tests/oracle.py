@@ -138,8 +138,8 @@ def brute_force(queries: np.ndarray, references: np.ndarray | None, k: int) -> t
     return np.take_along_axis(squared, index, 1), index
 
 
-def surface(rows: int, dimension: int, seed: int, intrinsic: int = 3) -> np.ndarray:
-    """Points near a curved surface of a lower dimension, as the states of a robot are."""
+def surface(rows: int, dimension: int, seed: int) -> np.ndarray:
+    """Points near a curved surface of dimension 3, as the states of a robot are."""
     rng = np.random.default_rng(seed)
-    latent = rng.standard_normal((rows, intrinsic)) @ rng.standard_normal((intrinsic, dimension))
+    latent = rng.standard_normal((rows, 3)) @ rng.standard_normal((3, dimension))
     return (np.sin(latent) + 0.3 * latent + 0.02 * rng.standard_normal((rows, dimension))).astype(np.float32)

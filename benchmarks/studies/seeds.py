@@ -25,9 +25,10 @@ from sdw_fast.cards import short_hash
 
 TABLE, FOLDER = table.RESULTS / "seeds.jsonl", table.ROOT / "runs/seeds"
 TASK, ENV = "hopper/medium", "Hopper-v5"
-SETTINGS: dict[str, Any] = {"transitions": 20_000, "size": 256, "steps": 500, "objective": "sdw"}
+DISTILLED: dict[str, Any] = {"size": 256, "steps": 500, "objective": "sdw"}
+SETTINGS: dict[str, Any] = {"transitions": 20_000, **DISTILLED, "episodes": 10}
 SEEDS, THREADS = range(10), (1, 2)
-CLONES, MEMBERS, EPISODES, TEST_SEED = 10, 10, 20, 10_000
+CLONES, MEMBERS, TEST_SEED = 10, 10, 10_000
 
 Case = tuple[int, int]  # seed, threads
 
@@ -51,9 +52,8 @@ def measure(case: Case, data: sdw.TransitionDataset) -> None:
     seed, threads = case
     torch.set_num_threads(threads)
     sdw.set_num_threads(threads)
-    own = {name: value for name, value in SETTINGS.items() if name != "transitions"}
     began = time.process_time()
-    synthetic = sdw.distill(data, sdw.Teacher.pretrained(TASK), seed=seed, progress=False, **own)
+    synthetic = sdw.distill(data, sdw.Teacher.pretrained(TASK), seed=seed, progress=False, **DISTILLED)
     row: table.Entries = {
         "seed": seed,
         "threads": threads,
@@ -71,7 +71,7 @@ def returns(synthetic: sdw.SyntheticDataset) -> table.Entries:
     policies = [sdw.behavior_clone(synthetic, seed=TEST_SEED + clone) for clone in range(CLONES)]
     ensemble = sdw.behavior_clone(synthetic, seed=TEST_SEED, ensemble=MEMBERS)
     means = [
-        float(np.mean(sdw.evaluate(policy, ENV, episodes=EPISODES, seed=TEST_SEED).normalized))
+        float(np.mean(sdw.evaluate(policy, ENV, episodes=SETTINGS["episodes"], seed=TEST_SEED).normalized))
         for policy in (*policies, ensemble)
     ]
     return {"policies": np.round(means[:-1], 2).tolist(), "ensemble": round(means[-1], 2)}

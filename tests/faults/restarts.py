@@ -1,4 +1,4 @@
-"""SIGKILL of a rank under `torchrun --max-restarts`: the run goes on by itself and ends in the files of one left alone."""
+"""SIGKILL of a rank under `torchrun --max-restarts`: the run goes on by itself, to the files of one left alone."""
 
 from __future__ import annotations
 

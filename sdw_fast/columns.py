@@ -39,7 +39,7 @@ class Columns:
         env_id, env_spec: the environment that the source names, as in `Units`.
         env: the environment that the caller names in its place, an `Environment`.
         name, path: as in `TransitionDataset`.
-        scratch: the folder of temporary files for what must be rewritten and memory may not hold; None: memory holds it.
+        scratch: the folder of temporary files for what must be rewritten; None: it is rewritten in memory.
     """
 
     arrays: dict[str, Any]

@@ -6,7 +6,6 @@ Start a script with `torchrun`, call `torch.distributed.init_process_group()`, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch

@@ -106,7 +106,8 @@ def load_dataset(
     else:
         raise TypeError(
             f"cannot load a dataset from {type(source).__name__}: expected a Minari id or dataset, a path to an .hdf5, "
-            ".npz, .parquet, .csv or .arrow file or to a folder of .npy files, a dict of arrays, a table, or a list of episodes"
+            ".npz, .parquet, .csv or .arrow file or to a folder of .npy files, a dict of arrays, a table, or a list of "
+            "episodes"
         )
     held.env = env_id
     try:

@@ -54,7 +54,7 @@ def test_a_folder_of_npy_files(tmp_path: Path, next_observations: bool) -> None:
     expected = sdw.load_dataset({**arrays, "env_id": "Pendulum-v1"})
     assert data == expected
     assert data.name == "data"
-    assert on_disk(data.observations) and on_disk(data.actions) and on_disk(data.rewards)
+    assert all(on_disk(x) for x in (data.observations, data.actions, data.rewards))
     assert not any(on_disk(x) for x in (expected.observations, expected.actions))
 
 
@@ -69,7 +69,7 @@ def test_hdf5_and_minari_as_maps(tmp_path: Path, monkeypatch) -> None:
     for source in (tmp_path / "data.hdf5", "hopper/medium"):
         mapped, read = sdw.load_dataset(source, mapped=True), sdw.load_dataset(source)
         assert mapped == read
-        assert on_disk(mapped.observations) and on_disk(mapped.actions)
+        assert all(on_disk(x) for x in (mapped.observations, mapped.actions))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.hdf5", "minari"]  # no temporary file in sight
 
 
@@ -92,7 +92,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", arrays)
     with (folder / "actions.npy").open("r+b") as file:
         file.truncate(1000)
-    with pytest.raises(ValueError, match="not a readable folder of .npy files"):
+    with pytest.raises(ValueError, match=r"not a readable folder of \.npy files"):
         sdw.load_dataset(folder)
     (folder / "actions.npy").unlink()
     with pytest.raises(ValueError, match=r"data lacks actions.*It holds: next_observations, observations"):

@@ -3,10 +3,9 @@
 python -m benchmarks.studies.scale --rows 1e5 1e6 1e7 3e7 --folder /data/scale
 python -m benchmarks.studies.scale --rows 3e7 --folder /data/scale --objective av-pbc    # without the density
 
-The transitions are HalfCheetah's ("halfcheetah/medium", which is collected if it is not there) as often as the rows
-need, each state moved by a normal 0.05 standard deviations. They are written once, block by block, to a folder of .npy
-files, without next observations, so that loading has to leave rows out. The teacher is one of the usual widths, untrained.
-Every number of rows has a process of its own.
+The transitions are HalfCheetah's (the suite's "halfcheetah/medium") as often as the rows need, each state moved by a
+normal 0.05 standard deviations. They are written once, block by block, to a folder of .npy files, without next
+observations, so that loading has to leave rows out. Every number of rows has a process of its own.
 
 `anonymous` is the memory that the process itself asked for; `resident` counts the pages of mapped files that the system
 keeps while it has room, too. A row a stage goes to results/scale.jsonl.
@@ -28,15 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import sdw_fast as sdw
+from benchmarks.studies import tasks
 from benchmarks.table import RESULTS, append, origin
-from sdw_fast.networks import MLP, MinCritic
 
 TASK = "halfcheetah/medium"
 STEPS = 100
-WIDTHS = (256, 256)  # of the teacher's networks
 SPREAD = 0.05  # standard deviations that a copied state is moved by
 
 
@@ -44,10 +41,7 @@ def write(folder: Path, rows: int) -> None:
     """Writes the columns, unless they are there."""
     if folder.exists():
         return
-    try:
-        data = sdw.load_dataset(TASK)
-    except FileNotFoundError:
-        data = sdw.collect(TASK, steps=100_000)
+    data = tasks.dataset(TASK)
     columns = {
         "observations": data.observations,
         "actions": data.actions,
@@ -106,20 +100,12 @@ def stage(name: str, rows: int, steps: int = 1) -> Iterator[None]:
     append(RESULTS / "scale.jsonl", {**row, **origin()})
 
 
-def untrained(data: sdw.TransitionDataset) -> sdw.Teacher:
-    """A teacher as `train_teacher` makes them but for its weights, which cost the same."""
-    torch.manual_seed(0)
-    inputs, outputs = data.observations.shape[1], data.actions.shape[1]
-    critics = [MLP([inputs + outputs, *WIDTHS, 1], tanh=False) for _ in range(2)]
-    return sdw.Teacher(MLP([inputs, *WIDTHS, outputs], tanh=True), MinCritic(critics), units=data.units)
-
-
 def measure(folder: Path, rows: int, objective: str) -> None:
     """From the folder to outer steps, in this process."""
     config = sdw.DistillConfig(objective=objective, steps=STEPS)
     with stage("load", rows):
         data = sdw.load_dataset(folder)
-    teacher = untrained(data)
+    teacher = tasks.teacher(TASK)
     if objective == "sdw":
         with stage("density", rows):
             sdw.log_density(data, k=config.k)

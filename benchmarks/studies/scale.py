@@ -1,7 +1,7 @@
 """What a dataset that memory does not hold costs, stage by stage: seconds and peaks by the number of transitions.
 
 python -m benchmarks.studies.scale --rows 1e5 1e6 1e7 3e7 --folder /data/scale
-python -m benchmarks.studies.scale --rows 3e7 --folder /data/scale --objective av-pbc    # without the density
+python -m benchmarks.studies.scale --rows 3e7 --folder /data/scale --objective av-pbc    # no density; dbc: no teacher
 
 The transitions are HalfCheetah's (the suite's "halfcheetah/medium") as often as the rows need, each state moved by a
 normal 0.05 standard deviations. They are written once, block by block, to a folder of .npy files, without next
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=float, nargs="+", default=[1e5, 1e6])
     parser.add_argument("--folder", type=Path, required=True, help="for the columns, about 97 bytes a row; kept")
-    parser.add_argument("--objective", choices=["sdw", "av-pbc"], default="sdw")
+    parser.add_argument("--objective", choices=["sdw", "av-pbc", "dbc"], default="sdw")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:

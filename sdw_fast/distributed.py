@@ -1,6 +1,6 @@
 """Work over the ranks of `torch.distributed`: exact neighbors of rows that no machine holds all of.
 
-Start a script with `torchrun`, call `torch.distributed.init_process_group()`, and give every rank rows of its own.
+Start a script with `torchrun`, open the group by `with process_group():`, and give every rank rows of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from sdw_fast.density import log_density_at
 from sdw_fast.neighbors import States, like, states_of
 from sdw_fast.ops._knn_native import NeighborIndex
 from sdw_fast.parts import Parts, crosses, principal_frame, sampled
-from sdw_fast.ranks import Ranks
+from sdw_fast.ranks import Ranks, process_group
+
+__all__ = ["Traffic", "knn", "knn_log_density", "process_group"]
 
 
 @dataclass(frozen=True)

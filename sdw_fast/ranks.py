@@ -27,7 +27,14 @@ def ranked() -> bool:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[bool]:
-    """The process group that `torchrun` asks for, if it started this process; gives whether this is the first rank."""
+    """The process group that `torchrun` asks for, if it started this process; gives whether this is the first rank.
+
+    Unlike one of PyTorch's own `init_process_group`, it also meets after `torchrun --max-restarts` has started the
+    processes again. Where there is a group, or none is asked for, nothing is opened and nothing closed.
+
+    Raises:
+        TimeoutError, torch.distributed.DistError: not all processes have started within MEETING_SECONDS.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not dist.is_available() or dist.is_initialized():
         yield not ranked() or dist.get_rank() == 0
         return

@@ -4,7 +4,7 @@ sudo python -m benchmarks.studies.latency --delays 0 1 10 --rows 2e4
 
 Each rank lives in a network namespace of its own. What passes between the two goes through this program, which hands
 every packet on after the delay (milliseconds, one way), as `tc netem` does in kernels that have it. Linux, and root. A
-row a delay goes to results/latency.jsonl; a step is a median, and the relay itself is included (delay 0).
+row a delay goes to results/latency.jsonl; a step is the fastest of many, and the relay itself is included (delay 0).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import ctypes
 import fcntl
 import os
 import select
-import statistics
 import struct
 import subprocess
 import tempfile
@@ -95,18 +94,18 @@ def enter(name: str) -> None:
 
 
 def timed(work: Callable[[], object], repeats: int) -> float:
-    """The median of the seconds that it takes, after one that warms up."""
+    """The least of the seconds that it takes, after one that warms up: what else the machine does only adds to them."""
     seconds = []
     for _ in range(repeats + 1):
         dist.barrier()
         began = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+    return min(seconds[1:])
 
 
 def measure(rank: int, folder: Path, rows: int) -> None:
-    """A rank's medians."""
+    """A rank's seconds."""
     one_thread()
     enter(NAMES[rank])
     os.environ["GLOO_SOCKET_IFNAME"] = NAMES[rank]

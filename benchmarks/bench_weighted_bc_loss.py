@@ -152,7 +152,7 @@ def tables(mode: str) -> Iterator[tuple[str, Callable[[], Table]]]:
     """Yields (name, measurement) for "quick", "full" or "sweep"."""
     swept = {"M=10000": 10_000, "M=100000": 100_000, "M=4000000": 4_000_000, "M=16000000": 16_000_000}
     names = list(CONTENDERS) if mode == "full" else QUICK
-    for name, batch in (swept if mode == "sweep" else {"batch": 2_560, "million": 1_000_000}).items():
+    for name, batch in (swept if mode == "sweep" else {"call": 1, "batch": 2_560, "million": 1_000_000}).items():
         yield f"weighted_bc_loss/{name}", partial(_table, Problem(batch=batch), names, 3 if mode == "quick" else 8)
 
 

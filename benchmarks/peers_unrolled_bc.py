@@ -190,6 +190,25 @@ def torchopt(problem: Problem) -> Run:
     return run
 
 
+def higher(problem: Problem) -> Run:
+    """higher: innerloop_ctx makes a module and its optimizer functional and differentiable, then .backward()."""
+    import higher
+
+    network = _network(problem)
+    optimizer = torch.optim.SGD(network.parameters(), lr=problem.lr)
+    observations, actions = (x.clone().requires_grad_() for x in problem.synthetic)
+    states, targets, weights = problem.outer
+
+    def run() -> Any:
+        with higher.innerloop_ctx(network, optimizer) as (policy, inner):
+            for _ in range(problem.steps):
+                inner.step(F.mse_loss(policy(observations), actions))
+            outer = weighted_loss(policy(states), targets, weights)
+            return outer, *torch.autograd.grad(outer, [observations, actions])
+
+    return run
+
+
 def jax_scan(problem: Problem, checkpoint: bool = False) -> Run:
     """JAX: jit of grad through lax.scan, what a careful user would write; `checkpoint` recomputes each inner step."""
     import jax

@@ -22,9 +22,10 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def tables(mode: str) -> Iterator[tuple[str, Callable[[], Table]]]:
-    """Yields (name, measurement) of every bench_*.py."""
+    """Yields (name, measurement) of every bench_*.py but those for a GPU, which are commands of their own."""
     for path in sorted(FOLDER.glob("bench_*.py")):
-        yield from importlib.import_module(f"benchmarks.{path.stem}").tables(mode)
+        if not path.stem.endswith("_gpu"):
+            yield from importlib.import_module(f"benchmarks.{path.stem}").tables(mode)
 
 
 def show(folder: Path, only: str) -> None:

@@ -32,7 +32,7 @@ import sdw_fast
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 SHARED = ("settings", "machine")  # entries of a row that are stored once
-VERSIONS = ("torch", "numpy", "jax", "torchopt", "numba", "faiss-cpu", "scipy", "pykdtree", "scikit-learn")
+VERSIONS = ("torch", "numpy", "jax", "torchopt", "higher", "numba", "faiss-cpu", "scipy", "pykdtree", "scikit-learn")
 
 Entries = dict[str, Any]  # a row, or a line that defines something
 

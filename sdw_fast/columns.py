@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sdw_fast.arrays import unmasked
 from sdw_fast.data import TransitionDataset
+from sdw_fast.files import room
 from sdw_fast.units import Affine, Discrete, Units, d4rl_returns
 
 _ROW_BLOCK = 16_384  # rows looked at together where a whole-array temporary would double the memory
@@ -38,6 +39,7 @@ class Columns:
         env_id, env_spec: the environment that the source names, as in `Units`.
         env: the environment that the caller names in its place, an `Environment`.
         name, path: as in `TransitionDataset`.
+        scratch: the folder of temporary files for what must be rewritten; None: it is rewritten in memory.
     """
 
     arrays: dict[str, Any]
@@ -50,6 +52,7 @@ class Columns:
     env: Any = None
     name: str | None = None
     path: Path | None = None
+    scratch: Path | None = None
 
 
 def build_dataset(columns: Columns) -> TransitionDataset:
@@ -81,9 +84,9 @@ def build_dataset(columns: Columns) -> TransitionDataset:
             raise ValueError("every row is a truncated end without next_observations: no transition is left")
         jumps, cut = _without_successors(observations, terminations, kept)
         truncations = (truncations | cut)[kept]
-        observations = observations[kept]  # one after the other, so that the peak is the data and one column of it
-        actions = actions[kept]
-        rewards, terminations = cast("np.ndarray", rewards)[kept], terminations[kept]
+        observations = _rows(observations, kept, columns.scratch)  # one after the other: the peak is the data and one
+        actions = _rows(actions, kept, columns.scratch)
+        rewards, terminations = _rows(cast("np.ndarray", rewards), kept, columns.scratch), terminations[kept]
     units = _units(columns, observations, actions)
     if isinstance(units.actions, Affine):
         _tell_of_actions_beyond(actions, units.actions)
@@ -215,6 +218,18 @@ def _without_successors(
     sources = np.where(own[rows], rows, rows + 1)
     places = np.cumsum(kept) - 1
     return (places[rows], observations[sources]), before
+
+
+def _rows(array: np.ndarray, kept: NDArray[np.bool_], scratch: Path | None) -> np.ndarray:
+    """The rows that are kept, in memory or in a temporary file."""
+    if scratch is None:
+        return array[kept]
+    found, filled = room((int(kept.sum()), *array.shape[1:]), array.dtype, scratch), 0
+    for start in range(0, len(array), _ROW_BLOCK):
+        part = array[start : start + _ROW_BLOCK][kept[start : start + _ROW_BLOCK]]
+        found[filled : filled + len(part)] = part
+        filled += len(part)
+    return found
 
 
 def _tell_of_actions_beyond(actions: np.ndarray, scaling: Affine) -> None:

@@ -1,4 +1,4 @@
-"""Offline RL data in memory: one frozen `TransitionDataset`, whatever file it came from (see `sdw_fast.readers`)."""
+"""Offline RL data: one frozen `TransitionDataset`, whatever file it came from (see `sdw_fast.readers`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TransitionDataset(Shown):
 
     An episode ends at a row whose termination or truncation is set; the last row sets one of them. The arrays are the
     only copy of the data: nothing normalized is kept, and a next observation is stored only where it is not the
-    following row's observation.
+    following row's observation. They may be memory maps (docs/scale.md).
 
     Attributes:
         observations: (M, D) float32.

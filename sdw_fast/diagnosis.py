@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from sdw_fast.config import DistillConfig
+from sdw_fast.objectives import MANY_FLOORED, SMALL_SAMPLE
 
 # Beyond these a figure is worth a sentence. Growth of single hypergradients by orders of magnitude is the sign of
 # chaotic inner training (docs/method.md, conditioning).
 _GROWTH = 100.0
-_FLOORED = 0.1  # of the states
-_EFFECTIVE = 0.2  # of the states
 _LOST = 0.8  # of the best score
 
 
@@ -88,7 +87,7 @@ def _weights(objective: Mapping[str, Any]) -> list[Finding]:
     findings = []
     states = objective.get("states") or 1
     floored = (objective.get("weights_floored") or 0) / states
-    if floored > _FLOORED:
+    if floored > MANY_FLOORED:
         findings.append(
             Finding(
                 f"{floored:.0%} of the states have weight 0, because the teacher's Q is negative there. Use "
@@ -96,7 +95,7 @@ def _weights(objective: Mapping[str, Any]) -> list[Finding]:
             )
         )
     effective = objective.get("effective_sample_size")
-    if isinstance(effective, (int, float)) and effective < _EFFECTIVE:
+    if isinstance(effective, (int, float)) and effective < SMALL_SAMPLE:
         findings.append(
             Finding(
                 f"Few states decide: the effective sample size is {effective:.0%} of the dataset. Raise ess, or lower "

@@ -1,12 +1,11 @@
 """Work over the ranks of `torch.distributed`: exact neighbors of rows that no machine holds all of.
 
-Start a script with `torchrun`, call `torch.distributed.init_process_group()`, and give every rank rows of its own.
+Start a script with `torchrun`, open the group by `with process_group():`, and give every rank rows of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 from sdw_fast.density import log_density_at
 from sdw_fast.neighbors import States, like, states_of
 from sdw_fast.ops._knn_native import NeighborIndex
-from sdw_fast.ranks import Ranks
+from sdw_fast.parts import Parts, crosses, principal_frame, sampled
+from sdw_fast.ranks import Ranks, process_group
 
-SAMPLE_ROWS = 1 << 16  # of all ranks together, by which space is cut
-_SLACK = 1e-12  # of the largest coordinate: what rounding may add to a float64 distance between projections
+__all__ = ["Traffic", "knn", "knn_log_density", "process_group"]
 
 
 @dataclass(frozen=True)
@@ -82,52 +81,6 @@ def knn_log_density(
     return like(log_density_at(distances, total - 1, columns, dimension, ranks.reduce), rows)
 
 
-class Parts:
-    """Space cut into a part a rank, by medians of a sample along the principal axis in which it varies most.
-
-    The axes come from rank 0, so that all ranks have the same whatever their LAPACK; the cuts follow from these.
-    """
-
-    def __init__(self, ranks: Ranks, points: Tensor, total: int) -> None:
-        sample = torch.cat(ranks.gather(points[:: max(1, total // SAMPLE_ROWS)].double().cpu()))
-        center = sample.mean(0)
-        axes = torch.linalg.eigh((sample - center).T @ (sample - center)).eigenvectors
-        self._center, self._axes = ranks.gather((center, axes))[0]
-        self._root = self._cut((sample - self._center) @ self._axes, 0, ranks.size)
-
-    def _cut(self, sample: Tensor, first: int, last: int) -> Any:
-        """The part of rank `first`, or (axis, value, parts below it, the others)."""
-        if last - first == 1:
-            return first
-        middle = (first + last) // 2
-        if not len(sample):
-            return 0, 0.0, self._cut(sample, first, middle), self._cut(sample, middle, last)
-        axis = int((sample - sample.mean(0)).square().sum(0).argmax())
-        value = float(sample[:, axis].quantile((middle - first) / (last - first)))
-        below = sample[:, axis] < value
-        return axis, value, self._cut(sample[below], first, middle), self._cut(sample[~below], middle, last)
-
-    def project(self, points: Tensor) -> Tensor:
-        """(m, D) float64 coordinates in which space is cut; distances are those of the points, to rounding."""
-        return (points.double() - self._center.to(points.device)) @ self._axes.to(points.device)
-
-    def owner_of(self, projected: Tensor) -> Tensor:
-        """The rank in whose part every point lies, (m,)."""
-        owner = torch.zeros(len(projected), dtype=torch.int64, device=projected.device)
-
-        def descend(part: Any, rows: Tensor) -> None:
-            if isinstance(part, int):
-                owner[rows] = part
-                return
-            axis, value, lower, upper = part
-            below = projected[rows, axis] < value
-            descend(lower, rows[below])
-            descend(upper, rows[~below])
-
-        descend(self._root, torch.arange(len(projected), device=projected.device))
-        return owner
-
-
 def _neighbors(
     ranks: Ranks, rows: States, k: int, traffic: list[Traffic] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -156,7 +109,8 @@ def _search(
     ranks: Ranks, points: Tensor, k: int, counts: list[int], magnitude: float, traffic: list[Traffic] | None
 ) -> tuple[Tensor, Tensor]:
     """Squared distances (m, k) float64 and numbers (m, k) of this rank's rows."""
-    parts = Parts(ranks, points, sum(counts))
+    sample = torch.cat(ranks.gather(sampled(points, sum(counts)).double().cpu()))
+    parts = Parts(sample, ranks.size, ranks.gather(principal_frame(sample))[0])
     owner = parts.owner_of(parts.project(points))
     order = owner.argsort(stable=True)
     numbers = order + sum(counts[: ranks.rank])
@@ -240,15 +194,12 @@ class _Shard:
 def _asked(ranks: Ranks, projected: Tensor, reach: Tensor, magnitude: float) -> list[Tensor]:
     """Of each rank, the rows here whose ball of squared radius `reach` crosses the box of that rank's rows."""
     box = (projected.amin(0), projected.amax(0)) if len(projected) else None
-    radius = reach.sqrt() * (1 + 1e-9) + _SLACK * magnitude * projected.shape[1]
     asked = []
     for rank, other in enumerate(ranks.gather(box)):
         if rank == ranks.rank or other is None:
             asked.append(torch.empty(0, dtype=torch.int64, device=projected.device))
-            continue
-        low, high = (end.to(projected.device) for end in other)
-        gap = torch.maximum(low - projected, projected - high).clamp_(min=0)
-        asked.append((gap.norm(dim=1) <= radius).nonzero()[:, 0])
+        else:
+            asked.append(crosses(projected, reach, other, magnitude).nonzero()[:, 0])
     return asked
 
 

@@ -8,6 +8,7 @@ under that name, of its values and not of how they are spaced. Other programs re
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -15,8 +16,9 @@ import math
 import os
 import pickle
 import re
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdw_fast.disk import PathLike, replacing
+from sdw_fast.disk import PathLike, naming, replacing
 
 _DIGITS = 64  # of a checksum, the last bytes of a file of ours
 _END = 22  # bytes of the record that ends a zip archive, before its comment
@@ -122,7 +124,7 @@ def one_sentence(error: BaseException) -> str:
 def damage_named(source: object, what: str, *passed: type[Exception], hint: str = "") -> Iterator[None]:
     """Turns whatever damage makes a source's readers raise into a ValueError that names it.
 
-    A missing package or permission and the kinds `passed` stay what they are.
+    A missing package or permission, a full disk and the kinds `passed` stay what they are.
     """
     kept: tuple[type[Exception], ...] = (PermissionError, ImportError, *passed)
     try:
@@ -130,6 +132,8 @@ def damage_named(source: object, what: str, *passed: type[Exception], hint: str 
     except kept:
         raise
     except Exception as error:  # zipfile, zlib, json, pickle, struct, NumPy, h5py and PyTorch each raise their own
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of a temporary file
+            raise
         reason = one_sentence(error)
         raise ValueError(f"{source} is not a readable {what} (damaged or truncated?{hint}): {reason}") from error
 
@@ -207,6 +211,32 @@ def _free_memory() -> int:
     except OSError:
         found = None
     return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def room(shape: tuple[int, ...], dtype: Any, folder: Path | None) -> np.ndarray:
+    """An array to be filled: in memory, or, given a folder, mapped from a temporary file there that ends with it.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk has no room.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if folder is None or size == 0:
+        return np.empty(shape, dtype)
+    with naming(folder), tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # else a full disk would end the process, when it writes to the map
+            os.posix_fallocate(file.fileno(), 0, size)
+        return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
+
+
+def read_folder(folder: Path, wanted: Collection[str]) -> dict[str, Any]:
+    """The wanted arrays of a folder of `.npy` files, by the names of these, and None for the others.
+
+    They are memory maps, each page a copy of its own once it is written to: the files stay as they are.
+    """
+    return {
+        file.stem: np.lib.format.open_memmap(file, mode="c") if file.stem in wanted else None
+        for file in sorted(folder.glob("*.npy"))
+    }
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

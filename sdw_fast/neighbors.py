@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdw_fast import ops
+from sdw_fast import ops, parts
 from sdw_fast.arrays import real_numbers, tensor_of
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import computed_once
@@ -110,12 +110,22 @@ def dataset_neighbor_distances(
     backend: str = "auto",
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`neighbor_distances` of a dataset's normalized states, computed once where the dataset has a folder."""
+    """`neighbor_distances` of a dataset's normalized states, computed once where the dataset has a folder.
+
+    Of more than `parts.PART_ROWS` they are searched in parts, so that memory needs to hold no more than one.
+    """
     if references is not None and not isinstance(references, int | np.integer):
         raise TypeError(f"references of a dataset's log-density must be a number, got {type(references).__name__}")
 
+    def states_in(part: Any) -> Tensor:
+        return torch.from_numpy(data.units.states.normalize(data.observations[part]))
+
     def compute() -> dict[str, np.ndarray]:
-        states = torch.from_numpy(data.normalized_observations())
+        if references is None and backend in ("auto", "native") and rows > parts.PART_ROWS:
+            _check_k(k, rows - 1, "the other observations")
+            own = parts.self_join_in_parts(states_in, rows, k, progress=progress)
+            return {"distances": own.numpy(), "searched": np.array(rows - 1)}
+        states = states_in(slice(None))
         found = neighbor_distances(states, k, references, seed=seed, backend=backend, progress=progress)
         return {"distances": found[0].numpy(), "searched": found[1].numpy()}
 

@@ -170,11 +170,23 @@ def _orthonormal_columns(layers: Sequence[Tensor]) -> list[Tensor]:
     if layers[0].device.type != "cpu":
         return batched_cholesky_qr(layers)
     found = []
-    for normal in layers:
-        reflectors, tau = torch.geqrf(normal)  # QR in LAPACK's two halves: torch.linalg.qr takes twice as long
-        q = torch.linalg.householder_product(reflectors, tau)
-        found.append(q * reflectors.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
+    with one_thread():  # LAPACK's last bits depend on the number of threads, and more are no faster at such widths
+        for normal in layers:
+            reflectors, tau = torch.geqrf(normal)  # QR in LAPACK's two halves: torch.linalg.qr takes twice as long
+            q = torch.linalg.householder_product(reflectors, tau)
+            found.append(q * reflectors.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
     return found
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Has PyTorch compute with one thread, and puts the caller's number of threads back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def batched_cholesky_qr(layers: Sequence[Tensor]) -> list[Tensor]:

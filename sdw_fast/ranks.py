@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+MEETING_SECONDS = 300  # within which all processes of a start must have begun; importing PyTorch takes a few of them
 
 
 def ranked() -> bool:
@@ -22,15 +27,49 @@ def ranked() -> bool:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[bool]:
-    """The process group that `torchrun` asks for, if it started this process; gives whether this is the first rank."""
+    """The process group that `torchrun` asks for, if it started this process; gives whether this is the first rank.
+
+    Unlike one of PyTorch's own `init_process_group`, it also meets after `torchrun --max-restarts` has started the
+    processes again. Where there is a group, or none is asked for, nothing is opened and nothing closed.
+
+    Raises:
+        TimeoutError, torch.distributed.DistError: not all processes have started within MEETING_SECONDS.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not dist.is_available() or dist.is_initialized():
         yield not ranked() or dist.get_rank() == 0
         return
-    dist.init_process_group()
+    dist.init_process_group(**_meeting())
     try:
         yield dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
+
+
+def _meeting() -> dict[str, Any]:
+    """What `init_process_group` takes: a store under a name that the processes of this start have agreed on.
+
+    The store is `torchrun`'s, and after a restart it still holds the addresses of the processes that are gone: gloo
+    would take them for those of now, and wait for ever. So every process asks the first under a name that nobody used
+    before, and the first answers until all have confirmed. The number of restarts in the environment would not do: the
+    hosts of one run may count differently.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    if rank == 0:
+        start, deadline = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
+        while store.add(f"{start}/confirmed", 0) < size - 1:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not all of the {size} processes have started within {MEETING_SECONDS} s")
+            for other in range(1, size):
+                if store.check([f"asks/{other}"]):
+                    store.set(f"answer/{store.get(f'asks/{other}').decode()}", start)
+            time.sleep(0.02)
+    else:
+        own = uuid.uuid4().hex
+        store.set(f"asks/{rank}", own)
+        store.wait([f"answer/{own}"], timedelta(seconds=MEETING_SECONDS))
+        start = store.get(f"answer/{own}").decode()
+        store.add(f"{start}/confirmed", 1)
+    return {"store": dist.PrefixStore(start, store), "rank": rank, "world_size": size}
 
 
 class Ranks:

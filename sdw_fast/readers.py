@@ -14,7 +14,7 @@ import numpy as np
 
 from sdw_fast.columns import Columns, build_dataset
 from sdw_fast.data import TransitionDataset
-from sdw_fast.files import check_memory, damage_named, read_npz, reading, unsealed
+from sdw_fast.files import check_memory, damage_named, read_folder, read_npz, reading, room, unsealed
 from sdw_fast.tables import episodes_of, join_episodes, known_names, lacks, read_table, select, table_of
 from sdw_fast.units import Discrete
 
@@ -28,7 +28,11 @@ _METADATA_CACHE = 1 << 20  # bytes of HDF5's metadata kept while reading a Minar
 
 
 def load_dataset(
-    source: Any, *, env_id: Environment | None = None, columns: Mapping[str, str | Sequence[str]] | None = None
+    source: Any,
+    *,
+    env_id: Environment | None = None,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
+    mapped: bool = False,
 ) -> TransitionDataset:
     """Loads an offline RL dataset.
 
@@ -38,6 +42,7 @@ def load_dataset(
             "sdw/" and "-v0" ("hopper/medium");
             a Minari dataset object, of which only the episodes it selects are read;
             a D4RL-style file (.hdf5, .h5) or an .npz file;
+            a folder of .npy files, one a column, named as it: memory maps, whatever their size;
             a table: a .parquet, .csv or .arrow file, a pyarrow or pandas table, a Hugging Face or LeRobot dataset
             (`pip install "sdw_fast[tables]"`);
             a dict of arrays;
@@ -62,26 +67,36 @@ def load_dataset(
             there are is said by the environment, too, or under "n_actions".
         columns: names of the source's columns where they are others: {"observations": "state", "actions": ["u", "v"]}.
             A list stands for columns side by side, a name also for those numbered under it (state_0, state_1, …).
+        mapped: the arrays of a Minari dataset or a D4RL-style file, too, are memory maps: of temporary files beside it,
+            as large as the arrays and gone with them (docs/scale.md).
 
     Raises:
         FileNotFoundError: if there is no such file or dataset.
         ImportError: if a table's file is read without pyarrow.
         ValueError: on missing keys, Dict or image spaces, wrong shapes, discrete actions of unknown number, values
             that are not finite in float32, an empty dataset, or a damaged file.
+        OSError: if there is no room for the temporary files.
         TypeError: if `source` is none of the above.
     """
+    is_path = isinstance(source, (str, Path))
     if isinstance(source, Mapping):
         held = _from_arrays(source, "the dict of arrays", columns)
-    elif isinstance(source, (str, Path)) and Path(source).suffix in _FILE_READERS:
+    elif is_path and (folder := Path(source).expanduser().absolute()).is_dir() and any(folder.glob("*.npy")):
+        with damage_named(folder, "folder of .npy files"):
+            arrays = read_folder(folder, known_names(columns))
+        held = _from_arrays(arrays, folder.name, columns)
+        held.name, held.path, held.scratch = folder.name, folder, folder
+    elif is_path and Path(source).suffix in _FILE_READERS:
         path = Path(source).expanduser().absolute()
         if not path.is_file():
             raise FileNotFoundError(f"no dataset file at {path}")
-        held = _from_arrays(_FILE_READERS[path.suffix](path, columns), path.name, columns)
-        held.name, held.path = path.stem, path
-    elif isinstance(source, (str, Path)) or (hasattr(source, "iterate_episodes") and hasattr(source, "storage")):
+        scratch = path.parent if mapped else None
+        held = _from_arrays(_FILE_READERS[path.suffix](path, columns, scratch), path.name, columns)
+        held.name, held.path, held.scratch = path.stem, path, scratch
+    elif is_path or (hasattr(source, "iterate_episodes") and hasattr(source, "storage")):
         if columns is not None:
             raise ValueError("a Minari dataset names its columns itself; columns is for tables, files and arrays")
-        held = _from_minari(_open_minari(str(source)) if isinstance(source, (str, Path)) else source)
+        held = _from_minari(_open_minari(str(source)) if is_path else source, mapped)
     elif (table := table_of(source)) is not None:
         held = _from_arrays(table, f"the {type(source).__name__}", columns)
     elif (episodes := episodes_of(source)) is not None:
@@ -91,7 +106,8 @@ def load_dataset(
     else:
         raise TypeError(
             f"cannot load a dataset from {type(source).__name__}: expected a Minari id or dataset, a path to an .hdf5, "
-            ".npz, .parquet, .csv or .arrow file, a dict of arrays, a table, or a list of episodes"
+            ".npz, .parquet, .csv or .arrow file or to a folder of .npy files, a dict of arrays, a table, or a list of "
+            "episodes"
         )
     held.env = env_id
     try:
@@ -122,7 +138,7 @@ def _from_arrays(arrays: Mapping[str, Any], where: str, columns: Mapping[str, An
     return Columns(found, action_bounds=bounds, discrete=None if n is None else Discrete(n), env_id=env_id)
 
 
-def _read_hdf5(path: Path, columns: Mapping[str, Any] | None) -> dict[str, Any]:
+def _read_hdf5(path: Path, columns: Mapping[str, Any] | None, scratch: Path | None) -> dict[str, Any]:
     """Reads the known arrays of a D4RL file; HDF5 converts to float32 on the way, without a second copy.
 
     A column may lie in a group: columns={"observations": "data/states"}.
@@ -142,12 +158,13 @@ def _read_hdf5(path: Path, columns: Mapping[str, Any] | None) -> dict[str, Any]:
                 raise ValueError(f"{key} is a group (a Dict space); only vectors are supported")
             _refuse_foreign(item.id, path)
             size += item.nbytes
-            check_memory(size)
+            if scratch is None:
+                check_memory(size)
             dtype = np.float32 if item.dtype.kind == "f" else item.dtype
             if key == "env_id":
                 arrays[key] = item[()]
                 continue
-            arrays[key] = np.empty(item.shape, dtype)
+            arrays[key] = room(item.shape, dtype, scratch)
             if item.size:
                 item.read_direct(arrays[key])
         return arrays
@@ -167,15 +184,29 @@ def _refuse_foreign(stored: Any, path: Path) -> None:
     raise ValueError(f"the numbers of {name} lie in another file (a link or a virtual dataset), which is not followed")
 
 
-def _read_npz(path: Path, _: Any) -> dict[str, Any]:
+def _read_npz(path: Path, _: Any, scratch: Path | None) -> dict[str, Any]:
+    _refuse_maps(path, scratch)
     with reading(path, ".npz file"):
         return read_npz(path)
 
 
-_FILE_READERS: dict[str, Callable[[Path, Mapping[str, Any] | None], dict[str, Any]]] = {
+def _read_table(path: Path, _: Any, scratch: Path | None) -> Mapping[str, Any]:
+    _refuse_maps(path, scratch)
+    return read_table(path)
+
+
+def _refuse_maps(path: Path, scratch: Path | None) -> None:
+    if scratch is not None:
+        raise ValueError(
+            f"mapped=True takes Minari datasets, .hdf5 files and folders of .npy files, not {path.name}: write its "
+            "columns as .npy files to a folder"
+        )
+
+
+_FILE_READERS: dict[str, Callable[[Path, Mapping[str, Any] | None, Path | None], Mapping[str, Any]]] = {
     **dict.fromkeys((".hdf5", ".h5"), _read_hdf5),
     ".npz": _read_npz,
-    **dict.fromkeys((".parquet", ".csv", ".arrow", ".feather"), lambda path, _: read_table(path)),
+    **dict.fromkeys((".parquet", ".csv", ".arrow", ".feather"), _read_table),
 }
 
 
@@ -209,7 +240,7 @@ def _check_seal(dataset_id: str) -> None:
             unsealed(metadata, folder / EPISODES)
 
 
-def _from_minari(dataset: minari.MinariDataset) -> Columns:
+def _from_minari(dataset: minari.MinariDataset, mapped: bool) -> Columns:
     """Copies every selected episode into columns allocated once: the peak is the columns plus one episode."""
     for kind, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
         vector = type(space).__name__ == "Box" and len(space.shape) == 1
@@ -219,19 +250,21 @@ def _from_minari(dataset: minari.MinariDataset) -> Columns:
                 "and actions one, or Discrete (flatten Dict spaces and encode images first)"
             )
     with damage_named(dataset.id, "Minari dataset", ValueError):
-        return _columns_of(dataset)
+        return _columns_of(dataset, mapped)
 
 
-def _columns_of(dataset: minari.MinariDataset) -> Columns:
+def _columns_of(dataset: minari.MinariDataset, mapped: bool) -> Columns:
     total, width = int(dataset.total_steps), dataset.observation_space.shape[0]
     space = dataset.action_space
     discrete = Discrete(space.n, space.start) if type(space).__name__ == "Discrete" else None
-    with damage_named(dataset.id, "Minari dataset"):
-        check_memory(4 * total * (width + (2 if discrete else space.shape[0]) + 1))
-    observations = np.empty((total, width), np.float32)
-    actions = np.empty((total, *space.shape), np.int64 if discrete else np.float32)
-    rewards = np.empty(total, np.float32)
-    terminations, truncations = np.empty(total, bool), np.empty(total, bool)
+    folder = Path(dataset.storage.data_path).parent
+    scratch = folder if mapped else None
+    if not mapped:
+        with damage_named(dataset.id, "Minari dataset"):
+            check_memory(4 * total * (width + (2 if discrete else space.shape[0]) + 1))
+    observations = room((total, width), np.float32, scratch)
+    actions = room((total, *space.shape), np.int64 if discrete else np.float32, scratch)
+    rewards, terminations, truncations = (room((total,), kind, scratch) for kind in (np.float32, bool, bool))
     ends, last_observations = [], []
     start = 0
     for index, (states, acts, rews, terminated, truncated) in zip(
@@ -272,7 +305,8 @@ def _columns_of(dataset: minari.MinariDataset) -> Columns:
         reference_scores=None if random is None or expert is None else (float(random), float(expert)),
         **_recorded_environment(metadata),
         name=dataset.id,
-        path=Path(dataset.storage.data_path).parent,
+        path=folder,
+        scratch=scratch,
     )
 
 

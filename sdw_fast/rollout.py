@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sdw_fast.environments import Environment, check_spaces, limited, make_env, name_of
-from sdw_fast.networks import ask, evaluating
+from sdw_fast.networks import ask, evaluating, one_thread
 
 Policy = Callable[[torch.Tensor], Any]
 
@@ -110,13 +110,8 @@ def acting(policy: Policy) -> Iterator[None]:
     A product of 16 rows is too small to share: waiting for a second thread costs more than it computes, many times more
     on a busy machine.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with evaluating(policy):
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), evaluating(policy):
+        yield
 
 
 def act(policy: Policy, observations: np.ndarray, space: Any) -> np.ndarray:

@@ -166,24 +166,24 @@ class Teacher(Shown):
         size = _width(self.actor, self._states)
         if size is not None and observations.shape[1] != size:
             raise ValueError(f"this teacher takes states of {size} dimensions, got {observations.shape[1]}")
-        found: list[tuple[Tensor, Tensor | None]] = []
+        chosen: Tensor | None = None
+        q: Tensor | None = None
         with evaluating(self.actor, self.critic):
             for start in range(0, max(len(observations), 1), BATCH_ROWS):  # no rows: one batch of none
                 rows = slice(start, start + BATCH_ROWS)
                 states = _batch(observations[rows], self._states)
                 if actions is None:
-                    chosen = actions_of(self.actor, states)
+                    some = actions_of(self.actor, states)
                 else:
-                    chosen = actions[rows].long() if numbers else _batch(actions[rows], self._actions)
-                q = None if critic is None else values_of(critic, states, chosen)
-                found.append((chosen.to(observations.device), None if q is None else q.to(observations.device)))
-        chosen = torch.cat([a for a, _ in found])
+                    some = actions[rows].long() if numbers else _batch(actions[rows], self._actions)
+                chosen = _put(chosen, rows, some, observations)
+                if critic is not None:
+                    q = _put(q, rows, values_of(critic, states, some), observations)
+        assert chosen is not None  # there is a batch
         if actions is None:
             refuse_dead(chosen, [observations], "actions")
-        if not values:
-            return chosen, None
-        q = torch.cat([value for _, value in found if value is not None])
-        refuse_dead(q, [observations, chosen], "values")
+        if q is not None:
+            refuse_dead(q, [observations, chosen], "values")
         return chosen, q
 
     def card(self) -> Card:
@@ -328,6 +328,17 @@ def _tensor(x: Array) -> Tensor:
 
 def _as(given: Array, output: Tensor) -> Array:
     return output if isinstance(given, Tensor) else output.cpu().numpy()
+
+
+def _put(whole: Tensor | None, rows: slice, part: Tensor, beside: Tensor) -> Tensor:
+    """The answers for all rows, with those of a batch put in; the first batch makes room for all.
+
+    Kept one by one, the small answers would lie between the large activations, and the heap would grow with the rows.
+    """
+    if whole is None:
+        whole = part.new_empty((len(beside), *part.shape[1:]), device=beside.device)
+    whole[rows] = part
+    return whole
 
 
 def _batch(given: Tensor, units: Affine | None) -> Tensor:

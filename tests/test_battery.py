@@ -40,9 +40,9 @@ def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("method", battery.METHODS)
 def test_a_row_is_made_once_and_holds_every_policy_s_return(tiny: Path, method: str) -> None:
-    battery.measure(("hopper", method), tiny)
+    battery.measure(("hopper", method, 0), tiny)
     (row,) = table.read(battery.TABLE)
-    assert battery.results() == {("hopper", method): row}
+    assert battery.results() == {("hopper", method, 0): row}
     assert row["error"] is None
     assert len(row["policies"]) == 2
     assert row["return"] == pytest.approx(np.mean(row["policies"]), abs=1e-3)
@@ -57,7 +57,7 @@ def test_a_refusal_and_a_warning_are_kept(tiny: Path, monkeypatch: pytest.Monkey
         raise FloatingPointError("the inner loop diverged")
 
     monkeypatch.setattr(sdw, "distill", fail)
-    battery.measure(("hopper", "sdw"), tiny)
+    battery.measure(("hopper", "sdw", 0), tiny)
     (row,) = table.read(battery.TABLE)
     assert row["error"] == "FloatingPointError: the inner loop diverged"
     assert row["told"] == ["the data is odd"]
@@ -65,7 +65,7 @@ def test_a_refusal_and_a_warning_are_kept(tiny: Path, monkeypatch: pytest.Monkey
 
 
 def test_other_settings_make_a_row_anew(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    battery.measure(("hopper", "random"), tiny)
+    battery.measure(("hopper", "random", 0), tiny)
     monkeypatch.setitem(battery.SETTINGS, "size", 9)
     assert battery.results() == {}
 
@@ -101,18 +101,20 @@ def test_the_table(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return {"return": mean, "standard_error": 1.0, "policies": [mean], "error": None, "told": []}
 
     recording = {of: {"mean": mean} for of, mean in (("random", -100.0), ("data", 70.0), ("teacher", 95.0))}
-    for method, row in {
-        battery.RECORDING: recording,
-        "bc": figures(100.0),
-        "random": figures(0.0),
-        "dbc": {**figures(85.0), "told": ["the step size was lowered"]},
-        "pbc": {"error": "ValueError: no", "told": []},
+    for (method, seed), row in {
+        (battery.RECORDING, 0): recording,
+        ("bc", 0): figures(100.0),
+        ("random", 0): figures(0.0),
+        ("dbc", 0): {**figures(85.0), "told": ["the step size was lowered"]},
+        ("pbc", 0): {"error": "ValueError: no", "told": []},
+        ("sdw", 0): figures(72.0),
+        ("sdw", 1): figures(92.0),
     }.items():
-        battery._append(("hopper", method), row)
+        battery._append(("hopper", method, seed), row)
     found = battery.results()
     assert battery.score(found, "hopper", 0.0) == 0.5
     assert battery.results_table(found).splitlines()[-1] == (
-        "| hopper | -100 | 70 | 95 | 100 | 0.50 | **0.93** (warned) | refused | missing |"
+        "| hopper | -100 | 70 | 95 | 100 | 0.50 | **0.93** (warned) | refused | **0.91** (of 2) |"
     )
     (tiny / "page.md").write_text("<!-- battery -->\n\nold\n\n<!-- /battery -->\n")
     monkeypatch.setattr(battery, "PAGE", tiny / "page.md")

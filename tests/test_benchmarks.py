@@ -15,6 +15,8 @@ import torch
 import sdw_fast
 from benchmarks import (
     bench_behavior_matching,
+    bench_knn,
+    bench_knn_gpu,
     bench_unrolled_bc,
     bench_weighted_bc_loss,
     gpu,
@@ -24,6 +26,7 @@ from benchmarks import (
     timing,
 )
 from benchmarks.model import Problem, arrays
+from sdw_fast.ops import knn
 
 SUITES = {
     "unrolled_bc": bench_unrolled_bc,
@@ -236,3 +239,19 @@ def test_a_recorded_table_comes_back(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_every_recorded_table_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     run.show(table.RESULTS, "")
     assert capsys.readouterr().out.count("\nsdw_fast ") == len(timing.recorded())
+
+
+def test_neighbors_on_a_device_beside_their_peers(tmp_path: Path) -> None:
+    points = bench_knn_gpu.points_on("cpu", "surface:5", 600)
+    table = bench_knn_gpu.compare("surface:5", points, list(bench_knn_gpu.GPU_PEERS), 100, 0.1, tmp_path)
+    assert [row.name.split(",")[0].split(" (")[0] for row in table.rows] == ["sdw_fast", *bench_knn_gpu.GPU_PEERS]
+    assert all("recall 1.0000" in row.name for row in table.rows[1:] if not row.skipped)
+    assert "100 rows 0 differ" in bench_knn.agreement(points, knn(points, k=bench_knn_gpu.K)[1], 100)
+    assert "searched again: 0" in bench_knn_gpu.parts_of_the_time(points)
+    assert (tmp_path / "knn.jsonl").exists()
+
+
+def test_every_table_is_found() -> None:
+    for mode in ("quick", "full", "sweep"):
+        names = [name for name, _ in run.tables(mode)]
+        assert {name.split("/")[0] for name in names} >= {"knn", "unrolled_bc", "behavior_matching", "weighted_bc_loss"}

@@ -1,7 +1,7 @@
 """The battery: one set of defaults on thirteen environments, beside cloning on all data. Extra packages: ".[bench]".
 
     OMP_NUM_THREADS=1 python -m benchmarks.studies.battery                # makes what is missing, fills the page
-    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery --only 'ant/'  # some; a name is <task>/<method>
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.battery --only 'ant/'  # some; a name is <task>/<method>/<seed>
     python -m benchmarks.studies.battery --tables       # prints the table and fills docs/environments.md, no more
 
 Policies are trained and datasets recorded first (`recordings.py`) into runs/battery; all takes an hour of one core. A
@@ -47,30 +47,35 @@ BC: dict[str, Any] = {"steps": 1_500, "batch_size": 256, "lr": 1e-3}  # Adam, co
 HELD_OUT, LOOK_EVERY = 0.1, 200  # share of the pairs, and steps, by which cloning on all data keeps its best
 POLICIES, EPISODES, TEST_SEED = 5, 10, 10_000
 POLICIES_ON_ALL = 2  # whose training takes longer
+SEEDS = {"pbc": range(3), "sdw": range(3)}  # of the distillation; of other methods the first
 PASS = 0.9  # the score wanted
 
-Case = tuple[str, str]  # task, method
+Case = tuple[str, str, int]  # task, method, seed
 
 
-def config(method: str) -> DistillConfig:
+def config(method: str, seed: int) -> DistillConfig:
     """What a set is distilled, or random pairs are cloned, with."""
-    return DistillConfig(**SETTINGS, objective="dbc" if method == "random" else method)
+    return DistillConfig(**SETTINGS, objective="dbc" if method == "random" else method, seed=seed)
+
+
+def seeds(method: str) -> range:
+    return SEEDS.get(method, range(1))
 
 
 def settings(case: Case) -> dict[str, Any]:
     """Everything that a row depends on besides the code."""
-    task, method = case
+    task, method, seed = case
     if method == RECORDING:
         return recordings.settings(task)
     shared = {"policies": POLICIES_ON_ALL if method == "bc" else POLICIES, "episodes": EPISODES}
-    return {**shared, **(BC | {"held_out": HELD_OUT} if method == "bc" else config(method).to_dict())}
+    return {**shared, **(BC | {"held_out": HELD_OUT} if method == "bc" else config(method, seed).to_dict())}
 
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
     found = {}
     for row in table.read(TABLE):
-        case = row["task"], row["method"]
+        case = row["task"], row["method"], row.get("seed", 0)
         if row["task"] in TASKS and row["settings"] == settings(case):
             found[case] = row
     return found
@@ -79,12 +84,12 @@ def results() -> dict[Case, table.Entries]:
 def record(task: str, folder: Path) -> None:
     """Makes a task's recording and its row."""
     figures = recordings.record(task, folder)
-    _append((task, RECORDING), figures)
+    _append((task, RECORDING, 0), figures)
 
 
 def measure(case: Case, folder: Path) -> None:
     """Makes one row: distills or clones, and runs each policy for EPISODES episodes."""
-    task, method = case
+    task, _, _ = case
     TASKS[task].make().close()  # imports the package that registers it
     data = sdw.load_dataset(recordings.dataset_id(task))
     began = time.process_time()
@@ -92,7 +97,7 @@ def measure(case: Case, folder: Path) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         try:
-            policies = list(_policies(task, method, data, folder))
+            policies = list(_policies(case, data, folder))
             trained = time.process_time()
             returns = [_returns(policy, data, clone) for clone, policy in enumerate(policies)]
         except (ValueError, FloatingPointError) as error:  # told, and so no silent failure
@@ -110,21 +115,22 @@ def measure(case: Case, folder: Path) -> None:
     _append(case, {**figures, "told": sorted({str(w.message) for w in told if w.category is UserWarning})})
 
 
-def _policies(task: str, method: str, data: TransitionDataset, folder: Path) -> Iterator[Any]:
+def _policies(case: Case, data: TransitionDataset, folder: Path) -> Iterator[Any]:
     """The policies of a case, one an initialization."""
-    seeds = range(TEST_SEED, TEST_SEED + settings((task, method))["policies"])
+    task, method, seed = case
+    clones = range(TEST_SEED, TEST_SEED + settings(case)["policies"])
     if method == "bc":
-        yield from (clone_on_all(data, seed) for seed in seeds)
+        yield from (clone_on_all(data, clone) for clone in clones)
         return
-    synthetic = synthetic_set(method, data, None if method in ("random", "dbc") else teacher(task, folder))
-    yield from (sdw.behavior_clone(synthetic, seed=seed) for seed in seeds)
+    synthetic = synthetic_set(method, seed, data, None if method in ("random", "dbc") else teacher(task, folder))
+    yield from (sdw.behavior_clone(synthetic, seed=clone) for clone in clones)
 
 
-def synthetic_set(method: str, data: TransitionDataset, teacher: sdw.Teacher | None) -> SyntheticDataset:
+def synthetic_set(method: str, seed: int, data: TransitionDataset, teacher: sdw.Teacher | None) -> SyntheticDataset:
     """Random pairs, or a set distilled with the defaults."""
     if method == "random":
-        return work.chosen_pairs(data, teacher, config(method))
-    return sdw.distill(data, teacher, progress=False, **{**SETTINGS, "objective": method})
+        return work.chosen_pairs(data, teacher, config(method, seed))
+    return sdw.distill(data, teacher, progress=False, **{**SETTINGS, "objective": method, "seed": seed})
 
 
 def clone_on_all(data: TransitionDataset, seed: int) -> MLPPolicy:
@@ -160,14 +166,15 @@ def _returns(policy: Any, data: TransitionDataset, clone: int) -> np.ndarray:
 
 
 def _append(case: Case, figures: table.Entries) -> None:
-    task, method = case
-    table.append(TABLE, {"task": task, "method": method, **figures, "settings": settings(case), **table.origin()})
-    print(f"{task}/{method}: {figures}", flush=True)
+    task, method, seed = case
+    row = {"task": task, "method": method, "seed": seed, **figures, "settings": settings(case)}
+    table.append(TABLE, {**row, **table.origin()})
+    print(f"{task}/{method}/{seed}: {figures}", flush=True)
 
 
 def score(found: dict[Case, table.Entries], task: str, value: float) -> float:
     """A return on the scale where the random policy is 0 and cloning on all data 1."""
-    low, high = found[task, RECORDING]["random"]["mean"], found[task, "bc"]["return"]
+    low, high = found[task, RECORDING, 0]["random"]["mean"], found[task, "bc", 0]["return"]
     return (value - low) / (high - low)
 
 
@@ -176,7 +183,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
     scored = [method for method in METHODS if method != "bc"]
     lines = []
     for task in TASKS:
-        recording, bc = found.get((task, RECORDING)), found.get((task, "bc"))
+        recording, bc = found.get((task, RECORDING, 0)), found.get((task, "bc", 0))
         scale = [f"{recording[of]['mean']:.0f}" if recording else "missing" for of in ("random", "data", "teacher")]
         scale.append(f"{bc['return']:.0f}" if bc and not bc["error"] else "refused" if bc else "missing")
         lines.append([task, *scale, *(_score_figure(found, task, method) for method in scored)])
@@ -185,14 +192,16 @@ def results_table(found: dict[Case, table.Entries]) -> str:
 
 
 def _score_figure(found: dict[Case, table.Entries], task: str, method: str) -> str:
-    row = found.get((task, method))
-    if row is None or (task, RECORDING) not in found or "return" not in found.get((task, "bc"), {}):
+    """The mean score of the seeds; in brackets their number where some are missing, and what was said."""
+    rows = [found[task, method, seed] for seed in seeds(method) if (task, method, seed) in found]
+    if not rows or (task, RECORDING, 0) not in found or "return" not in found.get((task, "bc", 0), {}):
         return "missing"
-    if row["error"]:
+    if any(row["error"] for row in rows):
         return "refused"
-    own = score(found, task, row["return"])
-    told = " (warned)" if row["told"] else ""
-    return f"**{own:.2f}**{told}" if own >= PASS else f"{own:.2f}{told}"
+    own = sum(score(found, task, row["return"]) for row in rows) / len(rows)
+    said = [f"of {len(rows)}"] * (len(rows) < len(seeds(method))) + ["warned"] * any(row["told"] for row in rows)
+    figure = f"**{own:.2f}**" if own >= PASS else f"{own:.2f}"
+    return f"{figure} ({', '.join(said)})" if said else figure
 
 
 def write_page() -> None:
@@ -209,13 +218,14 @@ def main() -> None:
     work.one_thread()
     recordings.use(options.folder)
     for task in () if options.tables else TASKS:
-        names = {method: f"{task}/{method}" for method in (RECORDING, *METHODS)}
-        chosen = [method for method, name in names.items() if re.search(options.only, name)]
-        missing = [method for method in chosen if (task, method) not in results()]
-        if missing and (RECORDING in missing or not recordings.exists(task, options.folder)):
+        cases = [(task, method, seed) for method in (RECORDING, *METHODS) for seed in seeds(method)]
+        chosen = [case for case in cases if re.search(options.only, "/".join(map(str, case)))]
+        missing = [case for case in chosen if case not in results()]
+        if missing and ((task, RECORDING, 0) in missing or not recordings.exists(task, options.folder)):
             record(task, options.folder)
-        for method in filter(METHODS.__contains__, missing):
-            measure((task, method), options.folder)
+        for case in missing:
+            if case[1] in METHODS:
+                measure(case, options.folder)
     print(results_table(results()))
     write_page()
 

@@ -8,7 +8,8 @@ Steps are those of random data, with one initialization a rank: R ranks do R tim
 initializations a second. Their share of waiting is the all-reduce, which includes waiting for the slowest rank.
 
 Neighbors by one rank are `sdw_fast.ops.knn` with one thread. Seconds are those of the wall clock, and CPU seconds of
-the busiest rank, which other work on the machine disturbs less; a row a number of ranks goes to results/ranks.jsonl.
+the busiest rank, which other work on the machine disturbs less. Some rows of each rank are checked against all others.
+A row a number of ranks goes to results/ranks.jsonl.
 """
 
 from __future__ import annotations
@@ -38,25 +39,41 @@ from sdw_fast import distributed
 def neighbors(rank: int, size: int, folder: Path, name: str, rows: int) -> None:
     """A rank's share of the search, with what it took; every rank draws all rows and keeps its own."""
     one_thread()
-    points = torch.from_numpy(np.array_split(source(name, rows), size)[rank].copy())
+    everything = torch.from_numpy(np.ascontiguousarray(source(name, rows)))
+    points = everything.tensor_split(size)[rank].clone()
     traffic: list[distributed.Traffic] = []
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
         dist.barrier()
     began, cpu = time.perf_counter(), time.process_time()
     if size > 1:
-        distributed.knn(points, k=K, traffic=traffic)
+        distances, numbers = distributed.knn(points, k=K, traffic=traffic)
     else:
-        sdw.ops.knn(points, k=K)
+        distances, numbers = sdw.ops.knn(points, k=K)
     figures = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    figures["wrong"] = wrong(everything, sum(map(len, everything.tensor_split(size)[:rank])), distances, numbers)
     if traffic:
         figures |= {"moved": traffic[0].rows, "share": traffic[0].share, "bytes": traffic[0].bytes}
         dist.destroy_process_group()
     torch.save(figures, folder / f"{rank}.pt")
 
 
+def wrong(everything: torch.Tensor, first: int, distances: torch.Tensor, numbers: torch.Tensor) -> int:
+    """Of CHECKED of a rank's rows, which begin at `first`, those whose neighbors are not what all distances say."""
+    count = 0
+    for row in torch.linspace(0, len(distances) - 1, CHECKED).long().tolist():
+        squared = (everything.double() - everything[first + row].double()).square().sum(1)
+        squared[first + row] = torch.inf
+        nearest = squared.topk(K, largest=False, sorted=True).values
+        own = squared[numbers[row]]
+        right = torch.equal(own, nearest) and torch.equal(distances[row], nearest.sqrt().float())
+        count += not (right and len(numbers[row].unique()) == K)
+    return count
+
+
 SHAPES: dict[str, dict[str, Any]] = {"default": {}, "reference": {"inner_width": None, "inner_momentum": 0.0}}
 STEPS = 20
+CHECKED = 50  # rows of each rank whose neighbors are compared with their distances to all rows
 
 
 def steps(rank: int, size: int, folder: Path, name: str, rows: int) -> None:
@@ -103,7 +120,9 @@ def measured(work: Callable[..., None], size: int, name: str, rows: int) -> dict
     if work is steps:
         result["waiting"] = round(max(each["waiting"] for each in figures), 4)
         result["initializations_per_second"] = round(size / result["seconds"], 2)
-    elif size > 1:
+    else:
+        result |= {"checked": size * CHECKED, "wrong": sum(each["wrong"] for each in figures)}
+    if work is neighbors and size > 1:
         result["travelled"] = round(float(np.mean([each["share"] for each in figures])), 4)
         result["megabytes"] = round(sum(each["bytes"] for each in figures) / 1e6, 1)
     return result

@@ -8,7 +8,8 @@ python -m benchmarks.studies.suite --tables                     # prints all tab
 A cell is one task, method and seed. Its row is committed: the same command on another machine goes on from there. A
 cell whose settings are no longer those of cells.py is made again. Distillations lie in runs/suite/<cell>/<digest>
 (config.json, checkpoint, last.npz and so on) and resume from their last checkpoint. On the CPU every cell has one
-thread and as many run as there are cores; on a GPU all seeds of a cell are one batched run.
+thread and as many run as there are cores; on a GPU all seeds of a cell are one batched run. Several calls, on machines
+that share this folder, divide the cells among themselves (see claims.py).
 
 What is reported is the last synthetic set, never the best by an evaluation: POLICIES policies are cloned on it from
 initializations of their own, and each runs EPISODES episodes with seeds that nothing else uses.
@@ -22,6 +23,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from tqdm import tqdm
 
 import sdw_fast as sdw
 from benchmarks import table
-from benchmarks.studies import cells, report, tasks, work
+from benchmarks.studies import cells, claims, report, tasks, work
 from benchmarks.studies.cells import ABLATED, ABLATIONS, METHODS, PUBLISHED, Cell, Results, seeds_returns
 from benchmarks.studies.report import Pair, difference, markdown, mean_and_error, mean_difference, standard_error
 from benchmarks.studies.teachers import train_missing
@@ -133,9 +135,16 @@ def batches(missing: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def run(missing: list[Cell], jobs: int) -> None:
-    """Makes the cells in processes of their own."""
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool, tqdm(total=len(missing)) as bar:
-        for lines in pool.imap_unordered(make, batches(missing)):
+    """Makes, in processes of their own, those of the cells that no other call is making."""
+    processes = multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1)
+    with processes, ThreadPool(jobs) as threads, tqdm(total=len(missing)) as bar:
+
+        def make_claimed(together: list[Cell]) -> list[str]:
+            with claims.claimed(cells.RUNS / "claims", cells.name(together[0])) as ours:
+                left = [cell for cell in together if cell not in cells.results()] if ours else []
+                return processes.apply(make, (left,)) if left else []
+
+        for lines in threads.imap_unordered(make_claimed, batches(missing)):
             for line in lines:
                 bar.write(line)
                 bar.update()

@@ -19,10 +19,13 @@ import disks  # noqa: E402
 import kills  # noqa: E402
 import memory  # noqa: E402
 import mutations  # noqa: E402
+import restarts  # noqa: E402
 import soak  # noqa: E402
 from campaign import campaign, read_results, table, work  # noqa: E402
 
-ATTACKS = [attack for module in (mutations, kills, memory, concurrency, disks, soak) for attack in module.ATTACKS]
+ATTACKS = [
+    attack for module in (mutations, kills, memory, concurrency, disks, soak, restarts) for attack in module.ATTACKS
+]
 
 
 def main() -> None:

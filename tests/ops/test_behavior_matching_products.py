@@ -31,13 +31,17 @@ def chunks(monkeypatch):
     return rows
 
 
+SETTINGS_OF_2_9 = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
 @pytest.fixture
 def settings():
     """Puts back how PyTorch multiplies."""
     yield torch.backends.cuda.matmul
     torch.set_float32_matmul_precision("highest")
-    for owner in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-        owner.fp32_precision = "none"
+    if SETTINGS_OF_2_9:
+        for owner in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            owner.fp32_precision = "none"
 
 
 def problem(rows, head="tanh", dtype=torch.float64, seed=0, widths=WIDTHS, device="cpu"):
@@ -145,6 +149,7 @@ def set_as_before_torch_2_9():
     torch.set_float32_matmul_precision("medium")
 
 
+@pytest.mark.skipif(not SETTINGS_OF_2_9, reason="PyTorch has had these settings since 2.9")
 @pytest.mark.parametrize("user", [set_nothing, set_for_products, set_for_all, set_as_before_torch_2_9])
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 @pytest.mark.parametrize("fails", [False, True])

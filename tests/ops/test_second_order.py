@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import policy, random_problem
+from test_torch_library import grad_of_vmap
 from torch.func import grad
 
 from sdw_fast.ops import behavior_matching, unrolled_bc, weighted_bc_loss
@@ -80,6 +81,7 @@ def test_under_torch_func(backend):
         twice(lambda x: unrolled_bc(s, x, params, steps=2, lr=0.1, backend=backend)[0].square().sum())(a)
 
 
+@grad_of_vmap
 def test_a_gradient_that_does_not_exist_is_refused_under_vmap_too():
     s, a, params = random_problem((5, 8, 2), 20, seed=4, dtype=torch.float32)
 

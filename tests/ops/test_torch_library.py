@@ -11,6 +11,12 @@ from sdw_fast.ops import _registration, behavior_matching, knn, unrolled_bc, wei
 from sdw_fast.ops._mlp import flatten, layer_widths
 
 STEPS = {"steps": 4, "momentum": 0.5}
+# torch.func.grad of a vmap ends in an assertion inside PyTorch 2.5. It passes on 2.13.
+grad_of_vmap = pytest.mark.xfail(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
+    reason="an assertion inside PyTorch",
+    raises=RuntimeError,
+)
 
 
 @pytest.fixture
@@ -157,6 +163,7 @@ def test_func_grad_is_autograd(problem, backend):
         assert torch.equal(gradient, value)
 
 
+@grad_of_vmap
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_vmap_is_a_loop(problem, backend):
     loss = outer_loss(backend, problem)

@@ -116,6 +116,8 @@ def test_the_table(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert battery.results_table(found).splitlines()[-1] == (
         "| hopper | -100 | 70 | 95 | 100 | 0.50 | **0.93** (warned) | refused | **0.91** (of 2) |"
     )
+    battery._append(("hopper", "bc", 0), figures(-100.0))
+    assert "| -100 | returns 0 | returns 85 (warned) |" in battery.results_table(battery.results())
     (tiny / "page.md").write_text("<!-- battery -->\n\nold\n\n<!-- /battery -->\n")
     monkeypatch.setattr(battery, "PAGE", tiny / "page.md")
     battery.write_page()

@@ -172,10 +172,10 @@ def _append(case: Case, figures: table.Entries) -> None:
     print(f"{task}/{method}/{seed}: {figures}", flush=True)
 
 
-def score(found: dict[Case, table.Entries], task: str, value: float) -> float:
-    """A return on the scale where the random policy is 0 and cloning on all data 1."""
+def score(found: dict[Case, table.Entries], task: str, value: float) -> float | None:
+    """A return on the scale where the random policy is 0 and cloning on all data 1; None where that is no better."""
     low, high = found[task, RECORDING, 0]["random"]["mean"], found[task, "bc", 0]["return"]
-    return (value - low) / (high - low)
+    return (value - low) / (high - low) if high > low else None
 
 
 def results_table(found: dict[Case, table.Entries]) -> str:
@@ -198,9 +198,11 @@ def _score_figure(found: dict[Case, table.Entries], task: str, method: str) -> s
         return "missing"
     if any(row["error"] for row in rows):
         return "refused"
-    own = sum(score(found, task, row["return"]) for row in rows) / len(rows)
+    mean = sum(row["return"] for row in rows) / len(rows)
+    own = score(found, task, mean)
     said = [f"of {len(rows)}"] * (len(rows) < len(seeds(method))) + ["warned"] * any(row["told"] for row in rows)
-    figure = f"**{own:.2f}**" if own >= PASS else f"{own:.2f}"
+    shown = f"returns {mean:.0f}" if own is None else f"{own:.2f}"
+    figure = f"**{shown}**" if own is not None and own >= PASS else shown
     return f"{figure} ({', '.join(said)})" if said else figure
 
 

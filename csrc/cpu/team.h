@@ -1,6 +1,7 @@
 // A team for one kernel call: the thread that calls, and workers; and their barrier.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -72,5 +73,26 @@ class Team {
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<unsigned> phase_{0};
 };
+
+// Threads worth waking (tens of microseconds where they sleep) for so many multiplications altogether.
+inline int threads_for(double multiplications, int threads) {
+    return static_cast<int>(std::min<double>(threads, 1.0 + multiplications / 2e6));
+}
+
+// Calls body(problem, member, threads) once for each of some independent problems, `threads` being what the problem may
+// use itself. Problems go side by side, a thread each, as long as there are as many as threads; those left over share
+// the threads out. `member` < min(problems, threads) is of no other problem that runs at the time.
+template <typename Body>
+void side_by_side(int64_t problems, int threads, const Body& body) {
+    for (int64_t begin = 0; begin < problems;) {
+        const int64_t left = problems - begin, end = left < threads ? problems : problems - left % threads;
+        const int together = static_cast<int>(std::min<int64_t>(left, threads));
+        std::atomic<int64_t> next{begin};
+        Team::run(together, [&](int member, Team&) {
+            for (int64_t problem = next++; problem < end; problem = next++) body(problem, member, threads / together);
+        });
+        begin = end;
+    }
+}
 
 }  // namespace sdw::SDW_ISA

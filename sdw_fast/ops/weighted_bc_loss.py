@@ -69,7 +69,7 @@ def _run(pred: Tensor, target: Tensor, weights: Tensor, backend: str, keep: bool
 
 
 def _like(pred: Tensor) -> Tensor:
-    """Memory for a gradient; of a large one, where it can be, what a gradient of before had: fresh pages cost as much."""
+    """Memory for a gradient: of a large one what another had before, where it can be, as fresh pages cost as much."""
     if pred.is_cuda or pred.numel() < LARGE:
         return pred.new_empty(pred.shape)
     memory = _C.buffer(pred.numel() * pred.element_size())

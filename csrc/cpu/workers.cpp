@@ -128,7 +128,7 @@ bool Workers::crowded() {
 
 void Workers::report(int threads, Clock::duration elapsed, Clock::duration lost) {
     if (threads == 1 || 4 * (threads * elapsed - lost) >= 5 * elapsed) return;
-    const Clock::duration pause = std::min<Clock::duration>(16 * elapsed, std::chrono::seconds(1));
+    const Clock::duration pause = std::min<Clock::duration>(16 * elapsed, std::chrono::seconds(10));
     crowded_until.store((Clock::now() + pause).time_since_epoch().count(), std::memory_order_relaxed);
 }
 

@@ -79,11 +79,13 @@ namespace {
 
 std::mutex idle_mutex;
 Workers::Worker* idle = nullptr;
+std::atomic<Clock::rep> crowded_until{0};
 #if !defined(_WIN32)
 // A forked child has only the thread that forked, and no worker. A fork waits until no thread is at the list.
 [[maybe_unused]] const int fork_waits = pthread_atfork([] { idle_mutex.lock(); }, [] { idle_mutex.unlock(); },
                                                        [] {
                                                            idle = nullptr;
+                                                           crowded_until = 0;
                                                            idle_mutex.unlock();
                                                        });
 #endif
@@ -115,12 +117,6 @@ void Workers::start(void (*work)(void*, int), void* argument) {
         worker->busy.set(true);
     }
 }
-
-namespace {
-
-std::atomic<Clock::rep> crowded_until{0};
-
-}  // namespace
 
 bool Workers::crowded() {
     return Clock::now().time_since_epoch().count() < crowded_until.load(std::memory_order_relaxed);

@@ -1,11 +1,8 @@
-// What the kernels run on, as Python sees it: instruction set, threads, memory, CUDA.
+// What the kernels run on, as Python sees it: instruction set, threads, CUDA.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <memory>
-
 #include "sdw/isa.h"
-#include "sdw/memory.h"
 #ifdef SDW_WITH_CUDA
 #include "sdw/cuda_device.h"
 #endif
@@ -23,10 +20,6 @@ void bind_runtime(py::module_& m) {
     });
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("threads"));
-    py::class_<Buffer>(m, "Buffer", py::module_local(), py::buffer_protocol()).def_buffer([](const Buffer& buffer) {
-        return py::buffer_info(buffer.data(), static_cast<py::ssize_t>(buffer.bytes() / sizeof(float)));
-    });
-    m.def("buffer", [](size_t bytes) { return std::make_unique<Buffer>(bytes); }, py::arg("bytes"));
 #ifdef SDW_WITH_CUDA
     m.attr("has_cuda") = true;
     m.def("cuda_device_description", &cuda_device_description);

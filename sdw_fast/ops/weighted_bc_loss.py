@@ -11,8 +11,6 @@ from sdw_fast.ops._backend import _C, cuda_stream, cuda_workspace, resolve_backe
 from sdw_fast.ops._mlp import check_floating, check_rows
 from sdw_fast.ops._registration import Adjoint, check_constant, register, wants_gradient
 
-LARGE = 1 << 20  # numbers of a gradient on the CPU that is worth memory of its own
-
 
 def weighted_bc_loss(pred: Tensor, target: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
     """Returns Σ_i w_i ‖pred_i − target_i‖² / (M·A), differentiable in `pred` alone.
@@ -56,7 +54,7 @@ def weighted_error(pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 def _run(pred: Tensor, target: Tensor, weights: Tensor, backend: str, keep: bool) -> tuple[Tensor, Adjoint | None]:
     """The kernels of csrc/cpu/weighted_bc_loss.cpp and csrc/cuda/weighted_bc_loss.cu."""
     loss = pred.new_empty(1)
-    gradient = _like(pred) if keep else None
+    gradient = pred.new_empty(pred.shape) if keep else None
     x, y, w, value, slope = views(pred, target, weights, loss, gradient)
     if backend == "cpu":
         _C.weighted_bc_loss_cpu(x, y, w, value, slope)
@@ -66,14 +64,6 @@ def _run(pred: Tensor, target: Tensor, weights: Tensor, backend: str, keep: bool
             workspace = cuda_workspace("weighted_bc_loss", size, pred.device, "use smaller batches")
             _C.weighted_bc_loss_cuda(x, y, w, value, slope, workspace, stream)
     return loss.view(()), None if gradient is None else known(gradient)
-
-
-def _like(pred: Tensor) -> Tensor:
-    """Memory for a gradient: of a large one what another had before, where it can be, as fresh pages cost as much."""
-    if pred.is_cuda or pred.numel() < LARGE:
-        return pred.new_empty(pred.shape)
-    memory = _C.buffer(pred.numel() * pred.element_size())
-    return torch.frombuffer(memory, dtype=pred.dtype, count=pred.numel()).view(pred.shape)
 
 
 def _second(direction: Tensor, grad: Tensor, pred: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

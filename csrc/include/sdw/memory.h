@@ -29,7 +29,6 @@ class Buffer {
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
     float* data() const { return static_cast<float*>(data_); }
-    size_t bytes() const { return bytes_; }  // as many as were asked for, or more
 
   private:
     void* data_ = nullptr;

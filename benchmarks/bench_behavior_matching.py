@@ -108,6 +108,26 @@ def jax_grad(problem: Problem) -> Run:
     return run
 
 
+def in_training(problem: Problem, build: Callable[[Problem], Run]) -> Run:
+    """Loss and gradient, and what a training script computes with PyTorch between two of them: a batch, and Adam."""
+    run = build(problem)
+    data = problem.normal(100_000, problem.state, stream=8)
+    generator = torch.Generator().manual_seed(problem.seed)
+    params = [p.clone().requires_grad_() for p in problem.params]
+    optimizer = torch.optim.Adam(params, lr=1e-4)
+
+    def step() -> Any:
+        rows = torch.randint(len(data), (max(problem.batch, 4_096),), generator=generator)
+        data[rows].clamp_(-5, 5)
+        loss, *gradients = run()
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+        optimizer.step()
+        return loss
+
+    return step
+
+
 def gemm_floor(problem: Problem) -> Run:
     """Only the matrix products, by torch.mm into ready buffers; above 16,384 states, one chunk as often as needed."""
     chunks = max(1, round(problem.batch / CHUNK))
@@ -151,6 +171,10 @@ def tables(mode: str) -> Iterator[tuple[str, Callable[[], Table]]]:
         for name, problem in swept.items():
             yield f"behavior_matching/{name}", partial(_table, problem, QUICK, 5)
         return
+    for m in (64, 256, 2_560):
+        for width in (64, 256):
+            problem = Problem(batch=m, hidden=(width, width, width))
+            yield f"behavior_matching/training,M={m},width={width}", partial(_training, problem)
     names = QUICK if mode == "quick" else list(CONTENDERS)
     yield "behavior_matching/batch", partial(_table, BATCH, names, 10)
     if mode == "quick":
@@ -162,6 +186,16 @@ def tables(mode: str) -> Iterator[tuple[str, Callable[[], Table]]]:
 
 def _table(problem: Problem, names: list[str], budget: float) -> Table:
     return measure(describe(problem), contenders(CONTENDERS, names, problem), budget=budget, rounds=(3, 50))
+
+
+def _training(problem: Problem) -> Table:
+    """Whole steps of a training loop, PyTorch with as many threads as it has."""
+    title = f"a training step with behavior_matching: M = {problem.batch:,}, hidden {problem.hidden[0]} × 3"
+    rows = [contender(name, in_training, problem, build) for name, build in _TRAINED.items()]
+    return measure(title, rows, budget=5, rounds=(5, 50), shortest=0.05)
+
+
+_TRAINED = {"sdw_fast": ours, "eager PyTorch": eager, "twin in PyTorch": twin}
 
 
 @pytest.mark.benchmark(group="behavior_matching, M = 2,560")

@@ -6,13 +6,14 @@ steps, the weighted outer loss and the way back, and returns (loss, ∂H/∂s, �
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import sdw_fast
 from benchmarks.model import Problem, Product, cuda_graph, gradient_products, multiply, product
@@ -66,21 +67,36 @@ def ours_alone(problem: Problem, back: bool = True, **options: Any) -> Run:
 
 def ours_together(problem: Problem, count: int, **options: Any) -> Run:
     """`count` problems side by side, each with its own data, initialization and outer batch."""
-    problems = [replace(problem, seed=seed) for seed in range(count)]
-    observations, actions = (
-        torch.stack(x).requires_grad_() for x in zip(*(p.synthetic for p in problems), strict=True)
-    )
-    params = [torch.stack(x) for x in zip(*(p.params for p in problems), strict=True)]
+    observations, actions, params, outer = _stacked(problem, count)
+    for tensor in (observations, actions):
+        tensor.requires_grad_()
 
     def run() -> Any:
         trained = sdw_fast.ops.unrolled_bc(observations, actions, params, steps=problem.steps, lr=problem.lr, **options)
-        policies = zip(*(p.unbind() for p in trained), strict=True)
-        losses = torch.stack(
-            [sdw_fast.ops.behavior_matching(x, *p.outer, **options) for x, p in zip(policies, problems, strict=True)]
-        )
+        losses = sdw_fast.ops.behavior_matching(trained, *outer, **options)
         return losses, *torch.autograd.grad(losses.sum(), [observations, actions])
 
     return run
+
+
+def clones(problem: Problem, count: int) -> Run:
+    """`count` policies trained side by side and not differentiated, as `behavior_clone(ensemble=…)` trains them."""
+    observations, actions, params, _ = _stacked(problem, count)
+
+    def run() -> Any:
+        return sdw_fast.ops.unrolled_bc(observations, actions, params, steps=problem.steps, lr=problem.lr)
+
+    return run
+
+
+def _stacked(problem: Problem, count: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Observations, actions, parameters and outer batches of as many problems of other seeds."""
+    problems = [replace(problem, seed=seed) for seed in range(count)]
+    (observations, actions), params, outer = (
+        [torch.stack(x) for x in zip(*each, strict=True)]
+        for each in zip(*((p.synthetic, p.params, p.outer) for p in problems), strict=True)
+    )
+    return observations, actions, params, outer
 
 
 def twin(problem: Problem) -> Run:
@@ -141,6 +157,12 @@ SHORT = [
     RATE_FLOOR,
 ]
 REFERENCE = Problem()
+DEFAULT = Problem(hidden=(64, 64, 64))  # what `distill` unrolls
+SHORTER = replace(REFERENCE, steps=20)
+SWEPT = {
+    "width": {w: replace(SHORTER, hidden=(w, w, w)) for w in (16, 32, 64, 128, 256, 512, 1024)},
+    "N": {n: replace(SHORTER, size=n) for n in (64, 256, 1024, 4096)},
+}
 NARROW = Problem(size=64, hidden=(64, 64, 64), batch=256)
 
 
@@ -175,17 +197,32 @@ def tables(mode: str) -> Iterator[tuple[str, Callable[[], Table]]]:
     def narrow() -> Table:
         return measure(describe(NARROW), contenders(CONTENDERS, names, NARROW), budget=10 if mode == "quick" else 30)
 
+    def default() -> Table:
+        first, *others = contenders(CONTENDERS, names, DEFAULT)
+        one_thread = contender("sdw_fast, 1 thread", ours, DEFAULT, threads=1)
+        with_momentum = contender("sdw_fast, momentum 0.9", partial(ours, momentum=0.9), DEFAULT)
+        rows = [first, one_thread, with_momentum, *others]
+        return measure(describe(DEFAULT), rows, budget=20 if mode == "quick" else 60)
+
+    yield "unrolled_bc/default", default
     yield "unrolled_bc/reference", reference
     yield "unrolled_bc/narrow", narrow
+    yield "unrolled_bc/together", partial(_side_by_side, describe(DEFAULT), ours_together, DEFAULT, (1, 2, 3, 10))
+    title = "cloning without a gradient: N = 256, hidden 256×256×256, T = 100"
+    yield "unrolled_bc/clones", partial(_side_by_side, title, clones, REFERENCE, (1, 2, 10))
+
+
+def _side_by_side(title: str, build: Callable[..., Run], problem: Problem, counts: Sequence[int]) -> Table:
+    """Several problems in a call, beside one."""
+    rows = [contender(f"{count} side by side" if count > 1 else "one", build, problem, count) for count in counts]
+    return measure(title, rows, budget=20, rounds=(3, 50))
 
 
 def _sweep() -> Iterator[tuple[str, Callable[[], Table]]]:
     """One shape parameter at a time around the reference, at T = 20: the autograd graph must fit at the largest."""
-    base = replace(REFERENCE, steps=20)
-    swept = {f"N={n}": replace(base, size=n) for n in (64, 256, 1024, 4096)}
-    swept |= {f"width={w}": replace(base, hidden=(w, w, w)) for w in (64, 128, 256, 512, 1024)}
-    swept |= {f"depth={d}": replace(base, hidden=(256,) * d) for d in (1, 2, 3, 5)}
-    swept |= {f"T={t}": replace(base, steps=t) for t in (1, 10, 100)}
+    swept = {f"{name}={value}": problem for name, problems in SWEPT.items() for value, problem in problems.items()}
+    swept |= {f"depth={d}": replace(SHORTER, hidden=(256,) * d) for d in (1, 2, 3, 5)}
+    swept |= {f"T={t}": replace(SHORTER, steps=t) for t in (1, 10, 100)}
     for name, problem in swept.items():
         yield f"unrolled_bc/{name}", partial(_swept, problem, SHORT)
     for width in (64, 256):

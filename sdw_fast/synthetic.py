@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sdw_fast import shipped
@@ -338,15 +339,26 @@ def _refuse_missing(content: dict[str, Any], *names: str) -> None:
 
 
 def _kmeans_plus_plus(points: np.ndarray, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """One product of a vector with a matrix a center: ‖x − c‖² = ‖x‖² + ‖c‖² − 2 ⟨x, c⟩.
+
+    By einsum, as a BLAS would wake its threads for it, who wait for each other where other processes keep the cores.
+    """
+    columns = np.ascontiguousarray(points.T)  # (D, M)
+    norms = np.square(points).sum(axis=1)
+    rounding = 1e-5 * norms  # what is left of a distance of zero is less
     chosen = np.empty(size, dtype=np.int64)
     chosen[0] = rng.integers(len(points))
     nearest = np.full(len(points), np.inf)
     for i in range(1, size):
-        nearest = np.minimum(nearest, np.square(points - points[chosen[i - 1]]).sum(axis=1, dtype=np.float64))
-        nearest[chosen[:i]] = 0.0
-        total = nearest.sum()
-        if total > 0:
-            chosen[i] = rng.choice(len(points), p=nearest / total)
+        center = chosen[i - 1]
+        squared = np.einsum("d,dm->m", -2 * points[center], columns)
+        squared += norms + norms[center]
+        squared[squared < rounding] = 0.0
+        squared[center] = 0.0
+        np.minimum(nearest, squared, out=nearest)
+        cumulative = torch.cumsum(torch.from_numpy(nearest), 0).numpy()  # in half the time of NumPy's
+        if cumulative[-1] > 0:
+            chosen[i] = np.searchsorted(cumulative / cumulative[-1], rng.random(), side="right")
         else:  # every other point coincides with a chosen one
             chosen[i] = rng.choice(np.setdiff1d(np.arange(len(points)), chosen[:i]))
     return chosen

@@ -84,27 +84,31 @@ void add_gradients(const Mlp& mlp, const Layout& at, const std::vector<Strip>& s
     }
 }
 
-// The first problem's loss, and its gradients.
-float loss_of(const BehaviorMatchingParams& p) {
+// The network for blocks of rows that are about equal.
+Mlp mlp_for(const BehaviorMatchingParams& p) {
     const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
-    const Mlp mlp(p.widths, (p.rows + blocks - 1) / blocks);
-    const Buffer buffer(Layout(mlp, nullptr).bytes);
-    const Layout at(mlp, buffer.data());
+    return {p.widths, (p.rows + blocks - 1) / blocks};
+}
+
+// The first problem's loss, and its gradients; `block` is of the layout's size.
+float loss_of(const BehaviorMatchingParams& p, float* block, int most_threads) {
+    const Mlp mlp = mlp_for(p);
+    const Layout at(mlp, block);
     const bool want_gradients = p.gradients != nullptr;
     const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(loss_divisor(p.head, p.widths.back())));
-    std::fill_n(buffer.data(), at.row_weights - buffer.data(), 0.0f);
+    std::fill_n(block, at.row_weights - block, 0.0f);
     pack_weights(mlp, p.params, at.params, at.transposed);
 
     std::vector<double> losses(mlp.tiles * kRowTile);
-    const int threads = mlp.useful_threads(p.threads);
+    const int threads = mlp.useful_threads(most_threads);
     std::vector<GateLists> gate_lists = mlp.gate_lists(threads);
     Team::run(threads, [&](int member, Team& team) {
         const FlushDenormals flush;
         GateLists& lists = gate_lists[member];
         const std::vector<Strip> strips = mlp.strips(team.size())[member];
         const Range range = team.share(mlp.tiles, member, kRowTile);
-        for (int64_t block = 0; block < blocks; ++block) {
-            load_rows(p, at, block * mlp.rows, range);
+        for (int64_t first = 0; first < p.rows; first += mlp.rows) {
+            load_rows(p, at, first, range);
             mlp.forward(lists, at.params, at.pass, range);
             output_delta(mlp, at, p.head, scale, range, losses.data());
             if (!want_gradients) continue;
@@ -129,15 +133,21 @@ float loss_of(const BehaviorMatchingParams& p) {
 
 void behavior_matching_cpu(const BehaviorMatchingParams& params) {
     const int64_t inputs = params.widths.front(), outputs = params.widths.back(), flat = flat_size(params.widths);
-    for (int64_t r = 0; r < params.problems; ++r) {
+    const Mlp mlp = mlp_for(params);
+    const size_t bytes = Layout(mlp, nullptr).bytes;
+    const double passes =
+        static_cast<double>(params.problems) * static_cast<double>(params.rows) / static_cast<double>(mlp.rows);
+    const int threads = threads_for(passes * static_cast<double>(mlp.multiplications()), params.threads);
+    const Buffer buffer(std::min<int64_t>(params.problems, threads) * bytes);
+    side_by_side(params.problems, threads, [&](int64_t r, int member, int threads_of_problem) {
         BehaviorMatchingParams p = params;
         p.params += r * flat;
         p.states += r * p.rows * inputs;
         p.targets += r * p.rows * outputs;
         p.weights += r * p.rows;
         if (p.gradients != nullptr) p.gradients += r * flat;
-        params.losses[r] = loss_of(p);
-    }
+        params.losses[r] = loss_of(p, buffer.data() + member * (bytes / sizeof(float)), threads_of_problem);
+    });
 }
 
 }  // namespace sdw::SDW_ISA

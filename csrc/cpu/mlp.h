@@ -71,11 +71,16 @@ class Mlp {
     const int64_t tiles;   // of kRowTile rows
     const int64_t stride;  // of every matrix with a row a state
 
+    // Of a pass over this many rows: forward, backward, and the weights' gradients.
+    int64_t multiplications() const {
+        int64_t weights = 0;
+        for (int l = 0; l < layers; ++l) weights += widths[l] * widths[l + 1];
+        return 3 * rows * weights;
+    }
+
     // Threads worth their barriers (a microsecond each) in passes that share out this many rows.
     int useful_threads(int threads) const {
-        int64_t multiplications = 0;
-        for (int l = 0; l < layers; ++l) multiplications += 3 * rows * widths[l] * widths[l + 1];
-        return static_cast<int>(std::min<int64_t>(threads, 1 + multiplications / 200'000));
+        return static_cast<int>(std::min<int64_t>(threads, 1 + multiplications() / 200'000));
     }
 
     Matrix take_rows(Arena& arena, int64_t columns) const { return {arena.take(panels(columns) * stride), stride}; }

@@ -1,6 +1,7 @@
 // A team for one kernel call: the thread that calls, and workers; and their barrier.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -29,15 +30,14 @@ class Team {
             arrived_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
         } else {
-            int spins = 0;
-            while (phase_.load(std::memory_order_acquire) == phase) {
-                if (failed_.load(std::memory_order_relaxed)) throw Abandoned{};
-                // Stages are microseconds long. A wait much longer means that a member has lost its core: give it ours.
-                if (++spins > 4000)
-                    std::this_thread::yield();
-                else
-                    spin_pause();
+            // Stages are microseconds long. A wait much longer means that a member has no core: give it ours.
+            for (int spins = 0; spins < kSpins; ++spins) {
+                if (come(phase)) return;
+                spin_pause();
             }
+            const Clock::time_point began = Clock::now();
+            while (!come(phase)) std::this_thread::yield();
+            lost_.fetch_add((Clock::now() - began).count(), std::memory_order_relaxed);
         }
     }
 
@@ -45,6 +45,7 @@ class Team {
     // what a member throws first, when all have ended: the others leave at the barrier that it never comes to.
     template <typename Body>
     static void run(int threads, Body&& body) {
+        if (threads > 1 && Workers::crowded()) threads = 1;
         Team team;
         std::exception_ptr error;
         auto work = [&](int member) {
@@ -55,11 +56,20 @@ class Team {
                 if (!team.failed_.exchange(true)) error = std::current_exception();
             }
         };
-        {
-            Workers workers(threads - 1);
-            team.size_ = workers.count() + 1;
-            workers.start([](void* member_work, int i) { (*static_cast<decltype(work)*>(member_work))(i); }, &work);
+        if (threads == 1) {
             work(0);
+        } else {
+            const Clock::time_point began = Clock::now();
+            Clock::time_point done;
+            {
+                Workers workers(threads - 1);
+                team.size_ = workers.count() + 1;
+                workers.start([](void* member_work, int i) { (*static_cast<decltype(work)*>(member_work))(i); }, &work);
+                work(0);
+                done = Clock::now();
+            }
+            const Clock::time_point end = Clock::now();
+            Workers::report(team.size_, end - began, Clock::duration(team.lost_.load()) + (end - done));
         }
         if (error) std::rethrow_exception(error);
     }
@@ -67,10 +77,37 @@ class Team {
   private:
     struct Abandoned {};  // thrown in a member that waits for one that has failed
 
+    bool come(unsigned phase) const {
+        if (failed_.load(std::memory_order_relaxed)) throw Abandoned{};
+        return phase_.load(std::memory_order_acquire) != phase;
+    }
+
     int size_ = 1;
     std::atomic<bool> failed_{false};
+    std::atomic<Clock::rep> lost_{0};  // in waits for members without a core
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<unsigned> phase_{0};
 };
+
+// Threads worth waking (tens of microseconds where they sleep) for so many multiplications altogether.
+inline int threads_for(double multiplications, int threads) {
+    return static_cast<int>(std::min<double>(threads, 1.0 + multiplications / 2e6));
+}
+
+// Calls body(problem, member, threads) once for each of some independent problems, `threads` being what the problem may
+// use itself. Problems go side by side, a thread each, as long as there are as many as threads; those left over share
+// the threads out. `member` < min(problems, threads) is of no other problem that runs at the time.
+template <typename Body>
+void side_by_side(int64_t problems, int threads, const Body& body) {
+    for (int64_t begin = 0; begin < problems;) {
+        const int64_t left = problems - begin, end = left < threads ? problems : problems - left % threads;
+        const int together = static_cast<int>(std::min<int64_t>(left, threads));
+        std::atomic<int64_t> next{begin};
+        Team::run(together, [&](int member, Team&) {
+            for (int64_t problem = next++; problem < end; problem = next++) body(problem, member, threads / together);
+        });
+        begin = end;
+    }
+}
 
 }  // namespace sdw::SDW_ISA

@@ -1,5 +1,6 @@
 #include "workers.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <exception>
@@ -14,8 +15,6 @@
 
 namespace sdw {
 namespace {
-
-constexpr int kSpins = 2000;  // some tens of microseconds
 
 // Yes or no, to be waited for.
 class Flag {
@@ -80,11 +79,13 @@ namespace {
 
 std::mutex idle_mutex;
 Workers::Worker* idle = nullptr;
+std::atomic<Clock::rep> crowded_until{0};
 #if !defined(_WIN32)
 // A forked child has only the thread that forked, and no worker. A fork waits until no thread is at the list.
 [[maybe_unused]] const int fork_waits = pthread_atfork([] { idle_mutex.lock(); }, [] { idle_mutex.unlock(); },
                                                        [] {
                                                            idle = nullptr;
+                                                           crowded_until = 0;
                                                            idle_mutex.unlock();
                                                        });
 #endif
@@ -115,6 +116,16 @@ void Workers::start(void (*work)(void*, int), void* argument) {
         worker->argument = argument;
         worker->busy.set(true);
     }
+}
+
+bool Workers::crowded() {
+    return Clock::now().time_since_epoch().count() < crowded_until.load(std::memory_order_relaxed);
+}
+
+void Workers::report(int threads, Clock::duration elapsed, Clock::duration lost) {
+    if (threads == 1 || 4 * (threads * elapsed - lost) >= 5 * elapsed) return;
+    const Clock::duration pause = std::min<Clock::duration>(16 * elapsed, std::chrono::seconds(10));
+    crowded_until.store((Clock::now() + pause).time_since_epoch().count(), std::memory_order_relaxed);
 }
 
 Workers::~Workers() {

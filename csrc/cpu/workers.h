@@ -1,7 +1,11 @@
 // The kernels' threads.
 #pragma once
 
+#include <chrono>
+
 namespace sdw {
+
+using Clock = std::chrono::steady_clock;
 
 // Some of the process's workers, taken for one piece of work. A worker is a thread that is started when first needed
 // and then kept: idle, it looks for work for some tens of microseconds and then sleeps, as PyTorch's own threads need
@@ -20,6 +24,12 @@ class Workers {
 
     // Calls work(argument, i) once in each worker i = 1 … count(). It must not throw.
     void start(void (*work)(void* argument, int i), void* argument);
+
+    // Whether others want the cores now, so that work is better done by the thread that has it.
+    static bool crowded();
+    // Says how a piece of work by so many threads went, that took `elapsed` and in which they waited `lost`, all
+    // together, for threads that had no core. Where they did hardly more than one, the cores are others' for a while.
+    static void report(int threads, Clock::duration elapsed, Clock::duration lost);
 
     struct Worker;
 

@@ -63,7 +63,8 @@ def behavior_matching(
     backend "torch" alone it can be differentiated again; the others refuse to.
 
     R independent problems of one shape run in one call when every tensor has a leading dimension R: each parameter
-    (R, …), states (R, M, D), targets (R, M, A), weights (R, M). Each loss has the bits of a call of its own.
+    (R, …), states (R, M, D), targets (R, M, A), weights (R, M); in backend "cpu" a thread each. Each loss has the bits
+    of a call of its own.
 
     Backend "cuda" runs one kernel for small M and, from 16,384 rows on, PyTorch's matrix products in chunks of rows.
 

@@ -79,9 +79,9 @@ def unrolled_bc(
     It cannot be differentiated a second time. At many steps the training itself is chaotic, so that hypergradients of
     different backends, each right along its own trajectory, may differ.
 
-    R independent problems of one shape (seeds, initializations, datasets) run side by side in backend "cuda", one after
-    another in the others, when every tensor has a leading dimension R: observations (R, N, D), actions (R, N, A), each
-    parameter (R, …), and so each result. `lr` may then be a tensor (R,).
+    R independent problems of one shape (seeds, initializations, datasets) run side by side, in backend "cpu" a thread
+    each, in "torch" one after another, when every tensor has a leading dimension R: observations (R, N, D), actions
+    (R, N, A), each parameter (R, …), and so each result. `lr` may then be a tensor (R,).
 
     Args:
         observations: (N, D) states, normalized as the policy shall see them.

@@ -46,6 +46,25 @@ def stacked(kernel, widths, rows, problems):
     return s, a, params
 
 
+def test_compiled_problems_give_the_same_bits_for_every_thread_count():
+    # Five: with two and three threads some are left over, and share the threads. Two million multiplications a thread.
+    s, a, theta = stacked(SimpleNamespace(device="cpu"), (17, 48, 48, 6), 64, 5)
+    s.requires_grad_()
+    before = get_num_threads()
+    try:
+        results = []
+        for threads, tape in [(1, "full"), (2, "full"), (3, "recompute"), (8, "full")]:
+            set_num_threads(threads)
+            trained = unrolled_bc(s, a, theta, steps=10, lr=0.1, momentum=0.5, tape=tape, backend="cpu")
+            gradient = torch.autograd.grad(sum(p.square().sum() for p in trained), s)
+            without_tape = unrolled_bc(s.detach(), a, theta, steps=10, lr=0.1, momentum=0.5, backend="cpu")
+            results.append([*trained, *gradient])
+            assert equal(trained, without_tape)
+    finally:
+        set_num_threads(before)
+    assert all(equal(results[0], result) for result in results)
+
+
 @pytest.mark.parametrize(
     ("widths", "problems", "blocks"),
     [

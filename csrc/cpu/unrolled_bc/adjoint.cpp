@@ -113,16 +113,15 @@ void Unroll::adjoint_weights(const Step& step, const Weights* previous, bool fir
     team.wait();
 }
 
-void Unroll::backward(const UnrolledBCGradients& gradients) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+void Unroll::backward(const UnrolledBCGradients& gradients, int most_threads) {
     float* const scratch = at_.adjoint.matrices[0].data;
-    std::fill_n(scratch, buffer_.data() + at_.bytes / sizeof(float) - scratch, 0.0f);
+    std::fill_n(scratch, block_ + at_.bytes / sizeof(float) - scratch, 0.0f);
     const int64_t inputs = mlp_.widths.front(), outputs = mlp_.widths.back(), flat = flat_size(mlp_.widths);
     pack_weights(mlp_, gradients.trained + problem_ * flat, at_.direction, at_.direction_transposed);
     lr_gradient_.assign(mlp_.tiles * kRowTile, 0.0);
 
     const bool want_observations = gradients.observations != nullptr, want_params = gradients.params != nullptr;
-    const int threads = mlp_.useful_threads(gradients.threads);
+    const int threads = mlp_.useful_threads(most_threads);
     std::vector<GateLists> gate_lists = mlp_.gate_lists(threads);
     const int64_t on_tape = std::exchange(held_, plan_.segments == 1 ? 0 : -1);  // unknown until this has gone through
     Team::run(threads, [&](int member, Team& team) {

@@ -1,8 +1,10 @@
 // Behavior cloning unrolled: the forward pass, which leaves the tape.
 #include <cstdio>
+#include <mutex>
 #include <string>
 
 #include "sdw/flat.h"
+#include "sdw/memory.h"
 #include "unroll.h"
 
 namespace sdw::SDW_ISA {
@@ -88,14 +90,14 @@ void Unroll::run_segment(int64_t segment, const Strips& strips, GateLists& lists
         descend(at_.steps[i], at_.steps[i + 1].theta, strips, lists, member, team);
 }
 
-void Unroll::train(const UnrolledBCParams& params) {
-    std::fill_n(buffer_.data(), at_.steps[0].pass.h[1].data - buffer_.data(), 0.0f);  // padding, and the velocity
+void Unroll::train(const UnrolledBCParams& params, int most_threads) {
+    std::fill_n(block_, at_.steps[0].pass.h[1].data - block_, 0.0f);  // padding, and the velocity
     const int64_t inputs = mlp_.widths.front(), outputs = mlp_.widths.back(), flat = flat_size(mlp_.widths);
     pack(params.observations + problem_ * mlp_.rows * inputs, inputs, {0, mlp_.rows}, at_.observations);
     pack(params.actions + problem_ * mlp_.rows * outputs, outputs, {0, mlp_.rows}, at_.actions);
     pack_weights(mlp_, params.params + problem_ * flat, at_.steps[0].theta, at_.transposed);
 
-    const int threads = mlp_.useful_threads(params.threads);
+    const int threads = mlp_.useful_threads(most_threads);
     std::vector<GateLists> gate_lists = mlp_.gate_lists(threads);
     Team::run(threads, [&](int member, Team& team) {
         const FlushDenormals flush;
@@ -145,46 +147,75 @@ double predicted_bytes(const Mlp& mlp, const Plan& plan) {
            (plan.segments > 1 ? (start + entry) * static_cast<double>(plan.segments) : 0.0);
 }
 
-// The bytes of one problem's tape; throws if the machine does not have them for all that are kept.
+// Threads worth their waking for all problems together.
+int useful_threads(const UnrolledBCParams& params, int threads) {
+    const double passes = static_cast<double>(params.problems) * static_cast<double>(params.steps);
+    return threads_for(passes * static_cast<double>(Mlp(params.widths, params.rows).multiplications()), threads);
+}
+
+// Problems with memory of their own: all whose tapes are kept, else those that are trained at one time.
+int64_t places(const UnrolledBCParams& params) {
+    if (params.keep_tape) return params.problems;
+    return std::min<int64_t>(params.problems, useful_threads(params, params.threads));
+}
+
+// The bytes of one problem's tape; throws if the machine does not have them for all that are held at a time.
 size_t checked_bytes(const UnrolledBCParams& params) {
     const Mlp mlp(params.widths, params.rows);
     const Plan plan(params, params.recompute);
-    const double tapes = params.keep_tape ? static_cast<double>(params.problems) : 1.0;
+    const auto tapes = static_cast<double>(places(params));
     const double needed = tapes * predicted_bytes(mlp, plan), available = static_cast<double>(available_memory());
     if (needed <= available) return Layout(mlp, plan, nullptr).bytes;
     std::string message = "unrolled_bc: the tape of " + std::to_string(plan.window) + " steps with " +
                           std::to_string(params.rows) + " rows" +
-                          (tapes > 1 ? " for " + std::to_string(params.problems) + " problems" : "") + " needs " +
+                          (tapes > 1 ? " for " + std::to_string(places(params)) + " problems" : "") + " needs " +
                           gibibytes(needed) + " and " + gibibytes(available) + " are available; ";
     if (plan.keep && !params.recompute)
         message += "tape=\"recompute\" needs " + gibibytes(tapes * predicted_bytes(mlp, Plan(params, true))) + ", and ";
     throw OutOfMemory(message + "a smaller window or fewer rows need less (ops.unrolled_bc_memory says how much)");
 }
 
+// All problems, in one block, so that a block kept (sdw/memory.h) serves the next call whatever their number.
 class Tape final : public UnrolledBCTape {
   public:
-    void backward(const UnrolledBCGradients& gradients) override {
-        for (const auto& problem : problems) problem->backward(gradients);
+    explicit Tape(const UnrolledBCParams& params)
+        : params_(params), bytes_(checked_bytes(params)), buffer_(places(params) * bytes_) {}
+
+    void train() {
+        problems_.resize(params_.problems);
+        side_by_side(
+            params_.problems, useful_threads(params_, params_.threads), [&](int64_t r, int member, int threads) {
+                const int64_t place = params_.keep_tape ? r : member;
+                auto problem = std::make_unique<Unroll>(params_, r, buffer_.data() + place * (bytes_ / sizeof(float)));
+                problem->train(params_, threads);
+                if (params_.keep_tape) problems_[r] = std::move(problem);
+            });
     }
-    std::vector<std::unique_ptr<Unroll>> problems;
+
+    void backward(const UnrolledBCGradients& gradients) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        side_by_side(params_.problems, useful_threads(params_, gradients.threads),
+                     [&](int64_t r, int, int threads) { problems_[r]->backward(gradients, threads); });
+    }
+
+  private:
+    const UnrolledBCParams params_;
+    const size_t bytes_;  // of one problem
+    const Buffer buffer_;
+    std::vector<std::unique_ptr<Unroll>> problems_;
+    std::mutex mutex_;  // a backward pass works inside the tape's block
 };
 
 }  // namespace
 
 size_t unrolled_bc_cpu_memory(const UnrolledBCParams& params) {
-    const Plan plan(params, params.recompute);
-    const double tapes = plan.keep ? static_cast<double>(params.problems) : 1.0;
-    return static_cast<size_t>(tapes * predicted_bytes(Mlp(params.widths, params.rows), plan));
+    return static_cast<size_t>(static_cast<double>(places(params)) *
+                               predicted_bytes(Mlp(params.widths, params.rows), Plan(params, params.recompute)));
 }
 
 std::unique_ptr<UnrolledBCTape> unrolled_bc_cpu(const UnrolledBCParams& params) {
-    const size_t bytes = checked_bytes(params);
-    auto tape = std::make_unique<Tape>();
-    for (int64_t r = 0; r < params.problems; ++r) {
-        auto problem = std::make_unique<Unroll>(params, r, bytes);
-        problem->train(params);
-        if (params.keep_tape) tape->problems.push_back(std::move(problem));
-    }
+    auto tape = std::make_unique<Tape>(params);
+    tape->train();
     if (!params.keep_tape) return nullptr;
     return tape;
 }

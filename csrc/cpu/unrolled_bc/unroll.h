@@ -13,10 +13,8 @@
 #pragma once
 
 #include <cmath>
-#include <mutex>
 
 #include "../mlp.h"
-#include "sdw/memory.h"
 #include "sdw/unrolled_bc.h"
 
 namespace sdw::SDW_ISA::unrolled {
@@ -92,8 +90,8 @@ struct Layout {
 // One problem of the R.
 class Unroll {
   public:
-    // bytes: of the layout.
-    Unroll(const UnrolledBCParams& params, int64_t problem, size_t bytes)
+    // block: of the layout's size, and the problem's own.
+    Unroll(const UnrolledBCParams& params, int64_t problem, float* block)
         : mlp_(params.widths, params.rows),
           plan_(params, params.recompute),
           problem_(problem),
@@ -101,12 +99,12 @@ class Unroll {
           momentum_(params.momentum),
           head_(params.head),
           scale_(loss_slope(head_) / static_cast<float>(params.rows * loss_divisor(head_, params.widths.back()))),
-          buffer_(bytes),
-          at_(mlp_, plan_, buffer_.data()) {}
+          block_(block),
+          at_(mlp_, plan_, block) {}
 
-    // From and into this problem's part of the tensors.
-    void train(const UnrolledBCParams& params);
-    void backward(const UnrolledBCGradients& gradients);
+    // From and into this problem's part of the tensors, with so many threads at most.
+    void train(const UnrolledBCParams& params, int threads);
+    void backward(const UnrolledBCGradients& gradients, int threads);
 
   private:
     using Strips = std::vector<Strip>;
@@ -133,11 +131,10 @@ class Unroll {
     const float momentum_;
     const Head head_;
     const float scale_;  // c of head.h
-    const Buffer buffer_;
+    float* const block_;
     const Layout at_;
     std::vector<double> lr_gradient_;  // of each row
     int64_t held_ = 0;                 // the segment whose steps are on the tape now
-    std::mutex mutex_;                 // the backward pass works inside the tape's block
 };
 
 }  // namespace sdw::SDW_ISA::unrolled

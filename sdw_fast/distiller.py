@@ -30,8 +30,6 @@ from sdw_fast.version import __version__
 
 Metrics = dict[str, Any]  # a float each; of several sets an array (R,) each
 
-# Share of equal probabilities that the start of discrete actions is mixed with.
-SMOOTHING = 0.1
 # A step whose hypergradient is not finite is left out; as many in a row end the run.
 MAX_LEFT_OUT = 10
 
@@ -85,6 +83,7 @@ class Distiller:
         device: str | torch.device = "cpu",
     ) -> None:
         self.problem = problem
+        self._fingerprint = functools.cache(problem.fingerprint)
         self._ranks = Ranks() if ranked() else None
         self.config = config = _shared_out(config or DistillConfig(), self._ranks)
         self.device = _device(device)
@@ -97,9 +96,13 @@ class Distiller:
         self.held_out: np.ndarray = held_out
         self.batches = OuterBatches(problem, self.device, learned)
         states, actions = zip(*(one.normalized() for one in self._start), strict=True)
-        self.observations, self.actions = self._leaf(states), self._leaf([self._free(x) for x in actions])
+        self.inner_loop = InnerLoop(config, states[0].shape[-1], actions[0].shape[-1], problem.units.head)
+        self._leaves = [
+            torch.tensor(np.stack(arrays), dtype=torch.float32, device=self.device, requires_grad=True)
+            for arrays in (states, [self.inner_loop.free(x) for x in actions])
+        ]
+        self.observations, self.actions = self._leaves
         self._averages = [x.detach().clone() for x in self._leaves] if config.average else []
-        self.inner_loop = InnerLoop(config, self.observations.shape[-1], self.actions.shape[-1], problem.units.head)
         rates = usual = [config.inner_lr] * self.n_runs
         if config.adapt_inner_lr:
             rates = bearable_lr(self.inner_loop, *self.normalized, self.seeds)
@@ -112,33 +115,16 @@ class Distiller:
         self.iteration = 0
         self.rounding: list[dict[str, Any]] = []
 
-    def _leaf(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.tensor(np.stack(arrays), dtype=torch.float32, device=self.device, requires_grad=True)
-
-    def _free(self, targets: np.ndarray) -> np.ndarray:
-        """What is optimized for targets: the logits of probabilities, mixed with equal ones to be finite."""
-        if self.problem.units.head != "softmax":
-            return targets
-        return np.log((1 - SMOOTHING) * targets + SMOOTHING / targets.shape[-1])
-
-    def _targets(self, free: Tensor) -> Tensor:
-        """The targets of the inner loop, from what is optimized."""
-        return torch.softmax(free, -1) if self.problem.units.head == "softmax" else free
-
     @property
     def runs_ahead(self) -> bool:
         """Whether steps are only enqueued, so that the host must not ask what came of them."""
         return self.device.type != "cpu"
 
     @property
-    def _leaves(self) -> list[Tensor]:
-        return [self.observations, self.actions]
-
-    @property
     def normalized(self) -> tuple[Tensor, Tensor]:
         """The sets as they stand in normalized units, (R, N, D) and (R, N, A); moving averages if so configured."""
         states, actions = self._averages or [x.detach() for x in self._leaves]
-        return states, self._targets(actions)
+        return states, self.inner_loop.targets(actions)
 
     @property
     def inner_lr(self) -> list[float]:
@@ -173,7 +159,7 @@ class Distiller:
         for parameter in initial:
             parameter.requires_grad_()
         rates = self._watch.tensor.repeat(count)
-        states, actions = (x.repeat(count, 1, 1) for x in (self.observations, self._targets(self.actions)))
+        states, actions = (x.repeat(count, 1, 1) for x in (self.observations, self.inner_loop.targets(self.actions)))
         final = self.inner_loop.unroll(states, actions, initial, rates)
         for parameter in final:
             parameter.retain_grad()
@@ -259,7 +245,7 @@ class Distiller:
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on to the same bits: copies of tensors, and plain values."""
         return {
-            **identity(self, self._fingerprint),
+            **identity(self, self._fingerprint()),
             **self._watch.state(),
             "rounding": copy.deepcopy(self.rounding),
             "iteration": self.iteration,
@@ -269,10 +255,6 @@ class Distiller:
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "generators": self._draws.state(),
         }
-
-    @functools.cached_property
-    def _fingerprint(self) -> dict[str, str]:
-        return self.problem.fingerprint()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken.
@@ -288,23 +270,20 @@ class Distiller:
         """
         with damage_named("the checkpoint", "state of a distillation", ValueError):
             rounding = refuse_other(state, self.state_dict())
-            self._take_over(state)
+            with torch.no_grad():
+                self.observations.copy_(state["observations"])
+                self.actions.copy_(state["actions"])
+                for average, saved in zip(self._averages, state["averages"], strict=True):
+                    average.copy_(saved)
+            self._watch.load(state["inner_lr"], state["rough"])
+            self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the state's own tensors
+            self._draws.load(state["generators"])
         self._left_out = 0
         self.iteration = state["iteration"]
         self.rounding = copy.deepcopy(state["rounding"])
         if rounding:
             self.rounding.append({"from_step": self.iteration, **rounding})
             tell_of_rounding(self.iteration, rounding)
-
-    def _take_over(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            self.observations.copy_(state["observations"])
-            self.actions.copy_(state["actions"])
-            for average, saved in zip(self._averages, state["averages"], strict=True):
-                average.copy_(saved)
-        self._watch.load(state["inner_lr"], state["rough"])
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the state's own tensors
-        self._draws.load(state["generators"])
 
 
 def _shared_out(config: DistillConfig, ranks: Ranks | None) -> DistillConfig:

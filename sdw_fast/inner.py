@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdw_fast import ops
 from sdw_fast.config import DistillConfig
 from sdw_fast.networks import orthogonal_parameters
+
+SMOOTHING = 0.1  # share of equal probabilities that the start of discrete actions is mixed with
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class InnerLoop:
     states: int
     actions: int
     head: str
+
+    def free(self, targets: np.ndarray) -> np.ndarray:
+        """What is optimized for targets: the logits of probabilities, mixed with equal ones to be finite."""
+        if self.head != "softmax":
+            return targets
+        return np.log((1 - SMOOTHING) * targets + SMOOTHING / targets.shape[-1])
+
+    def targets(self, free: Tensor) -> Tensor:
+        """The targets of cloning, from what is optimized."""
+        return torch.softmax(free, -1) if self.head == "softmax" else free
 
     def initial(self, generators: Sequence[torch.Generator]) -> list[Tensor]:
         """Draws θ_0 for each of R sets, on its generator's device."""

@@ -89,7 +89,7 @@ class Teacher(Shown):
             ValueError: the observations are not a finite (M, D) array, or the teacher is dead: its actions are not
                 finite, or 100 and more different states all get the same action.
         """
-        actions = self._label(_tensor(observations), None, values=False)[0]
+        actions = _label(self, _tensor(observations), None, values=False)[0]
         return _as(observations, actions if self._actions is None else self._actions.denormalize(actions))
 
     def values(self, observations: Array, actions: Array) -> Array:
@@ -113,7 +113,7 @@ class Teacher(Shown):
             raise ValueError(
                 f"observations and actions must have as many rows, got {len(observations)} and {len(actions)}"
             )
-        q = self._label(_tensor(observations), _tensor(actions), values=True)[1]
+        q = _label(self, _tensor(observations), _tensor(actions), values=True)[1]
         return _as(observations, cast("Tensor", q))
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class Teacher(Shown):
         """
         wanted = units.require_actions()
         discrete = wanted if isinstance(wanted, Discrete) else None
-        targets, q = self._label(_tensor(observations), None, values=values, discrete=discrete)
+        targets, q = _label(self, _tensor(observations), None, values=values, discrete=discrete)
         critic = _of_numbers(self.critic, discrete) if values else None
         with evaluating(self.actor, self.critic):
             tell_of_habits(self.actor, critic, _batch(some_of(_tensor(observations)), self._states))
@@ -146,45 +146,6 @@ class Teacher(Shown):
             targets = wanted.normalize(targets if self._actions is None else self._actions.denormalize(targets))
         tell_of_units(targets, self._actions, wanted)
         return targets.cpu().numpy(), None if q is None else q.cpu().numpy()
-
-    @torch.no_grad()
-    def _label(
-        self, observations: Tensor, actions: Tensor | None, *, values: bool, discrete: Discrete | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Actions in the networks' units (the actor's if none are given) and, if wanted, values, batch by batch."""
-        critic = _of_numbers(self.critic, discrete) if values else None
-        if values and critic is None:
-            raise ValueError(
-                "this teacher has no critic, so it has no values Q(s, a). The objectives 'av-pbc' and 'sdw' weight "
-                "states by Q: give them a teacher with one (Teacher(actor=..., critic=...), train_teacher, or a CORL "
-                "checkpoint that holds critic1 or critic_1), or use objective 'pbc', which needs actions only."
-            )
-        numbers = actions is not None and actions.ndim == 1 and not actions.is_floating_point()
-        for tensor in (observations, *([] if actions is None or numbers else [actions])):
-            if tensor.ndim != 2:
-                raise ValueError(f"expected matrices (rows, dimensions), got shape {tuple(tensor.shape)}")
-        size = _width(self.actor, self._states)
-        if size is not None and observations.shape[1] != size:
-            raise ValueError(f"this teacher takes states of {size} dimensions, got {observations.shape[1]}")
-        chosen: Tensor | None = None
-        q: Tensor | None = None
-        with evaluating(self.actor, self.critic):
-            for start in range(0, max(len(observations), 1), BATCH_ROWS):  # no rows: one batch of none
-                rows = slice(start, start + BATCH_ROWS)
-                states = _batch(observations[rows], self._states)
-                if actions is None:
-                    some = actions_of(self.actor, states)
-                else:
-                    some = actions[rows].long() if numbers else _batch(actions[rows], self._actions)
-                chosen = _put(chosen, rows, some, observations)
-                if critic is not None:
-                    q = _put(q, rows, values_of(critic, states, some), observations)
-        assert chosen is not None  # there is a batch
-        if actions is None:
-            refuse_dead(chosen, [observations], "actions")
-        if q is not None:
-            refuse_dead(q, [observations, chosen], "values")
-        return chosen, q
 
     def card(self) -> Card:
         """What the teacher is, for people."""
@@ -297,6 +258,46 @@ class Teacher(Shown):
             TypeError: something else was given.
         """
         return cls(**adapters.parts_of_torchrl(actor, critic))
+
+
+@torch.no_grad()
+def _label(
+    teacher: Teacher, observations: Tensor, actions: Tensor | None, *, values: bool, discrete: Discrete | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Actions in the networks' units (the actor's if none are given) and, if wanted, values, batch by batch."""
+    critic = _of_numbers(teacher.critic, discrete) if values else None
+    if values and critic is None:
+        raise ValueError(
+            "this teacher has no critic, so it has no values Q(s, a). The objectives 'av-pbc' and 'sdw' weight "
+            "states by Q: give them a teacher with one (Teacher(actor=..., critic=...), train_teacher, or a CORL "
+            "checkpoint that holds critic1 or critic_1), or use objective 'pbc', which needs actions only."
+        )
+    numbers = actions is not None and actions.ndim == 1 and not actions.is_floating_point()
+    for tensor in (observations, *([] if actions is None or numbers else [actions])):
+        if tensor.ndim != 2:
+            raise ValueError(f"expected matrices (rows, dimensions), got shape {tuple(tensor.shape)}")
+    size = _width(teacher.actor, teacher._states)
+    if size is not None and observations.shape[1] != size:
+        raise ValueError(f"this teacher takes states of {size} dimensions, got {observations.shape[1]}")
+    chosen: Tensor | None = None
+    q: Tensor | None = None
+    with evaluating(teacher.actor, teacher.critic):
+        for start in range(0, max(len(observations), 1), BATCH_ROWS):  # no rows: one batch of none
+            rows = slice(start, start + BATCH_ROWS)
+            states = _batch(observations[rows], teacher._states)
+            if actions is None:
+                some = actions_of(teacher.actor, states)
+            else:
+                some = actions[rows].long() if numbers else _batch(actions[rows], teacher._actions)
+            chosen = _put(chosen, rows, some, observations)
+            if critic is not None:
+                q = _put(q, rows, values_of(critic, states, some), observations)
+    assert chosen is not None  # there is a batch
+    if actions is None:
+        refuse_dead(chosen, [observations], "actions")
+    if q is not None:
+        refuse_dead(q, [observations, chosen], "values")
+    return chosen, q
 
 
 def _width(actor: Callable[[Tensor], Tensor], states: Affine | None) -> int | None:

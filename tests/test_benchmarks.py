@@ -241,6 +241,7 @@ def test_every_recorded_table_can_be_shown(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.count("\nsdw_fast ") == len(timing.recorded())
 
 
+@pytest.mark.usefixtures("cuda_on_cpu")
 def test_neighbors_on_a_device_beside_their_peers(tmp_path: Path) -> None:
     points = bench_knn_gpu.points_on("cpu", "surface:5", 600)
     table = bench_knn_gpu.compare("surface:5", points, list(bench_knn_gpu.GPU_PEERS), 100, 0.1, tmp_path)

@@ -238,7 +238,6 @@ def test_the_binding_refuses_what_does_not_fit() -> None:
         join.search(0, 4, *good)
 
 
-@pytest.mark.usefixtures("cuda_on_cpu")
 def test_the_filter_keeps_what_half_precision_moves(search: Search) -> None:
     # One neighbor or two a leaf, on a sphere about the queries, at radii that differ by less than halves resolve there.
     for dimension in (3, 6, 15, 17, 40):

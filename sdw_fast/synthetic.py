@@ -356,7 +356,7 @@ def _kmeans_plus_plus(points: np.ndarray, size: int, rng: np.random.Generator) -
         squared[squared < rounding] = 0.0
         squared[center] = 0.0
         np.minimum(nearest, squared, out=nearest)
-        cumulative = torch.cumsum(torch.from_numpy(nearest), 0).numpy()  # in half the time of NumPy's
+        cumulative = torch.cumsum(torch.from_numpy(nearest), 0).numpy()
         if cumulative[-1] > 0:
             chosen[i] = np.searchsorted(cumulative / cumulative[-1], rng.random(), side="right")
         else:  # every other point coincides with a chosen one

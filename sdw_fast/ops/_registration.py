@@ -43,7 +43,7 @@ library = torch.library.Library("sdw", "FRAGMENT")
 class _Memory(bytearray):
     """The byte of a note, and what hangs on it."""
 
-    adjoint: Adjoint | None
+    adjoint: Adjoint  # gone once it was taken
     shape: torch.Size  # of the result; another one, under vmap, is of other problems
 
 

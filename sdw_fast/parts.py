@@ -112,8 +112,8 @@ def self_join_in_parts(take: Take, rows: int, k: int, *, progress: bool = False)
         for own in members:
             if len(own) > 1:
                 nearest = min(k, len(own) - 1)
-                squared, _ = NeighborIndex(take(own.numpy()), magnitude).self_join(nearest)
-                distances[own, :nearest] = squared.sqrt_().float()
+                for row, squared, _ in NeighborIndex(take(own.numpy()), magnitude).self_join_portions(nearest):
+                    distances[own[row], :nearest] = squared.sqrt_().float()
             bar.update()
         for part, own in enumerate(members):
             if len(own):

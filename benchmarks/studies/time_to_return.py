@@ -1,6 +1,6 @@
 """Seconds from a loaded dataset to a set whose policies return what was published, on the six published tasks.
 
-    python -m benchmarks.studies.time_to_return             # makes the rows that are missing, then fills docs/results.md
+    python -m benchmarks.studies.time_to_return             # makes the missing rows, then fills docs/results.md
     python -m benchmarks.studies.time_to_return --tables    # fills the table, no more
 
 A row of results/time_to_return.jsonl is a distillation of so many outer steps: density, teacher's labels, steps. STEPS
@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np

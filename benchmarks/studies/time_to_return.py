@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,11 @@ def results_table(found: dict[Case, table.Entries]) -> str:
     return report.markdown(["task", "published", "outer steps: return, of each seed", "CPU seconds", ""], lines)
 
 
+def write_page(page: Path = report.PAGE) -> None:
+    """Fills the study's table."""
+    report.fill("time to return", results_table(results()), page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="only the tasks whose name matches")
@@ -95,7 +101,7 @@ def main() -> None:
             for task in PUBLISHED:
                 while re.search(options.only, task) and not reached(found := results(), seed, task)[1]:
                     measure((seed, task, next(s for s in STEPS if (seed, task, s) not in found)))
-    report.fill("time to return", results_table(results()))
+    write_page()
 
 
 if __name__ == "__main__":

@@ -67,19 +67,17 @@ void output_delta(const Mlp& mlp, const Layout& at, Head kind, float scale, Rang
     });
 }
 
-void add_gradients(const Mlp& mlp, const Layout& at, const std::vector<Strip>& strips, GateLists& lists) {
+// A block's gradients, added to those of the blocks before it, if any: what lies there before the first is not read.
+void add_gradients(const Mlp& mlp, const Layout& at, const std::vector<Strip>& strips, GateLists& lists, bool first) {
+    const auto add = [first](float* to, Vec x) { store(to, first ? x : load(to) + x); };
     for (const Strip& strip : strips) {
         const int l = strip.layer;
         const Matrix &gradient = at.gradient.matrices[l], &delta = at.pass.delta[l + 1];
         mlp.multiply_columns(
             lists, at.pass, strip, {Term{at.pass.h[l], delta, mlp.rows}}, gradient.stride,
-            [&](Vec x, int64_t offset, int64_t) { store(gradient.data + offset, load(gradient.data + offset) + x); },
-            [](int64_t, int64_t) {});
+            [&](Vec x, int64_t offset, int64_t) { add(gradient.data + offset, x); }, [](int64_t, int64_t) {});
         if (strip.rows.begin == 0) {
-            mlp.for_each_bias(delta, strip, [&](Vec x, int64_t column) {
-                float* bias = at.gradient.biases[l] + column;
-                store(bias, load(bias) + x);
-            });
+            mlp.for_each_bias(delta, strip, [&](Vec x, int64_t column) { add(at.gradient.biases[l] + column, x); });
         }
     }
 }
@@ -96,7 +94,9 @@ float loss_of(const BehaviorMatchingParams& p, float* block, int most_threads) {
     const Layout at(mlp, block);
     const bool want_gradients = p.gradients != nullptr;
     const float scale = 1.0f / (static_cast<float>(p.rows) * static_cast<float>(loss_divisor(p.head, p.widths.back())));
-    std::fill_n(block, at.row_weights - block, 0.0f);
+    zero_padding(at.pass.h[0], mlp.tiles * kRowTile, p.widths.front());
+    zero_padding(at.targets, mlp.tiles * kRowTile, p.widths.back());
+    zero_padding(mlp, at.params, at.transposed);
     pack_weights(mlp, p.params, at.params, at.transposed);
 
     std::vector<double> losses(mlp.tiles * kRowTile);
@@ -114,7 +114,7 @@ float loss_of(const BehaviorMatchingParams& p, float* block, int most_threads) {
             if (!want_gradients) continue;
             mlp.backward(lists, at.transposed, at.pass, range);
             team.wait();
-            add_gradients(mlp, at, strips, lists);
+            add_gradients(mlp, at, strips, lists, first == 0);
             team.wait();
         }
     });

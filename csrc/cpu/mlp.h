@@ -244,12 +244,21 @@ class Mlp {
     }
 };
 
+// A row's numbers in one panel. As many as a constant where the panel is full: no call is made to copy a cache line.
+inline void copy_in_panel(float* to, const float* from, int64_t count) {
+    if (count == kPanel) {
+        std::memcpy(to, from, kPanel * sizeof(float));
+    } else {
+        std::memcpy(to, from, count * sizeof(float));
+    }
+}
+
 // Rows of a plain row-major matrix (…, columns) into panels, and back.
 inline void pack(const float* plain, int64_t columns, Range range, const Matrix& packed) {
     for (int64_t row = range.begin; row < range.end; ++row) {
         for (int64_t first = 0; first < columns; first += kPanel) {
             const int64_t count = std::min<int64_t>(kPanel, columns - first);
-            std::memcpy(packed.at(row, first), plain + row * columns + first, count * sizeof(float));
+            copy_in_panel(packed.at(row, first), plain + row * columns + first, count);
         }
     }
 }
@@ -258,8 +267,25 @@ inline void unpack(const Matrix& packed, int64_t columns, Range range, float* pl
     for (int64_t row = range.begin; row < range.end; ++row) {
         for (int64_t first = 0; first < columns; first += kPanel) {
             const int64_t count = std::min<int64_t>(kPanel, columns - first);
-            std::memcpy(plain + row * columns + first, packed.at(row, first), count * sizeof(float));
+            copy_in_panel(plain + row * columns + first, packed.at(row, first), count);
         }
+    }
+}
+
+// Zeroes what pads a matrix of this many rows and columns to panels, and to its stride.
+inline void zero_padding(const Matrix& matrix, int64_t rows, int64_t columns) {
+    for (int64_t panel = 0; panel < panels(columns); ++panel) {
+        const bool full = (panel + 1) * kPanel <= columns;
+        std::fill(matrix.panel(panel) + (full ? rows * kPanel : 0), matrix.panel(panel) + matrix.stride, 0.0f);
+    }
+}
+
+inline void zero_padding(const Mlp& mlp, const Weights& weights, const std::vector<Matrix>& transposed) {
+    for (int l = 0; l < mlp.layers; ++l) {
+        const int64_t in = mlp.widths[l], out = mlp.widths[l + 1];
+        zero_padding(weights.matrices[l], in, out);
+        zero_padding(transposed[l], out, in);
+        std::fill(weights.biases[l] + out, weights.biases[l] + panels(out) * kPanel, 0.0f);
     }
 }
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import sdw_fast
-from benchmarks.peers_knn import APPROXIMATE, PEERS, K, recall, timed
+from benchmarks.peers_knn import APPROXIMATE, COMPILED_AT_FIRST, PEERS, K, recall, timed
 from benchmarks.table import RESULTS, machine
 from benchmarks.timing import Row, Table, peak_memory, record
 from sdw_fast.ops import knn
@@ -89,8 +89,8 @@ def compare(name: str, rows: int, peers: list[str], fraction: float = 0.02) -> T
         row = Row(peer)
         table.rows.append(row)
         try:
-            if peer == "PyNNDescent":
-                PEERS[peer](points[:2000], np.arange(10))  # numba compiles
+            if peer in COMPILED_AT_FIRST:
+                PEERS[peer](points[:2000], np.arange(10))
             build, query, found = PEERS[peer](points, sample)
         except ImportError as error:
             row.skipped = str(error)

@@ -46,6 +46,35 @@ def pykdtree(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.nda
     return build, query, without_self(found.astype(np.int64), rows)
 
 
+def quitefastmst(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Builds its tree in every call: what a call of one query takes is what building takes."""
+    import quitefastmst as library
+
+    library.omp_set_num_threads(torch.get_num_threads())
+    build, _ = timed(lambda: library.knn_euclid(points, K + 1, points[:1], algorithm="kd_tree"))
+    both, (_, found) = timed(lambda: library.knn_euclid(points, K + 1, points[rows], algorithm="kd_tree"))
+    return build, max(0.0, both - build), without_self(found.astype(np.int64), rows)
+
+
+def nanoflann(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    from pynanoflann import KDTree
+
+    tree = KDTree(n_neighbors=K + 1, leaf_size=10, metric="l2")
+    build, _ = timed(lambda: tree.fit(points))
+    query, (_, found) = timed(lambda: tree.kneighbors(points[rows], n_jobs=torch.get_num_threads()))
+    return build, query, without_self(found.astype(np.int64), rows)
+
+
+def fast_hdbscan(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
+    import numba
+    from fast_hdbscan.numba_kdtree import build_kdtree, parallel_tree_query
+
+    numba.set_num_threads(torch.get_num_threads())
+    build, tree = timed(lambda: build_kdtree(points))
+    query, (_, found) = timed(lambda: parallel_tree_query(tree, points[rows], k=K + 1))
+    return build, query, without_self(found.astype(np.int64), rows)
+
+
 def scipy(points: np.ndarray, rows: np.ndarray) -> tuple[float, float, np.ndarray]:
     from scipy.spatial import cKDTree
 
@@ -124,6 +153,9 @@ PEERS: dict[str, Peer] = {
     "FAISS IVF": faiss_ivf,
     "pykdtree": pykdtree,
     "SciPy cKDTree": scipy,
+    "quitefastmst": quitefastmst,
+    "nanoflann": nanoflann,
+    "fast_hdbscan": fast_hdbscan,
     "scikit-learn": sklearn,
     "PyNNDescent": pynndescent,
     "hnswlib": hnswlib,
@@ -192,6 +224,7 @@ GPU_PEERS: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[float, float, 
     "sdw_fast on the CPU": ours_on_the_cpu,
 }
 APPROXIMATE = ("FAISS IVF", "PyNNDescent", "hnswlib")
+COMPILED_AT_FIRST = ("PyNNDescent", "fast_hdbscan")  # by numba
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:

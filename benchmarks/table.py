@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 SHARED = ("settings", "machine")  # entries of a row that are stored once
 VERSIONS = ("torch", "numpy", "jax", "torchopt", "higher", "numba", "faiss-cpu", "scipy", "pykdtree", "scikit-learn")
+VERSIONS += ("quitefastmst", "pynanoflann", "fast_hdbscan")
 
 Entries = dict[str, Any]  # a row, or a line that defines something
 

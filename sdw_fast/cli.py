@@ -57,6 +57,10 @@ Env = Annotated[
         help="Gymnasium id, or module:Env-v0 to import the module first; default: the environment recorded.",
     ),
 ]
+Mapped = Annotated[
+    bool,
+    typer.Option("--mapped", help="Keep the columns of a Minari dataset or .hdf5 on disk, for more than memory holds."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -150,13 +154,14 @@ def collect(
 def train_teacher(
     dataset: Dataset,
     out: Annotated[Path, typer.Option(help="Where to write the teacher (.safetensors).")],
+    mapped: Mapped = False,
     **settings: Any,
 ) -> None:
     """Train a teacher (policy and Q) on a dataset by offline RL; the same command goes on with an interrupted one."""
     with _readable_errors():
         refuse_unused(TeacherConfig(**settings), settings)
         check_writable(out)
-        sdw.train_teacher(sdw.load_dataset(dataset), out=out, **settings)
+        sdw.train_teacher(sdw.load_dataset(dataset, mapped=mapped), out=out, **settings)
         _say(out)
 
 
@@ -167,6 +172,7 @@ def density(
     out: Annotated[
         Path | None, typer.Option(help="Where to write the log-densities (.npy); the picture goes beside it.")
     ] = None,
+    mapped: Mapped = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -176,7 +182,7 @@ def density(
         refuse_unused(config, settings)
         if out is not None:
             check_writable(out)
-        data = sdw.load_dataset(dataset)
+        data = sdw.load_dataset(dataset, mapped=mapped)
         options = {"k": config.k} if config.density_method == "knn" else {"seed": config.seed}
         logd = sdw.log_density(data, config.density_method, progress=not as_json, **options)
         weights = sdw.density_weights(
@@ -227,6 +233,7 @@ def distill(
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}. [default]")] = None,
     env: Env = None,
+    mapped: Mapped = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [cpu]")] = None,
     n_runs: Annotated[
         int | None, typer.Option(help="Distill this many sets side by side, seeds from --seed on; see OUT/run-000, …")
@@ -237,8 +244,9 @@ def distill(
     """Distill a dataset into a synthetic set; interrupted runs continue with --resume to the same result."""
     with _readable_errors():
         if resume is not None:
-            fixed = {"DATASET": dataset, "--teacher": teacher, "--out": out, "--preset": preset, "--device": device}
-            given = [name for name, value in {**fixed, "--n-runs": n_runs, "--env": env}.items() if value is not None]
+            fixed: dict[str, Any] = {"DATASET": dataset, "--teacher": teacher, "--out": out, "--preset": preset}
+            fixed |= {"--device": device, "--n-runs": n_runs, "--env": env, "--mapped": mapped or None}
+            given = [name for name, value in fixed.items() if value is not None]
             if given:
                 raise ValueError(f"--resume takes {', '.join(given)} from the run in {resume}: leave it out")
             source, saved = read_run(resume)
@@ -257,10 +265,13 @@ def distill(
                 "device": device or "cpu",
                 "n_runs": n_runs,
                 "env": env,
+                "mapped": mapped,
             }
         with process_group() as first:
             loaded = _teacher(source.get("teacher"), teacher_factory)
-            data = sdw.load_dataset(source["dataset"], env_id=_importable(source.get("env")))
+            data = sdw.load_dataset(
+                source["dataset"], env_id=_importable(source.get("env")), mapped=source.get("mapped", False)
+            )
             distiller = runs.new_distiller(
                 data, loaded, config, device=source.get("device") or "cpu", n_runs=source.get("n_runs")
             )

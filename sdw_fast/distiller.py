@@ -63,6 +63,7 @@ class Distiller:
         batches: What an outer step draws from.
         held_out: (H,) int64, the rows of the problem that no step draws.
         iteration: Outer steps taken.
+        ranks: Those of the process group, or None.
         rounding: Where a run went on with other rounding, e.g. {"from_step": 100, "threads": [1, 2]}.
         seeds: Of each run.
 
@@ -84,8 +85,8 @@ class Distiller:
     ) -> None:
         self.problem = problem
         self._fingerprint = functools.cache(problem.fingerprint)
-        self._ranks = Ranks() if ranked() else None
-        self.config = config = _shared_out(config or DistillConfig(), self._ranks)
+        self.ranks = Ranks() if ranked() else None
+        self.config = config = _shared_out(config or DistillConfig(), self.ranks)
         self.device = _device(device)
         self.batched = not isinstance(start, SyntheticDataset)
         self._start = [start] if isinstance(start, SyntheticDataset) else list(start)
@@ -106,7 +107,7 @@ class Distiller:
         rates = usual = [config.inner_lr] * self.n_runs
         if config.adapt_inner_lr:
             rates = bearable_lr(self.inner_loop, *self.normalized, self.seeds)
-            rates = self._ranks.gather(rates)[0] if self._ranks else rates
+            rates = self.ranks.gather(rates)[0] if self.ranks else rates
             tell_of(usual, rates, "cloning on the starting pairs is unstable with more", batched=self.batched)
         self._watch = Watch(rates, LEAST * config.inner_lr, self.device, batched=self.batched)
         self._draws = Draws(self.inner_loop, self.batches, self.device, self.seeds, config.batch_size)
@@ -152,7 +153,7 @@ class Distiller:
 
     def advance(self) -> Tensor:
         """Takes one outer step and hardly waits; returns its figures (5, R), to be given to `fetch`."""
-        rank, ranks = (self._ranks.rank, self._ranks.size) if self._ranks else (0, 1)
+        rank, ranks = (self.ranks.rank, self.ranks.size) if self.ranks else (0, 1)
         own_share = range(rank, self.config.initializations or 1, ranks)
         initial, batch = self._draws.draw(own_share, self.iteration)
         count = len(batch[0]) // self.n_runs
@@ -194,8 +195,8 @@ class Distiller:
         """Figures (F, J·R) as means over all initializations, (F, R); the hypergradients likewise, in place."""
         own = figures.unflatten(1, (-1, self.n_runs)).sum(1)
         gradients = [leaf.grad for leaf in self._leaves if leaf.grad is not None]
-        if self._ranks:
-            self._ranks.add([own, *gradients])
+        if self.ranks:
+            self.ranks.add([own, *gradients])
         for part in (own, *gradients):
             part /= self.config.initializations or 1
         return own

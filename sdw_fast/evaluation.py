@@ -12,6 +12,7 @@ import torch
 
 from sdw_fast.policy import behavior_clone
 from sdw_fast.progress import progress_bar
+from sdw_fast.ranks import Ranks
 from sdw_fast.units import Affine, Units, d4rl_returns
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def evaluate_synthetic(
     episodes: int = 10,
     seed: int = 0,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Clones several policies on a synthetic set and runs each for its share of the episodes.
 
@@ -172,6 +174,7 @@ def evaluate_synthetic(
         episodes: in all; episode i is reset with seed + i.
         seed: of the first clone and the first episode.
         progress: show a progress bar for each clone.
+        ranks: of a process group, all of which call this: they share out the clones, and all return the same.
 
     Raises:
         ValueError: no environment is known, it does not fit the set, or clones is not in 1 … episodes.
@@ -181,16 +184,26 @@ def evaluate_synthetic(
     if not 1 <= clones <= episodes:
         raise ValueError(f"clones must be between 1 and episodes = {episodes}, got {clones}")
     env = check_environment(synthetic.units, env)
-    results = [
-        evaluate(
-            behavior_clone(synthetic, ensemble=ensemble, seed=seed + clone * ensemble),
-            env,
-            episodes=len(share),
-            seed=seed + int(share[0]),
-            progress=progress,
-        )
-        for clone, share in enumerate(np.array_split(np.arange(episodes), clones))
-    ]
+    shares = np.array_split(np.arange(episodes), clones)
+
+    def results_of(own: range) -> dict[int, Evaluation]:
+        return {
+            clone: evaluate(
+                behavior_clone(synthetic, ensemble=ensemble, seed=seed + clone * ensemble),
+                env,
+                episodes=len(shares[clone]),
+                seed=seed + int(shares[clone][0]),
+                progress=progress,
+            )
+            for clone in own
+        }
+
+    if ranks:
+        every = ranks.gather(ranks.together(lambda: results_of(range(ranks.rank, clones, ranks.size))))
+        found = {clone: result for part in every for clone, result in part.items()}
+    else:
+        found = results_of(range(clones))
+    results = [found[clone] for clone in range(clones)]
     env_id = results[0].env_id
     scores = synthetic.units.returns_in(env_id)
     returns, lengths = (np.concatenate([getattr(r, name) for r in results]) for name in ("returns", "lengths"))

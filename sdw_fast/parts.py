@@ -19,7 +19,7 @@ from sdw_fast.progress import progress_bar
 SAMPLE_ROWS = 1 << 16  # of all states, by which space is cut
 PART_ROWS = 8_000_000  # states searched together by one process: for 17 columns and k = 10 some 3 GB
 _BLOCK_ROWS = 1 << 20  # states looked at together
-_SLACK = 1e-12  # of the largest coordinate: what rounding may add to a float64 distance between projections
+_CACHED_ROWS = 1 << 14  # whose projections and what is made of them stay in the cache
 
 Take = Callable[[Any], Tensor]  # states (n, D) by their rows, a slice or (n,) int64
 
@@ -51,23 +51,23 @@ class Parts:
         return axis, value, self._cut(sample[below], first, middle), self._cut(sample[~below], middle, last)
 
     def project(self, points: Tensor) -> Tensor:
-        """(m, D) float64 coordinates in which space is cut; distances are those of the points, to rounding."""
-        return (points.double() - self._center.to(points.device)) @ self._axes.to(points.device)
+        """(m, D) coordinates in which space is cut, of the points' dtype; distances are the points', to rounding."""
+        axes, center = self._axes.to(points), (self._center @ self._axes).to(points)
+        return torch.addmm(center, points, axes, beta=-1)
 
     def owner_of(self, projected: Tensor) -> Tensor:
         """The part in which every point lies, (m,)."""
         owner = torch.zeros(len(projected), dtype=torch.int64, device=projected.device)
-
-        def descend(part: Any, rows: Tensor) -> None:
+        # No function that calls itself: it would refer to itself, and keep the projections until the next collection.
+        todo = [(self._root, torch.arange(len(projected), device=projected.device))]
+        while todo:
+            part, rows = todo.pop()
             if isinstance(part, int):
                 owner[rows] = part
-                return
-            axis, value, lower, upper = part
-            below = projected[rows, axis] < value
-            descend(lower, rows[below])
-            descend(upper, rows[~below])
-
-        descend(self._root, torch.arange(len(projected), device=projected.device))
+            else:
+                axis, value, lower, upper = part
+                below = projected[rows, axis] < value
+                todo += [(lower, rows[below]), (upper, rows[~below])]
         return owner
 
 
@@ -85,11 +85,18 @@ def principal_frame(sample: Tensor) -> tuple[Tensor, Tensor]:
 def crosses(projected: Tensor, reach: Tensor, box: tuple[Tensor, Tensor], magnitude: float) -> Tensor:
     """Whether the balls of squared radius `reach` (m,) around points (m, D) cross a box, (m,) bool.
 
-    All are projected (see `Parts.project`) from points whose largest coordinate is `magnitude`.
+    All are projected (see `Parts.project`) from points whose largest coordinate is `magnitude`. Where rounding leaves
+    it open, they cross: a projection of D columns is off by at most 2 (D + 2) √D unit roundoffs of the magnitude in
+    each of its columns, and so are the two ends of a gap.
     """
-    low, high = (end.to(projected.device) for end in box)
-    gap = torch.maximum(low - projected, projected - high).clamp_(min=0)
-    return gap.norm(dim=1) <= reach.sqrt() * (1 + 1e-9) + _SLACK * magnitude * projected.shape[1]
+    low, high = (end.to(projected) for end in box)
+    dims, unit = projected.shape[1], torch.finfo(projected.dtype).eps
+    reach = (reach.sqrt() * (1 + 1e-6) + 4 * (dims + 2) * dims * unit * magnitude).to(projected.dtype)
+    near = [
+        torch.maximum(low - part, part - high).clamp_(min=0).norm(dim=1) <= radius * (1 + 4 * dims * unit)
+        for part, radius in zip(projected.split(_CACHED_ROWS), reach.split(_CACHED_ROWS), strict=True)
+    ]
+    return torch.cat(near)
 
 
 def self_join_in_parts(take: Take, rows: int, k: int, *, progress: bool = False) -> Tensor:
@@ -112,8 +119,8 @@ def self_join_in_parts(take: Take, rows: int, k: int, *, progress: bool = False)
         for own in members:
             if len(own) > 1:
                 nearest = min(k, len(own) - 1)
-                squared, _ = NeighborIndex(take(own.numpy()), magnitude).self_join(nearest)
-                distances[own, :nearest] = squared.sqrt_().float()
+                for row, squared, _ in NeighborIndex(take(own.numpy()), magnitude).self_join_portions(nearest):
+                    distances[own[row], :nearest] = squared.sqrt_().float()
             bar.update()
         for part, own in enumerate(members):
             if len(own):
@@ -149,8 +156,8 @@ def _look_in(
 def _shared_out(parts: Parts, take: Take, rows: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]], float]:
     """The part of every state, (rows,) int16, the projected box of every part's, and the largest coordinate."""
     owner, magnitude = torch.empty(rows, dtype=torch.int16), 0.0
-    shape = parts.count, take(slice(0, 1)).shape[1]
-    low, high = (torch.full(shape, end, dtype=torch.float64) for end in (torch.inf, -torch.inf))
+    first = take(slice(0, 1))
+    low, high = (first.new_full((parts.count, first.shape[1]), end) for end in (torch.inf, -torch.inf))
     for block in _blocks(rows):
         points = take(block)
         magnitude = max(magnitude, float(points.abs().max()))

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sdw_fast.heartbeat import heartbeat
+
 T = TypeVar("T")
 
-MEETING_SECONDS = 300  # within which all processes of a start must have begun; importing PyTorch takes a few of them
+MEETING_SECONDS = 300.0  # within which all processes of a start must have come to open the group
+REPORT_SECONDS = 30.0  # after which those that have not are named
 
 
 def ranked() -> bool:
@@ -30,50 +33,72 @@ def process_group() -> Iterator[bool]:
     """The process group that `torchrun` asks for, if it started this process; gives whether this is the first rank.
 
     Unlike one of PyTorch's own `init_process_group`, it also meets after `torchrun --max-restarts` has started the
-    processes again. Where there is a group, or none is asked for, nothing is opened and nothing closed.
+    processes again, and says within a minute which rank does not come, or has frozen (see `sdw_fast.heartbeat`). Where
+    there is a group, or none is asked for, nothing is opened and nothing closed.
 
     Raises:
-        TimeoutError, torch.distributed.DistError: not all processes have started within MEETING_SECONDS.
+        TimeoutError: not all processes have come within MEETING_SECONDS.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not dist.is_available() or dist.is_initialized():
         yield not ranked() or dist.get_rank() == 0
         return
-    dist.init_process_group(**_meeting())
+    store, rank, size = next(dist.rendezvous("env://"))
+    name = _meeting(store, rank, size)
+    dist.init_process_group(store=dist.PrefixStore(name, store), rank=rank, world_size=size)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        yield dist.get_rank() == 0
+        with heartbeat(name, rank, size, address):
+            yield rank == 0
     finally:
         dist.destroy_process_group()
 
 
-def _meeting() -> dict[str, Any]:
-    """What `init_process_group` takes: a store under a name that the processes of this start have agreed on.
+def _meeting(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the processes of this start have agreed on, and no other start has.
 
     The store is `torchrun`'s, and after a restart it still holds the addresses of the processes that are gone: gloo
     would take them for those of now, and wait for ever. So every process asks the first under a name that nobody used
     before, and the first answers until all have confirmed. The number of restarts in the environment would not do: the
     hosts of one run may count differently.
     """
-    store, rank, size = next(dist.rendezvous("env://"))
-    if rank == 0:
-        start, deadline = uuid.uuid4().hex, time.monotonic() + MEETING_SECONDS
-        while store.add(f"{start}/confirmed", 0) < size - 1:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not all of the {size} processes have started within {MEETING_SECONDS} s")
-            for other in range(1, size):
-                if store.check([f"asks/{other}"]):
-                    store.set(f"answer/{store.get(f'asks/{other}').decode()}", start)
-            time.sleep(0.02)
-    else:
-        own = uuid.uuid4().hex
+    began, reported = time.monotonic(), False
+
+    def wait_for(missing: list[int]) -> None:
+        nonlocal reported
+        seconds = time.monotonic() - began
+        words = f"rank {', '.join(map(str, missing))} of {size} has not opened the process group after {seconds:.0f} s"
+        if seconds > MEETING_SECONDS:
+            raise TimeoutError(words)
+        if seconds > REPORT_SECONDS and not reported:
+            reported = True
+            print(f"sdw_fast: {words}", file=sys.stderr, flush=True)
+        time.sleep(0.02)
+
+    own = uuid.uuid4().hex
+    if rank:
         store.set(f"asks/{rank}", own)
-        store.wait([f"answer/{own}"], timedelta(seconds=MEETING_SECONDS))
-        start = store.get(f"answer/{own}").decode()
-        store.add(f"{start}/confirmed", 1)
-    return {"store": dist.PrefixStore(start, store), "rank": rank, "world_size": size}
+        while not store.check([f"answer/{own}"]):
+            wait_for([0])
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/here/{rank}", "")
+        return name
+    while missing := [other for other in range(1, size) if not store.check([f"{own}/here/{other}"])]:
+        for other in missing:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        wait_for(missing)
+    return own
 
 
 class Ranks:
-    """The ranks of a process group, and what they say to each other. Every method is called on all of them."""
+    """The ranks of a process group, and what they say to each other. Every method is called on all of them.
+
+    Attributes:
+        group, rank, size: The process group, the number of this rank in it, and of ranks.
+        sent: Bytes that went to other ranks in exchanges.
+        stop: Whether this rank wishes to stop: every sum carries the wish.
+        stopping: Whether any rank did at the last sum.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -82,7 +107,8 @@ class Ranks:
             )
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.sent = 0  # bytes that went to other ranks
+        self.sent = 0
+        self.stop = self.stopping = False
 
     def together(self, work: Callable[[], T]) -> T:
         """Does `work`, which talks to nobody, and raises on all ranks what it raised on one."""
@@ -100,10 +126,6 @@ class Ranks:
                 raise kind(f"rank {rank}: {words[1]}")
         return result  # type: ignore[return-value]
 
-    def any_of(self, flag: Callable[[], bool]) -> Callable[[], bool]:
-        """A function that says whether `flag` holds on any rank, to be called on all of them."""
-        return lambda: bool(self.reduce(torch.tensor(float(flag())), "max"))
-
     def gather(self, value: Any) -> list[Any]:
         """Every rank's small value, by rank."""
         values: list[Any] = [None] * self.size
@@ -117,10 +139,13 @@ class Ranks:
         return values
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces tensors of one dtype by their sums over all ranks, in one message."""
-        total = self.reduce(torch.cat([tensor.flatten() for tensor in tensors]), "sum")
-        for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        """Replaces tensors of one dtype by their sums over all ranks, in one message, and learns of wishes to stop."""
+        wish = tensors[0].new_full((1,), self.stop)
+        parts = [*tensors, wish]
+        total = self.reduce(torch.cat([part.flatten() for part in parts]), "sum")
+        for part, summed in zip(parts, total.split([part.numel() for part in parts]), strict=True):
+            part.copy_(summed.view_as(part))
+        self.stopping = bool(wish)
 
     def exchange(self, tensors: list[Tensor], counts: list[int]) -> tuple[list[Tensor], list[int]]:
         """Sends the first counts[0] rows of each tensor to rank 0, the next counts[1] to rank 1, …

@@ -20,8 +20,8 @@ from sdw_fast.folder import RunFolder
 from sdw_fast.interruption import deferred_interrupt
 from sdw_fast.objectives import outer_problem
 from sdw_fast.progress import progress_bar
-from sdw_fast.ranks import Ranks, ranked
-from sdw_fast.selection import HELD_OUT_EVERY, Best
+from sdw_fast.ranks import Ranks
+from sdw_fast.selection import HELD_OUT_EVERY, Best, evaluate_sets
 from sdw_fast.synthetic import SyntheticDataset, real_pairs
 from sdw_fast.teacher import Teacher
 
@@ -120,7 +120,7 @@ def run(
     """Takes the outer steps that remain, showing and keeping what comes of them.
 
     Under a process group of `torch.distributed` every rank calls it: the first owns the folder, the bar and the choice
-    of the set, and all return the same sets.
+    of the set, the policies that are evaluated are shared out, and all return the same sets.
 
     Args:
         distiller: The distillation; a folder with a checkpoint puts it where that was taken.
@@ -154,12 +154,10 @@ def run(
         return distiller.iteration % every == 0 or distiller.iteration == config.steps
 
     with contextlib.ExitStack() as opened:
-        interrupted = here = opened.enter_context(deferred_interrupt())
-        ranks = Ranks() if ranked() else None
-        if ranks:
-            interrupted = ranks.any_of(here)  # asked once a step, on every rank
-            if ranks.rank:
-                return _follow(distiller, ranks, interrupted)
+        interrupted = opened.enter_context(deferred_interrupt())
+        ranks = distiller.ranks
+        if ranks and ranks.rank:
+            return _follow(distiller, ranks, env, interrupted)
 
         def open_folder() -> RunFolder | None:
             return None if out is None else opened.enter_context(RunFolder(out, distiller, source))
@@ -167,17 +165,19 @@ def run(
         folder = ranks.together(open_folder) if ranks else open_folder()
         if ranks:
             ranks.gather(distiller.state_dict() if distiller.iteration else None)
-        best = Best(distiller, folder)
+        best = Best(distiller, folder, ranks)
         bar = opened.enter_context(
             progress_bar(total=config.steps, initial=distiller.iteration, unit="step", smoothing=0.05, show=progress)
         )
         while distiller.iteration < config.steps:
             began = time.perf_counter()
+            if ranks:
+                ranks.stop = interrupted()
             pending.append(distiller.advance())
             evaluating = bool(config.eval_every) and due(config.eval_every)
             looking = config.select != "last" and due(HELD_OUT_EVERY)
             saving = folder is not None and due(config.checkpoint_every)
-            wait = not distiller.runs_ahead or ranks is not None or callback is not None or here()
+            wait = not distiller.runs_ahead or ranks is not None or callback is not None or interrupted()
             wait = wait or evaluating or looking or saving
             if not wait and len(pending) < FETCH_EVERY and distiller.iteration < config.steps:
                 seconds += time.perf_counter() - began
@@ -199,7 +199,7 @@ def run(
             bar.update(len(steps))
             if callback:
                 callback(distiller, steps[-1])
-            stop = interrupted()
+            stop = ranks.stopping if ranks else interrupted()
             if folder and (stop or saving):
                 folder.checkpoint(distiller, best.by, best.scores)
             if stop:
@@ -214,15 +214,21 @@ def run(
     return sets
 
 
-def _follow(distiller: Distiller, ranks: Ranks, interrupted: Callable[[], bool]) -> list[SyntheticDataset]:
+def _follow(
+    distiller: Distiller, ranks: Ranks, env: Environment | None, interrupted: Callable[[], bool]
+) -> list[SyntheticDataset]:
     """What a rank other than the first does in `run`: it goes on from the first's checkpoint, and takes the steps."""
     ranks.together(lambda: None)
     state = ranks.gather(None)[0]
     if state is not None:
         distiller.load_state_dict(state)
-    while distiller.iteration < distiller.config.steps:
+    every, steps = distiller.config.eval_every, distiller.config.steps
+    while distiller.iteration < steps:
+        ranks.stop = interrupted()
         distiller.step()
-        if interrupted():
+        if every and (distiller.iteration % every == 0 or distiller.iteration == steps):
+            evaluate_sets(distiller, env, ranks)
+        if ranks.stopping:
             raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}")
     sets: list[SyntheticDataset] = ranks.gather(None)[0]
     if interrupted():

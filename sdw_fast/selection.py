@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sdw_fast.distiller import Distiller, Metrics
-from sdw_fast.evaluation import SELECTION_SEED, evaluate_synthetic
+from sdw_fast.evaluation import SELECTION_SEED, Evaluation, evaluate_synthetic
 from sdw_fast.folder import RunFolder
+from sdw_fast.ranks import Ranks
 from sdw_fast.synthetic import SyntheticDataset
 
 if TYPE_CHECKING:
@@ -53,6 +54,20 @@ class HeldOut:
         return torch.stack(losses).mean(0).cpu().numpy()
 
 
+def evaluate_sets(distiller: Distiller, env: Environment | None, ranks: Ranks | None) -> list[Evaluation]:
+    """Returns of policies cloned on every run's set as it stands; ranks, if any, share them out."""
+    options: dict[str, Any] = {"clones": distiller.config.eval_clones, "episodes": distiller.config.eval_episodes}
+    return [
+        evaluate_synthetic(one, env, **options, seed=seed, ranks=ranks)
+        for one, seed in zip(distiller.sets, _seeds(distiller), strict=True)
+    ]
+
+
+def _seeds(distiller: Distiller) -> list[int]:
+    """Of the policies and episodes by which the set of each run is chosen."""
+    return [SELECTION_SEED + 1_000 * (seed % 1_000_000) for seed in distiller.seeds]
+
+
 class Best:
     """The best set so far of every run, and its score, higher is better.
 
@@ -61,10 +76,10 @@ class Best:
         scores: The best so far of each run, −inf before the first.
     """
 
-    def __init__(self, distiller: Distiller, folder: RunFolder | None) -> None:
+    def __init__(self, distiller: Distiller, folder: RunFolder | None, ranks: Ranks | None = None) -> None:
         self.by = distiller.config.selected_by
         self.scores = [-math.inf] * distiller.n_runs
-        self._distiller, self._folder = distiller, folder
+        self._distiller, self._folder, self._ranks = distiller, folder, ranks
         self._held_out = HeldOut(distiller) if distiller.config.select != "last" else None
         self._sets: dict[int, SyntheticDataset] = {}
         if folder and folder.best_by == self.by:
@@ -82,18 +97,15 @@ class Best:
     def evaluate(self, env: Environment | None = None) -> Metrics:
         """Clones policies on every run's set and runs them in the environment; keeps the sets that beat all before."""
         distiller, config = self._distiller, self._distiller.config
-        options: dict[str, Any] = {"clones": config.eval_clones, "episodes": config.eval_episodes}
-        seeds = [SELECTION_SEED + 1_000 * (seed % 1_000_000) for seed in distiller.seeds]
-        results = [
-            evaluate_synthetic(one, env, **options, seed=seed) for one, seed in zip(distiller.sets, seeds, strict=True)
-        ]
+        results = evaluate_sets(distiller, env, self._ranks)
         scores = [result.mean if result.normalized_mean is None else result.normalized_mean for result in results]
         spread = [result.std if result.normalized_std is None else result.normalized_std for result in results]
         if self.by == "return":
-            self._compare(
-                np.array(scores),
-                [{"score": score, **options, "seed": seed} for score, seed in zip(scores, seeds, strict=True)],
-            )
+            by = {"clones": config.eval_clones, "episodes": config.eval_episodes}
+            shown = [
+                {"score": score, **by, "seed": seed} for score, seed in zip(scores, _seeds(distiller), strict=True)
+            ]
+            self._compare(np.array(scores), shown)
         return {
             "return": distiller.of_runs(np.array([result.mean for result in results])),
             "score": distiller.of_runs(np.array(scores)),

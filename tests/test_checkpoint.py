@@ -79,7 +79,9 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, float]]:
     """Evaluations are numbers made of the set's bits, in an environment nobody needs; (step, seed, score) of each."""
     given: list[tuple[int, int, float]] = []
 
-    def evaluate(synthetic: sdw.SyntheticDataset, env: None, *, clones: int, episodes: int, seed: int) -> Evaluation:
+    def evaluate(
+        synthetic: sdw.SyntheticDataset, env: None, *, clones: int, episodes: int, seed: int, ranks: None
+    ) -> Evaluation:
         score = 1e4 * float(synthetic.observations.sum()) % 100
         given.append((synthetic.config["iteration"], seed, score))
         return Evaluation("Any-v0", seed, np.full(episodes, score), np.ones(episodes, np.int64), None)

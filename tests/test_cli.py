@@ -291,7 +291,7 @@ def test_resume_may_evaluate_otherwise_but_not_distill_otherwise(dataset: Path, 
 
 def test_resume_takes_dataset_teacher_device_and_number_from_the_run(dataset: Path, finished: Path) -> None:
     options = [["--device", "cpu"], ["--preset", "paper"], ["--n-runs", 2], ["--teacher", "t"], ["--out", "x"]]
-    for option in [*options, ["--env", "Toy-v0"]]:
+    for option in [*options, ["--env", "Toy-v0"], ["--mapped"]]:
         result = run("distill", "--resume", finished, *option)
         assert result.exit_code == 1
         assert f"--resume takes {option[0]} from the run" in result.output
@@ -302,7 +302,7 @@ def test_resume_takes_dataset_teacher_device_and_number_from_the_run(dataset: Pa
 def test_device_reaches_the_run_and_its_resumption(dataset: Path, finished: Path, tmp_path: Path) -> None:
     assert "needs a GPU" in run("distill", dataset, *TINY, "--steps", 1, "--device", "cuda", "--out", tmp_path).output
     content = unsealed(json.loads((finished / "config.json").read_text()))
-    rest = {"teacher": None, "device": "cpu", "n_runs": None, "env": None}
+    rest = {"teacher": None, "device": "cpu", "n_runs": None, "env": None, "mapped": False}
     assert content["source"] == {"dataset": str(dataset), **rest}
     content["source"]["device"] = "cuda"
     write_text(tmp_path / "config.json", to_json(sealed(content)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from ranks import on_ranks
 
 import sdw_fast as sdw
-from sdw_fast import DistillConfig, Distiller, outer_problem, real_pairs
+from sdw_fast import DistillConfig, Distiller, evaluation, outer_problem, real_pairs
+from sdw_fast.evaluation import Evaluation
 from sdw_fast.folder import load_checkpoint, read_metrics
 
 TINY = {"objective": "dbc", "size": 8, "hidden": (16,), "inner_steps": 5, "batch_size": 32, "steps": 12}
@@ -99,6 +101,77 @@ def test_the_first_rank_owns_the_folder_and_all_return_its_set(tmp_path: Path, d
         assert np.array_equal(one, whole[0])
     assert np.array_equal(sdw.SyntheticDataset.load(tmp_path / "parts/best.npz").observations, whole[0])
     assert [step["step"] for step in read_metrics(tmp_path / "parts")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_out_the_policies_that_are_evaluated(tmp_path: Path, data, monkeypatch, size: int) -> None:
+    """Each runs some, and the figures are those of one process that runs all."""
+    cloned: list[int] = []
+
+    def clone(synthetic: sdw.SyntheticDataset, *, ensemble: int, seed: int) -> int:
+        cloned.append(seed)
+        return seed
+
+    def run(policy: int, env: str, *, episodes: int, seed: int, progress: bool) -> Evaluation:
+        returns = np.arange(seed, seed + episodes) % 7 + policy % 3.0
+        return Evaluation(env, seed, returns, np.ones(episodes, np.int64), None)
+
+    monkeypatch.setattr("sdw_fast.environments.check_environment", lambda units, env: "Any-v0")
+    monkeypatch.setattr(evaluation, "behavior_clone", clone)
+    monkeypatch.setattr(evaluation, "evaluate", run)
+    settings = {**TINY, "eval_every": 6, "eval_clones": 5, "eval_episodes": 9, "initializations": 3}
+
+    def work(rank: int, out: str) -> list[int]:
+        cloned.clear()
+        sdw.distill(data, out=tmp_path / out, progress=False, **settings)
+        return list(cloned)
+
+    every = work(0, "one")
+    assert len(every) == 10  # 5 policies after step 6, 5 after step 12
+    shares = on_ranks(size, tmp_path, work, "ranks")
+    assert sorted(seed for share in shares for seed in share) == sorted(every)
+    assert max(map(len, shares)) == 2 * -(-5 // size)
+    for one, other in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "ranks"), strict=True):
+        assert (one.get("return"), one.get("score_std")) == (other.get("return"), other.get("score_std"))
+
+
+def test_what_fails_in_an_evaluation_is_raised_on_every_rank(tmp_path: Path, data, monkeypatch) -> None:
+    def clone(synthetic: sdw.SyntheticDataset, *, ensemble: int, seed: int) -> None:
+        if seed % 2:
+            raise ValueError("no such robot")
+
+    monkeypatch.setattr("sdw_fast.environments.check_environment", lambda units, env: "Any-v0")
+    monkeypatch.setattr(evaluation, "behavior_clone", clone)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: None)
+
+    def work(rank: int) -> str:
+        with pytest.raises(ValueError, match="no such robot") as error:
+            sdw.distill(data, progress=False, **{**TINY, "eval_every": 6, "eval_clones": 2})
+        return str(error.value)
+
+    assert on_ranks(2, tmp_path, work) == ["rank 1: no such robot", "no such robot"]
+
+
+def test_an_interrupt_of_any_rank_stops_all_after_the_same_step(tmp_path: Path, data, monkeypatch) -> None:
+    """Ctrl-C that reaches the second rank alone, in its fifth step; the first keeps a checkpoint."""
+
+    def work(rank: int) -> str:
+        step = Distiller.advance
+
+        def advance(self: Distiller) -> torch.Tensor:
+            if rank == 1 and self.iteration == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(self)
+
+        monkeypatch.setattr(Distiller, "advance", advance)
+        with pytest.raises(KeyboardInterrupt) as error:
+            sdw.distill(data, out=tmp_path / "run", progress=False, **TINY)
+        return str(error.value)
+
+    first, second = on_ranks(2, tmp_path, work)
+    assert first.startswith("stopped after outer step 6; ")
+    assert second == "stopped after outer step 6"
+    assert load_checkpoint(tmp_path / "run/checkpoint")["distiller"]["iteration"] == 6
 
 
 def test_more_ranks_than_initializations_are_refused(tmp_path: Path, data) -> None:

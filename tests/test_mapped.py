@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import sdw_fast as sdw
 from sdw_fast.batches import OuterBatches
+from sdw_fast.cli import app
 
 ROWS = 3000
 
@@ -114,3 +116,31 @@ def test_a_full_disk_is_an_error_before_anything_is_mapped(tmp_path: Path, monke
     with pytest.raises(OSError, match="No space left") as error:
         sdw.load_dataset(folder)
     assert str(folder) in str(error.value)
+
+
+def test_commands_keep_the_columns_on_disk(tmp_path: Path, monkeypatch) -> None:
+    """Distillation, its resumption and the density: the bits of a run in memory, from maps."""
+    h5py = pytest.importorskip("h5py")
+    source = tmp_path / "data.hdf5"
+    with h5py.File(source, "w") as file:
+        for name, array in columns(True).items():
+            file.create_dataset(name, data=array)
+    loaded: list[bool] = []
+    load = sdw.load_dataset
+
+    def watched(path: str, **options: object) -> sdw.TransitionDataset:
+        data = load(path, **options)
+        loaded.append(on_disk(data.observations))
+        return data
+
+    monkeypatch.setattr(sdw, "load_dataset", watched)
+    settings = ["--objective", "dbc", "--size", "8", "--hidden", "8", "--inner-steps", "3", "--steps", "4"]
+    for out, mapped in (("memory", []), ("maps", ["--mapped"])):
+        command = ["distill", str(source), *settings, *mapped, "--out", str(tmp_path / out)]
+        assert CliRunner().invoke(app, command).exit_code == 0
+    (tmp_path / "maps/checkpoint").unlink()
+    assert CliRunner().invoke(app, ["distill", "--resume", str(tmp_path / "maps")]).exit_code == 0
+    sets = [sdw.SyntheticDataset.load(tmp_path / out / "last.npz") for out in ("memory", "maps")]
+    assert np.array_equal(sets[0].observations, sets[1].observations)
+    assert CliRunner().invoke(app, ["density", str(source), "--mapped", "--json"]).exit_code == 0
+    assert loaded == [False, True, True, True]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -44,3 +47,18 @@ def test_a_large_dataset_has_the_density_of_a_small_one(monkeypatch) -> None:
     assert np.array_equal(log_density(sdw.load_dataset(columns), k=5), expected)
     with pytest.raises(ValueError, match="k must lie between 1 and 1499"):
         log_density(sdw.load_dataset(columns), k=1500)
+
+
+def test_no_projection_outlives_its_use() -> None:
+    """A search of 30 million states goes through 30 blocks of them: as many kept would be 2 GB, or 4."""
+    sample = torch.from_numpy(_manifold(np.random.default_rng(2))).double()
+    space = parts.Parts(sample, 5, parts.principal_frame(sample))
+    projected = space.project(sample)
+    kept = weakref.ref(projected)
+    gc.disable()
+    try:
+        space.owner_of(projected)
+        del projected
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -202,7 +202,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], sdw.Synthetic
     seen = {}
     scripts = {0: {8: 20.0, 16: 50.0, 24: 30.0, 30: 40.0}, 1: {8: -1.0, 16: -3.0, 24: -2.0, 30: -1.0}}
 
-    def evaluate(synthetic: sdw.SyntheticDataset, env: str, *, clones: int, episodes: int, seed: int) -> Evaluation:
+    def evaluate(
+        synthetic: sdw.SyntheticDataset, env: str, *, clones: int, episodes: int, seed: int, ranks: None
+    ) -> Evaluation:
         assert (env, clones, episodes) == ("checked", 2, 4)
         step, seed = synthetic.config["iteration"], (seed - SELECTION_SEED) // 1000
         seen[seed, step] = synthetic

@@ -13,7 +13,18 @@ import torch
 
 import sdw_fast as sdw
 from benchmarks import table
-from benchmarks.studies import cells, density_agreement, diversity, generalization, report, suite, tasks, work
+from benchmarks.studies import (
+    cells,
+    density_agreement,
+    diversity,
+    generalization,
+    report,
+    suite,
+    tasks,
+    time_to_return,
+    value_weights,
+    work,
+)
 from sdw_fast.folder import metrics_line, read_metrics
 from sdw_fast.units import d4rl_returns
 
@@ -196,7 +207,7 @@ def test_tables(tiny: Path) -> None:
     text = suite.all_tables(cells.results())
     line = next(line for line in text.splitlines() if line.startswith("| hopper/medium |"))
     figures = dict.fromkeys(cells.METHODS, "missing") | {"random": "5.0 (1)", "sdw": "20.0 ± 5.8"}
-    expected = ["hopper/medium", *figures.values(), "32.5", "38.4"]
+    expected = ["hopper/medium", *figures.values(), "32.5", "38.4", "44.9"]
     assert [part.strip() for part in line.strip("|").split("|")] == expected
     replay = next(line for line in text.splitlines() if line.startswith("| hopper/medium-replay |"))
     without = len(cells.COMPARED)
@@ -221,6 +232,8 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     suite.write_page(cells.results())
     generalization.write_page()
     diversity.write_page()
+    value_weights.write_page(report.PAGE)
+    time_to_return.write_page(report.PAGE)
     assert report.PAGE.read_text() == before
 
 

@@ -89,8 +89,8 @@ def steps(rank: int, size: int, folder: Path, name: str, rows: int) -> None:
     problem = sdw.outer_problem(data, None, config)
     distiller = sdw.Distiller(problem, sdw.real_pairs(data, config.size), config)
     waited = 0.0
-    if distiller._ranks:
-        add = distiller._ranks.add
+    if distiller.ranks:
+        add = distiller.ranks.add
 
         def timed_add(tensors: list[torch.Tensor]) -> None:
             nonlocal waited
@@ -98,7 +98,7 @@ def steps(rank: int, size: int, folder: Path, name: str, rows: int) -> None:
             add(tensors)
             waited += time.perf_counter() - began
 
-        distiller._ranks.add = timed_add  # type: ignore[method-assign]
+        distiller.ranks.add = timed_add  # type: ignore[method-assign]
     for _ in range(2):
         distiller.step()
     waited, began, cpu = 0.0, time.perf_counter(), time.process_time()

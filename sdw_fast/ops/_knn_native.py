@@ -107,7 +107,11 @@ class NeighborIndex:
 
     def self_join(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared distances (N, k) float64 and indices of the k nearest other rows, by distance, then index."""
-        return self._collect(self._index.self_join(k), k, self.rows)
+        return self._collect(self.self_join_portions(k), k, self.rows)
+
+    def self_join_portions(self, k: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The same portion by portion, for who has no room for all: rows (n,), squared distances and indices (n, k)."""
+        return _answers(self._index.self_join(k), k, self._kernel)
 
     def within(self, queries: torch.Tensor, k: int, reach: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same of queries (M, D), among the rows whose squared distance is at most reach (M,) float64.
@@ -117,14 +121,14 @@ class NeighborIndex:
         arguments = (queries, self._frame.coordinates(queries), k, NO_SELF)
         on_cpu = isinstance(self._kernel, CpuKernel)
         join = self._index.join(*arguments, reach) if on_cpu else self._index.join(*arguments)
-        squared, found = self._collect(join, k, len(queries))
+        squared, found = self._collect(_answers(join, k, self._kernel), k, len(queries))
         beyond = squared > reach[:, None]
         return squared.masked_fill(beyond, torch.inf), found.masked_fill(beyond, -1)
 
-    def _collect(self, join: Any, k: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _collect(self, answers: Iterator[Any], k: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         squared = torch.empty((rows, k), dtype=torch.float64, device=self._kernel.device)
         found = torch.empty((rows, k), dtype=torch.int64, device=self._kernel.device)
-        for row, distance, index in _answers(join, k, self._kernel):
+        for row, distance, index in answers:
             squared[row], found[row] = distance, index
         return squared, found
 

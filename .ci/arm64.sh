@@ -42,9 +42,9 @@ cmake -S . -B "$work/core" -DCMAKE_BUILD_TYPE=Release -DSDW_CUDA=0 -DSDW_WERROR=
 cmake --build "$work/core" -j "${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"
 cp -r sdw_fast/*.py sdw_fast/ops "$package/sdw_fast/"
 
-# The tests that test_isa.py runs on every instruction set. Those that start another Python cannot: the kernel of this
-# machine does not know what it is.
+# The tests of the compiled kernels, as test_isa.py and test_knn.py choose them. Those that start another Python cannot: the
+# kernel of this machine does not know what it is.
 cd "$work"
 env SDW_EMULATOR=0 OMP_NUM_THREADS=2 PYTHONPATH="$package:$site" PYTHONDONTWRITEBYTECODE=1 \
     qemu-aarch64-static -L "$system" "$system/usr/bin/$version" -m pytest -q -p no:cacheprovider --timeout=3600 \
-    -k "(compiled or cpu) and not (isa or emulated or cuda)" ../../tests/ops "$@"
+    -k "(compiled or cpu or native) and not (isa or instruction_set or emulated or cuda)" ../../tests/ops "$@"

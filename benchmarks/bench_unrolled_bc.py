@@ -156,6 +156,7 @@ SHORT = [
     GEMM_FLOOR,
     RATE_FLOOR,
 ]
+LIBRARIES = ["sdw_fast", "autograd, one graph", "TorchOpt MetaSGD", "higher innerloop_ctx"]  # of any model and loss
 REFERENCE = Problem()
 DEFAULT = Problem(hidden=(64, 64, 64))  # what `distill` unrolls
 SHORTER = replace(REFERENCE, steps=20)
@@ -230,10 +231,12 @@ def _sweep() -> Iterator[tuple[str, Callable[[], Table]]]:
     without_jax = [name for name in SHORT if "JAX" not in name]  # its threads are fixed when it starts
     for threads in (1, 2):
         yield f"unrolled_bc/threads={threads}", partial(_swept, REFERENCE, without_jax, threads)
+    yield "unrolled_bc/libraries", partial(_swept, DEFAULT, LIBRARIES, 1)
+    yield "unrolled_bc/libraries,width=256", partial(_swept, REFERENCE, LIBRARIES, 1)
 
 
 def _swept(problem: Problem, names: list[str], threads: int | None = None) -> Table:
-    title = describe(problem) + (f", {threads} threads" if threads else "")
+    title = describe(problem) + (f", threads: {threads}" if threads else "")
     return measure(title, contenders(CONTENDERS, names, problem, threads=threads), budget=8, rounds=(3, 30))
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 has_cuda: bool
+cuda_left_out: str  # without CUDA alone
 
 def active_isa() -> str: ...
 def supported_isas() -> list[str]: ...

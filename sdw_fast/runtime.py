@@ -62,7 +62,7 @@ def _config() -> dict[str, Any]:
 
 def _cuda_device() -> str:
     if not _C.has_cuda:
-        return "not compiled (nvcc was not found)"
+        return f"not compiled ({_C.cuda_left_out})"
     reason = obstacle(torch.device("cuda")) if torch.cuda.is_available() else ""
     return reason or _C.cuda_device_description()
 

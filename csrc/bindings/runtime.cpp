@@ -28,6 +28,7 @@ void bind_runtime(py::module_& m) {
     m.def("cuda_runtime_version", &cuda_runtime_version);
 #else
     m.attr("has_cuda") = false;
+    m.attr("cuda_left_out") = SDW_CUDA_LEFT_OUT;  // why, for a user who expected it
 #endif
 }
 

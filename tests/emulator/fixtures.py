@@ -5,7 +5,6 @@ Without a GPU the CUDA kernels are compiled by the host compiler, every CUDA thr
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -20,7 +19,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-import pybind11
 import pytest
 import torch
 
@@ -34,8 +32,6 @@ FLAGS = "-O2 -fPIC -pthread -std=c++17 -fvisibility=hidden -DSDW_WITH_CUDA -DSDW
 FLAGS += "-Wall -Wextra -Wshadow -Wno-unknown-pragmas"
 FLAGS += " -Werror" if os.environ.get("SDW_WERROR", "0") != "0" else ""
 GUARD = 256  # bytes behind every workspace
-INCLUDES = [f"-I{CORE / 'include'}", f"-I{HERE}"]
-INCLUDES += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
 
 
 class Kernel(NamedTuple):
@@ -63,6 +59,8 @@ def emulated() -> ModuleType:
         pytest.skip("sanitizers do not follow the fibers' changes of stack")
     if os.environ.get("SDW_EMULATOR") == "0":
         pytest.skip("left out: SDW_EMULATOR=0")
+    import fcntl  # which Windows does not have
+
     sources = [HERE / "emulated.cpp", CORE / "cpu" / "isa.cpp", *(CORE / "cuda").glob("*.cu")]
     sources += (CORE / "bindings").glob("*.cpp")
     not_emulated = {CORE / "cuda" / "device.cu", CORE / "bindings" / "module.cpp", CORE / "bindings" / "runtime.cpp"}
@@ -112,10 +110,14 @@ def cuda_on_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def _compile(source: Path, cache: Path) -> Path:
     """Returns the object file of `source`, compiled now if neither it nor any header has been before."""
+    import pybind11
+
     headers = [*sorted(CORE.rglob("*.h")), *sorted(HERE.glob("*.h"))]
     target = cache / f"{source.stem}-{_digest(source, *headers)}.o"
     if not target.exists():
-        _produce(target, [*FLAGS.split(), *INCLUDES, "-c", "-x", "c++", str(source)])
+        includes = [f"-I{CORE / 'include'}", f"-I{HERE}"]
+        includes += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+        _produce(target, [*FLAGS.split(), *includes, "-c", "-x", "c++", str(source)])
     return target
 
 

@@ -107,7 +107,8 @@ def test_memory_does_not_grow_over_2000_calls(problem):
         loss = behavior_matching(trained, observations.detach(), actions, weights)
         torch.autograd.grad(loss, observations)
         kept.append(loss)
-    assert resident() - before < 128 << 20  # PyTorch's own nodes; the tapes would be 900 MB
+    # PyTorch's own nodes: 60 MB, and 160 without a global lock. The tapes would be 900.
+    assert resident() - before < 256 << 20
 
 
 @pytest.mark.parametrize("device", [None, "meta"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +88,8 @@ def test_out_that_does_not_fit() -> None:
 
 @pytest.mark.skipif(not MEMINFO.exists(), reason="the system does not say what is free")
 def test_a_tree_larger_than_memory() -> None:
+    import resource  # which Windows does not have
+
     # Asked of the compiled core itself: knn would first read the pages, which here are never touched.
     kibibytes = re.search(r"MemAvailable:\s+(\d+)", MEMINFO.read_text())
     assert kibibytes is not None

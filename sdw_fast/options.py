@@ -28,9 +28,7 @@ def settings_of(config: type, *names: str) -> Callable[[Callable[..., None]], Ca
             if kind in (bool, bool | None):
                 options[setting.name] = Annotated[bool | None, typer.Option(help=help_text)]
                 continue
-            option = typer.Option(
-                help=f"{help_text} [{shown}]", metavar=_word(kind), parser=functools.partial(_parse, kind)
-            )
+            option = typer.Option(help=f"{help_text} [{shown}]", metavar=_word(kind), parser=_parser(kind))
             options[setting.name] = Annotated[str | None, option]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -62,14 +60,18 @@ def _word(kind: Any) -> str:
     return "INT,INT,…" if types[0] is int and ... in types else f"{types[0].__name__.upper()}"
 
 
-def _parse(kind: Any, text: str) -> Any:
-    """Text as a setting's type; "none" where it may be None."""
+def _parser(kind: Any) -> Callable[[str], Any]:
+    """What reads text as a setting's type; "none" where it may be None. A function, whose name older Typers ask for."""
     types = get_args(kind) or (kind,)
-    if text == "none" and type(None) in types:
-        return text
-    if ... in types:
-        return tuple(int(width) for width in text.split(","))
-    return next(t for t in types if t is not type(None))(text)
+
+    def parse(text: str) -> Any:
+        if text == "none" and type(None) in types:
+            return text
+        if ... in types:
+            return tuple(int(width) for width in text.split(","))
+        return next(t for t in types if t is not type(None))(text)
+
+    return parse
 
 
 def refuse_unused(config: DistillConfig | TeacherConfig, settings: dict[str, Any]) -> None:

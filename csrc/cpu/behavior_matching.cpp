@@ -13,6 +13,9 @@ namespace {
 // gradient, read and written once a block, is little traffic beside the block's own.
 constexpr int64_t kBlockRows = 256;
 
+// Rows for which another thread pays: packing the weights, which one thread does, takes as long as some 50 rows.
+constexpr int64_t kRowsOfThread = 128;
+
 struct Layout {
     Matrix targets;
     Weights params, gradient;
@@ -100,7 +103,8 @@ float loss_of(const BehaviorMatchingParams& p, float* block, int most_threads) {
     pack_weights(mlp, p.params, at.params, at.transposed);
 
     std::vector<double> losses(mlp.tiles * kRowTile);
-    const int threads = mlp.useful_threads(most_threads);
+    const int64_t most_for_rows = 1 + p.rows / kRowsOfThread;
+    const int threads = static_cast<int>(std::min<int64_t>(mlp.useful_threads(most_threads), most_for_rows));
     std::vector<GateLists> gate_lists = mlp.gate_lists(threads);
     Team::run(threads, [&](int member, Team& team) {
         const FlushDenormals flush;

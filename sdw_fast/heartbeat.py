@@ -48,11 +48,11 @@ def heartbeat(name: str, rank: int, size: int, address: tuple[str, int]) -> Iter
                     heard[other] = time.monotonic()
                     if other in reported:
                         reported.remove(other)
-                        _say(f"rank {other} is heard of again")
+                        say(f"rank {other} is heard of again")
                 silent = time.monotonic() - heard[other]
                 if silent > SILENT_SECONDS and counts[other] < _ENDED and other not in reported:
                     reported.add(other)
-                    _say(
+                    say(
                         f"rank {other} of {size} has not been heard of for {silent:.0f} s: its process or host is "
                         "frozen, cut off or overloaded, and the others wait for it"
                     )
@@ -61,7 +61,7 @@ def heartbeat(name: str, rank: int, size: int, address: tuple[str, int]) -> Iter
         try:
             beat()
         except (dist.DistError, RuntimeError) as error:
-            _say(f"rank {rank} cannot reach the store at {':'.join(map(str, address))} any more: {error}")
+            say(f"rank {rank} cannot reach the store at {':'.join(map(str, address))} any more: {error}")
 
     thread = threading.Thread(target=run, name="heartbeat", daemon=True)
     thread.start()
@@ -72,5 +72,6 @@ def heartbeat(name: str, rank: int, size: int, address: tuple[str, int]) -> Iter
         thread.join(timeout=BEAT_SECONDS)
 
 
-def _say(words: str) -> None:
+def say(words: str) -> None:
+    """Puts a line about the ranks on standard error."""
     print(f"sdw_fast: {words}", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from sdw_fast.ops._knn_native import NeighborIndex
 from sdw_fast.progress import progress_bar
 
 SAMPLE_ROWS = 1 << 16  # of all states, by which space is cut
-PART_ROWS = 8_000_000  # states searched together by one process: for 17 columns and k = 10 some 3 GB
+PART_ROWS = 8_000_000  # states searched together by one process: for 17 columns and k = 10 some 2.5 GB
 _BLOCK_ROWS = 1 << 20  # states looked at together
 _CACHED_ROWS = 1 << 14  # whose projections and what is made of them stay in the cache
 
@@ -89,14 +89,15 @@ def crosses(projected: Tensor, reach: Tensor, box: tuple[Tensor, Tensor], magnit
     it open, they cross: a projection of D columns is off by at most 2 (D + 2) √D unit roundoffs of the magnitude in
     each of its columns, and so are the two ends of a gap.
     """
-    low, high = (end.to(projected) for end in box)
+    low, high = (end.to(projected.device).double() for end in box)
     dims, unit = projected.shape[1], torch.finfo(projected.dtype).eps
-    reach = (reach.sqrt() * (1 + 1e-6) + 4 * (dims + 2) * dims * unit * magnitude).to(projected.dtype)
-    near = [
-        torch.maximum(low - part, part - high).clamp_(min=0).norm(dim=1) <= radius * (1 + 4 * dims * unit)
-        for part, radius in zip(projected.split(_CACHED_ROWS), reach.split(_CACHED_ROWS), strict=True)
-    ]
-    return torch.cat(near)
+    reach = reach.sqrt() * (1 + 1e-6) + 4 * (dims + 2) * dims * unit * magnitude
+
+    def gaps(part: Tensor) -> Tensor:  # in float64, where squares do not overflow; of what is not finite NaN
+        return torch.maximum(low - part, part - high).clamp_(min=0).norm(dim=1)
+
+    parts = zip(projected.split(_CACHED_ROWS), reach.split(_CACHED_ROWS), strict=True)
+    return torch.cat([~(gaps(part.double()) > radius) for part, radius in parts])
 
 
 def self_join_in_parts(take: Take, rows: int, k: int, *, progress: bool = False) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdw_fast.heartbeat import heartbeat
+from sdw_fast.heartbeat import heartbeat, say
 
 T = TypeVar("T")
 
@@ -71,7 +70,7 @@ def _meeting(store: dist.Store, rank: int, size: int) -> str:
             raise TimeoutError(words)
         if seconds > REPORT_SECONDS and not reported:
             reported = True
-            print(f"sdw_fast: {words}", file=sys.stderr, flush=True)
+            say(words)
         time.sleep(0.02)
 
     own = uuid.uuid4().hex

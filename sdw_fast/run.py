@@ -150,9 +150,6 @@ def run(
     pending: list[Tensor] = []  # figures not looked at yet
     last_return, seconds = math.nan, 0.0
 
-    def due(every: int) -> bool:
-        return distiller.iteration % every == 0 or distiller.iteration == config.steps
-
     with contextlib.ExitStack() as opened:
         interrupted = opened.enter_context(deferred_interrupt())
         ranks = distiller.ranks
@@ -165,7 +162,7 @@ def run(
         folder = ranks.together(open_folder) if ranks else open_folder()
         if ranks:
             ranks.gather(distiller.state_dict() if distiller.iteration else None)
-        best = Best(distiller, folder, ranks)
+        best = Best(distiller, folder)
         bar = opened.enter_context(
             progress_bar(total=config.steps, initial=distiller.iteration, unit="step", smoothing=0.05, show=progress)
         )
@@ -174,9 +171,9 @@ def run(
             if ranks:
                 ranks.stop = interrupted()
             pending.append(distiller.advance())
-            evaluating = bool(config.eval_every) and due(config.eval_every)
-            looking = config.select != "last" and due(HELD_OUT_EVERY)
-            saving = folder is not None and due(config.checkpoint_every)
+            evaluating = _due(distiller, config.eval_every)
+            looking = config.select != "last" and _due(distiller, HELD_OUT_EVERY)
+            saving = folder is not None and _due(distiller, config.checkpoint_every)
             wait = not distiller.runs_ahead or ranks is not None or callback is not None or interrupted()
             wait = wait or evaluating or looking or saving
             if not wait and len(pending) < FETCH_EVERY and distiller.iteration < config.steps:
@@ -214,6 +211,12 @@ def run(
     return sets
 
 
+def _due(distiller: Distiller, every: int) -> bool:
+    """Whether what happens after so many steps, and after the last, is to happen now; 0: never."""
+    last = distiller.iteration == distiller.config.steps
+    return every > 0 and (last or distiller.iteration % every == 0)
+
+
 def _follow(
     distiller: Distiller, ranks: Ranks, env: Environment | None, interrupted: Callable[[], bool]
 ) -> list[SyntheticDataset]:
@@ -222,12 +225,11 @@ def _follow(
     state = ranks.gather(None)[0]
     if state is not None:
         distiller.load_state_dict(state)
-    every, steps = distiller.config.eval_every, distiller.config.steps
-    while distiller.iteration < steps:
+    while distiller.iteration < distiller.config.steps:
         ranks.stop = interrupted()
         distiller.step()
-        if every and (distiller.iteration % every == 0 or distiller.iteration == steps):
-            evaluate_sets(distiller, env, ranks)
+        if _due(distiller, distiller.config.eval_every):
+            evaluate_sets(distiller, env)
         if ranks.stopping:
             raise KeyboardInterrupt(f"stopped after outer step {distiller.iteration}")
     sets: list[SyntheticDataset] = ranks.gather(None)[0]

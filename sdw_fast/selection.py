@@ -13,7 +13,6 @@ from torch import Tensor
 from sdw_fast.distiller import Distiller, Metrics
 from sdw_fast.evaluation import SELECTION_SEED, Evaluation, evaluate_synthetic
 from sdw_fast.folder import RunFolder
-from sdw_fast.ranks import Ranks
 from sdw_fast.synthetic import SyntheticDataset
 
 if TYPE_CHECKING:
@@ -54,11 +53,11 @@ class HeldOut:
         return torch.stack(losses).mean(0).cpu().numpy()
 
 
-def evaluate_sets(distiller: Distiller, env: Environment | None, ranks: Ranks | None) -> list[Evaluation]:
-    """Returns of policies cloned on every run's set as it stands; ranks, if any, share them out."""
+def evaluate_sets(distiller: Distiller, env: Environment | None) -> list[Evaluation]:
+    """Returns of policies cloned on every run's set as it stands; the ranks, if any, share them out."""
     options: dict[str, Any] = {"clones": distiller.config.eval_clones, "episodes": distiller.config.eval_episodes}
     return [
-        evaluate_synthetic(one, env, **options, seed=seed, ranks=ranks)
+        evaluate_synthetic(one, env, **options, seed=seed, ranks=distiller.ranks)
         for one, seed in zip(distiller.sets, _seeds(distiller), strict=True)
     ]
 
@@ -76,10 +75,10 @@ class Best:
         scores: The best so far of each run, −inf before the first.
     """
 
-    def __init__(self, distiller: Distiller, folder: RunFolder | None, ranks: Ranks | None = None) -> None:
+    def __init__(self, distiller: Distiller, folder: RunFolder | None) -> None:
         self.by = distiller.config.selected_by
         self.scores = [-math.inf] * distiller.n_runs
-        self._distiller, self._folder, self._ranks = distiller, folder, ranks
+        self._distiller, self._folder = distiller, folder
         self._held_out = HeldOut(distiller) if distiller.config.select != "last" else None
         self._sets: dict[int, SyntheticDataset] = {}
         if folder and folder.best_by == self.by:
@@ -97,7 +96,7 @@ class Best:
     def evaluate(self, env: Environment | None = None) -> Metrics:
         """Clones policies on every run's set and runs them in the environment; keeps the sets that beat all before."""
         distiller, config = self._distiller, self._distiller.config
-        results = evaluate_sets(distiller, env, self._ranks)
+        results = evaluate_sets(distiller, env)
         scores = [result.mean if result.normalized_mean is None else result.normalized_mean for result in results]
         spread = [result.std if result.normalized_std is None else result.normalized_std for result in results]
         if self.by == "return":

@@ -28,7 +28,12 @@ def _apart(rng: np.random.Generator) -> np.ndarray:
     return (np.repeat([0.0, 1e4, 2e4], [3, 5, 292])[:, None] + rng.normal(size=(300, 4))).astype(np.float32)
 
 
-@pytest.mark.parametrize("make", [_lattice, _manifold, _apart])
+def _huge(rng: np.random.Generator) -> np.ndarray:
+    """The squares of gaps overflow float32."""
+    return _manifold(rng) * np.float32(1e25)
+
+
+@pytest.mark.parametrize("make", [_lattice, _manifold, _apart, _huge])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_distances_in_parts_are_those_of_one_search(monkeypatch, make, count: int) -> None:
     states = make(np.random.default_rng(0))

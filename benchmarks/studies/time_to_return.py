@@ -11,7 +11,6 @@ among them, nor among the papers'. One thread a process; give several processes 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import time
@@ -91,10 +90,7 @@ def write_page(page: Path = report.PAGE) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="REGEX", help="only the tasks whose name matches")
-    parser.add_argument("--tables", action="store_true", help="fill the table and stop")
-    options = parser.parse_args()
+    options = work.options(__doc__)
     if not options.tables:
         work.one_thread()
         for seed in SEEDS:

@@ -9,7 +9,6 @@ draws of the seed too. One thread a process; give several processes different ta
 
 from __future__ import annotations
 
-import argparse
 import re
 import time
 from pathlib import Path
@@ -77,10 +76,7 @@ def write_page(page: Path = report.PAGE) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="REGEX", help="only the tasks whose name matches")
-    parser.add_argument("--tables", action="store_true", help="fill the table and stop")
-    options = parser.parse_args()
+    options = work.options(__doc__)
     if not options.tables:
         work.one_thread()
         for case in cases():

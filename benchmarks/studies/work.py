@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,14 @@ from sdw_fast.networks import orthogonal_parameters
 from sdw_fast.run import new_distiller, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def options(doc: str | None) -> argparse.Namespace:
+    """What a study is asked for, `doc` its help: the tasks that match `only`, or `tables` alone."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="REGEX", help="only the tasks whose name matches")
+    parser.add_argument("--tables", action="store_true", help="fill the table and stop")
+    return parser.parse_args()
 
 
 def one_thread() -> None:

@@ -13,7 +13,7 @@ namespace {
 // gradient, read and written once a block, is little traffic beside the block's own.
 constexpr int64_t kBlockRows = 256;
 
-// Rows for which another thread pays: packing the weights, which one thread does, takes as long as some 50 rows.
+// Rows for which another thread pays: one thread packs the weights, which takes as long as many rows do.
 constexpr int64_t kRowsOfThread = 128;
 
 struct Layout {

@@ -5,7 +5,7 @@
 //               by axis so that 16 candidates are tested at once; the boxes of 16 siblings likewise.
 //     Join      Queries come in groups of up to 16 that lie next to each other (below).
 //     group.h   A group has of each query a sorted list of candidates and the threshold that follows from it.
-//     walk.h    A group shares one walk through the tree and drops what lies beyond its thresholds.
+//     walk.h    Groups of one node share a walk through the tree, which drops what lies beyond their thresholds.
 //     scan.h    Where sampled groups had to look at nearly everything, all references are scanned instead.
 //     exact.h   Candidates are ranked by double distances.
 //
@@ -51,20 +51,21 @@ class Join final : public KnnJoin {
     int64_t rows(int64_t first, int64_t last) const override { return begin_[last] - begin_[first]; }
     bool scans() const override { return scans_; }
 
-    // Threads take four groups at a time.
+    // Threads take as many groups at a time as walk together.
     void search(int64_t first, int64_t last, const KnnParams& answer) const override {
-        const int threads = static_cast<int>(std::clamp<int64_t>((last - first) / 4, 1, num_threads()));
+        const int threads = static_cast<int>(std::clamp<int64_t>((last - first) / kTogether, 1, num_threads()));
         std::deque<Searcher> searchers;
         for (int member = 0; member < threads; ++member) searchers.emplace_back(*this);
         std::atomic<int64_t> next{first};
         Team::run(threads, [&](int member, Team&) {
             while (true) {
-                const int64_t begin = next.fetch_add(4), end = std::min(last, begin + 4);
-                if (begin >= end) return;
-                for (int64_t g = begin; g < end; ++g) {
+                int64_t g = next.fetch_add(kTogether);
+                const int64_t end = std::min(last, g + kTogether);
+                if (g >= end) return;
+                while (g < end) {
                     const int64_t at = begin_[g] - begin_[first];
-                    searchers[member].search(g, answer.query + at, answer.squared + at * asked_.k,
-                                             answer.index + at * asked_.k);
+                    g = searchers[member].search(g, end, answer.query + at, answer.squared + at * asked_.k,
+                                                 answer.index + at * asked_.k);
                 }
             }
         });
@@ -75,26 +76,50 @@ class Join final : public KnnJoin {
     class Searcher {
       public:
         explicit Searcher(const Join& join)
-            : join_(join), group_(join.tree_, join.asked_), walk_(join.tree_, group_), exact_(join.tree_, group_) {}
-
-        void search(int64_t g, int64_t* query, double* squared, int64_t* index) {
-            const int64_t dims = group_.dims, begin = join_.begin_[g];
-            group_.take(join_.order_.data() + begin, static_cast<int>(join_.begin_[g + 1] - begin),
-                        join_.scans_ ? KnnBounds::product(dims) : KnnBounds::differences(dims));
-            if (join_.scans_)
-                scan_all(join_.tree_, group_);
-            else
-                walk_.run(join_.start_[g]);
-            exact_.finish(query, squared, index);
+            : join_(join), groups_(new_groups(join, join.scans_ ? 1 : kTogether)), walk_(join.tree_, groups_) {
+            for (Group& group : groups_) exact_.emplace_back(join.tree_, group);
         }
 
-        int64_t work() const { return group_.work; }
+        // Searches groups [first, last), or as many of them as lie in one node; returns where it stopped.
+        int64_t search(int64_t first, int64_t last, int64_t* query, double* squared, int64_t* index) {
+            const int64_t dims = join_.queries_.dims, k = join_.asked_.k;
+            const auto node = [&](int64_t g) { return join_.start_[g] / (kFan * kFan); };
+            int count = 0;
+            for (Group& group : groups_) {
+                const int64_t g = first + count;
+                if (g == last || node(g) != node(first)) break;
+                group.take(join_.order_.data() + join_.begin_[g], static_cast<int>(join_.rows(g, g + 1)),
+                           join_.scans_ ? KnnBounds::product(dims) : KnnBounds::differences(dims));
+                ++count;
+            }
+            if (join_.scans_)
+                scan_all(join_.tree_, groups_[0]);
+            else
+                walk_.run(&join_.start_[first], count);
+            for (int i = 0; i < count; ++i) {
+                const int64_t at = join_.rows(first, first + i);
+                exact_[i].finish(query + at, squared + at * k, index + at * k);
+            }
+            return first + count;
+        }
+
+        int64_t work() const {
+            int64_t sum = 0;
+            for (const Group& group : groups_) sum += group.work;
+            return sum;
+        }
 
       private:
+        static std::deque<Group> new_groups(const Join& join, int count) {
+            std::deque<Group> groups;
+            for (int i = 0; i < count; ++i) groups.emplace_back(join.tree_, join.asked_);
+            return groups;
+        }
+
         const Join& join_;
-        Group group_;
+        std::deque<Group> groups_;
         Walk walk_;
-        Exact exact_;
+        std::deque<Exact> exact_;
     };
 
     // The self-join: a block of the tree is a group.
@@ -155,7 +180,7 @@ class Join final : public KnnJoin {
         int64_t scan = 0;
         for (int64_t i = 0; i < samples; ++i) {
             const int64_t g = (2 * i + 1) * groups() / (2 * samples);
-            searcher.search(g, query.data(), squared.data(), index.data());
+            searcher.search(g, g + 1, query.data(), squared.data(), index.data());
             scan += rows(g, g + 1) * tree_.blocks * queries_.dims;
         }
         return searcher.work() > scan;

@@ -1,11 +1,12 @@
-// One walk through the tree for a group of up to 16 queries: what is farther from the group's box than its largest
-// threshold is dropped, near cells come first so that thresholds are tight early. A cell's box is tested against all
-// queries at once, the boxes of its blocks against each query that remains, and a query's blocks are scanned several at
-// a time.
+// One walk through the tree for several groups of up to 16 queries that lie next to each other, so that what it reads
+// comes into the caches once for all of them. What is farther from a group's box than its largest threshold is dropped,
+// near cells come first so that thresholds are tight early. A cell's box is tested against all queries of a group at
+// once, the boxes of its blocks against each query that remains, and a query's blocks are scanned several at a time.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <utility>
 #include <vector>
 
@@ -21,27 +22,22 @@ constexpr int kPending = 4;
 #else
 constexpr int kPending = 2;
 #endif
+constexpr int kTogether = 8;  // groups that walk together
 
-class Walk {
+// What one group of a walk has to do with a cell.
+class Probe {
   public:
-    Walk(const Tree& tree, Group& group) : tree_(tree), group_(group), dims_(group.dims) {}
+    Probe(const Tree& tree, Group& group) : tree_(tree), group_(group), dims_(group.dims) {}
 
-    // Fills the group's lists, beginning with block `start`, in or next to which the queries lie.
-    void run(uint32_t start);
+    // Looks at block `start`, in or next to which the queries lie, then at the others of its cell.
+    void look_around(uint32_t start);
+    void mark_unresolved();
+    void test_cell(uint32_t cell);
+    void scan_wanted();
 
   private:
-    struct Near {
-        float distance;
-        uint32_t cell;
-    };
-
-    void mark_unresolved();
-    void collect(int level, int64_t pack, float reach, int64_t except);
-    void visit_collected(float reach, uint32_t except);
-    void test_cell(uint32_t cell);
     void test_blocks(int query, uint32_t cell, uint32_t except);
     void want_block(int query, uint32_t block);
-    void scan_wanted();
     template <int B>
     void scan_blocks(int query);
 
@@ -50,34 +46,108 @@ class Walk {
     const int64_t dims_;
     uint32_t wanted_[kFan][kPending];  // blocks that a query has yet to scan
     int wanted_count_[kFan] = {};
+};
+
+class Walk {
+  public:
+    Walk(const Tree& tree, std::deque<Group>& groups) : tree_(tree), groups_(groups), dims_(groups[0].dims) {
+        for (Group& group : groups) probes_.emplace_back(tree, group);
+    }
+
+    // Fills the lists of the first `count` groups, which lie in or next to blocks start[0], start[1], ... of one node.
+    void run(const uint32_t* start, int count);
+
+  private:
+    struct Near {
+        uint32_t cell;
+        float nearest;  // the least of the distances, each divided by the reach
+        float distance[kTogether];
+    };
+
+    void visit_near(int level, int64_t pack, int64_t except, const uint32_t* start);
+    void collect(int level, int64_t pack, int64_t except);
+
+    const Tree& tree_;
+    std::deque<Group>& groups_;
+    const int64_t dims_;
+    std::deque<Probe> probes_;
+    int count_ = 0;           // groups of this walk
+    float reach_[kTogether];  // largest threshold of each
     std::vector<Near> near_, sorted_;
 };
 
-void Walk::run(uint32_t start) {
-    const uint32_t start_cell = start / kFan;
-    for (int q = 0; q < group_.count; ++q) want_block(q, start);
-    scan_wanted();
-    for (int q = 0; q < group_.count; ++q) test_blocks(q, start_cell, start);
-    scan_wanted();
+void Walk::run(const uint32_t* start, int count) {
+    count_ = count;
+    for (int g = 0; g < count; ++g) probes_[g].look_around(start[g]);
     const int top = static_cast<int>(tree_.levels.size()) - 1;
-    const int64_t start_pack = start_cell / kFan;
-    if (top > 0) {
-        near_.clear();
-        const float reach = group_.largest_threshold();
-        collect(1, start_pack, reach, -1);
-        visit_collected(reach, start_cell);
+    const int64_t start_pack = start[0] / kFan / kFan;
+    if (top > 0) visit_near(1, start_pack, -1, start);
+    for (int g = 0; g < count; ++g) probes_[g].mark_unresolved();
+    if (top > 0) visit_near(top, 0, start_pack, start);
+}
+
+// Visits the cells below a pack within reach of a group, except those of the pack `except` of cells. Near ones come
+// first: sorted into 64 classes of distance, as thresholds shrink slowly.
+void Walk::visit_near(int level, int64_t pack, int64_t except, const uint32_t* start) {
+    constexpr int kClasses = 64;
+    near_.clear();
+    for (int g = 0; g < count_; ++g) reach_[g] = groups_[g].largest_threshold();
+    collect(level, pack, except);
+    int32_t begin[kClasses + 1] = {};
+    const auto class_of = [&](const Near& near) {
+        return static_cast<int>(std::min(kClasses - 1.0f, near.nearest * kClasses));
+    };
+    for (const Near& near : near_) ++begin[class_of(near) + 1];
+    for (int i = 0; i < kClasses; ++i) begin[i + 1] += begin[i];
+    sorted_.resize(near_.size());
+    for (const Near& near : near_) sorted_[begin[class_of(near)]++] = near;
+    for (const Near& near : sorted_)
+        for (int g = 0; g < count_; ++g) {
+            if (near.distance[g] > reach_[g] || near.cell == start[g] / kFan) continue;
+            probes_[g].test_cell(near.cell);
+            reach_[g] = groups_[g].largest_threshold();
+        }
+    for (int g = 0; g < count_; ++g) probes_[g].scan_wanted();
+}
+
+// Appends the cells below a pack to near_.
+void Walk::collect(int level, int64_t pack, int64_t except) {
+    if (level == 1 && pack == except) return;
+    alignas(64) float distance[kTogether][kFan];
+    uint32_t any = 0;
+    for (int g = 0; g < count_; ++g) {
+        Group& group = groups_[g];
+        const Block distances =
+            box_distances(tree_.levels[level], pack, dims_, group.low.get(), group.high.get(), reach_[g]);
+        group.work += 3 * dims_;
+        store_block(distance[g], distances);
+        any |= not_above(distances, reach_[g]);
     }
-    mark_unresolved();
-    const float reach = group_.largest_threshold();
-    if (top > 0 && reach >= 0) {
-        near_.clear();
-        collect(top, 0, reach, start_pack);
-        visit_collected(reach, start_cell);
+    for (uint32_t mask = any; mask; mask &= mask - 1) {
+        const int lane = __builtin_ctz(mask);
+        const int64_t node = pack * kFan + lane;
+        if (level > 1) {
+            collect(level - 1, node, except);
+            continue;
+        }
+        Near near{static_cast<uint32_t>(node), kInfinity, {}};
+        for (int g = 0; g < count_; ++g) {
+            near.distance[g] = distance[g][lane];
+            if (reach_[g] > 0) near.nearest = std::min(near.nearest, near.distance[g] / reach_[g]);
+        }
+        near_.push_back(near);
     }
 }
 
+void Probe::look_around(uint32_t start) {
+    for (int q = 0; q < group_.count; ++q) want_block(q, start);
+    scan_wanted();
+    for (int q = 0; q < group_.count; ++q) test_blocks(q, start / kFan, start);
+    scan_wanted();
+}
+
 // Where neighbors are closer than float resolves, thresholds mean nothing.
-void Walk::mark_unresolved() {
+void Probe::mark_unresolved() {
     for (int q = 0; q < group_.count; ++q) {
         const float kth = key_distance(group_.list(q)[group_.k - 1]);
         if (kth < kNone && group_.threshold[q] > 4 * kth) {
@@ -87,41 +157,8 @@ void Walk::mark_unresolved() {
     }
 }
 
-// Appends the cells below a pack within reach of the group to near_, except those of the pack `except` of cells.
-void Walk::collect(int level, int64_t pack, float reach, int64_t except) {
-    if (level == 1 && pack == except) return;
-    const Block distances = box_distances(tree_.levels[level], pack, dims_, group_.low.get(), group_.high.get(), reach);
-    group_.work += 3 * dims_;
-    alignas(64) float distance[kFan];
-    store_block(distance, distances);
-    for (uint32_t mask = not_above(distances, reach); mask; mask &= mask - 1) {
-        const int lane = __builtin_ctz(mask);
-        if (level == 1)
-            near_.push_back({distance[lane], static_cast<uint32_t>(pack * kFan + lane)});
-        else
-            collect(level - 1, pack * kFan + lane, reach, except);
-    }
-}
-
-// Visits the collected cells, near ones first: sorted into 64 classes of distance, as thresholds shrink slowly.
-void Walk::visit_collected(float reach, uint32_t except) {
-    constexpr int kClasses = 64;
-    int32_t begin[kClasses + 1] = {};
-    const float per_class = reach > 0 ? kClasses / reach : 0;
-    const auto class_of = [&](const Near& near) {
-        return std::min(kClasses - 1, static_cast<int>(near.distance * per_class));
-    };
-    for (const Near& near : near_) ++begin[class_of(near) + 1];
-    for (int i = 0; i < kClasses; ++i) begin[i + 1] += begin[i];
-    sorted_.resize(near_.size());
-    for (const Near& near : near_) sorted_[begin[class_of(near)]++] = near;
-    for (const Near& near : sorted_)
-        if (near.cell != except && near.distance <= group_.largest_threshold()) test_cell(near.cell);
-    scan_wanted();
-}
-
 // Tests a cell's box against all queries of the group at once.
-void Walk::test_cell(uint32_t cell) {
+void Probe::test_cell(uint32_t cell) {
     const float* low = tree_.cell_box.get() + cell * 2 * dims_;
     const float* high = low + dims_;
     Block sum{};
@@ -141,7 +178,7 @@ void Walk::test_cell(uint32_t cell) {
 }
 
 // Tests the boxes of a cell's blocks against a query; asks for those within reach.
-void Walk::test_blocks(int q, uint32_t cell, uint32_t except) {
+void Probe::test_blocks(int q, uint32_t cell, uint32_t except) {
     const float* y = group_.rows.get() + q * dims_;
     const Block distances = box_distances(tree_.levels[0], cell, dims_, y, y, group_.threshold[q]);
     group_.work += 3 * dims_;
@@ -151,7 +188,7 @@ void Walk::test_blocks(int q, uint32_t cell, uint32_t except) {
     }
 }
 
-inline void Walk::want_block(int q, uint32_t block) {
+inline void Probe::want_block(int q, uint32_t block) {
     wanted_[q][wanted_count_[q]++] = block;
     __builtin_prefetch(tree_.coordinates.get() + block * dims_ * kFan);
     if (wanted_count_[q] == kPending) {
@@ -161,7 +198,7 @@ inline void Walk::want_block(int q, uint32_t block) {
 }
 
 // Scans what is left over.
-void Walk::scan_wanted() {
+void Probe::scan_wanted() {
     for (int q = 0; q < group_.count; ++q) {
         for (int b = 0; b < wanted_count_[q]; ++b) {
             std::swap(wanted_[q][0], wanted_[q][b]);
@@ -173,7 +210,7 @@ void Walk::scan_wanted() {
 
 // Scans the B blocks that a query wants: B + 1 loads, B subtractions and multiply-adds an axis.
 template <int B>
-void Walk::scan_blocks(int q) {
+void Probe::scan_blocks(int q) {
     const float* y = group_.rows.get() + q * dims_;
     const float& threshold = group_.threshold[q];  // an insertion lowers it
     const uint32_t* blocks = wanted_[q];

@@ -46,7 +46,7 @@ class OuterBatches:
 
     def take(self, rows: Tensor) -> list[Tensor]:
         """Returns the normalized states (B, D), targets (B, A) and weights (B,) of some rows of the problem."""
-        batch = [tensor[rows] for tensor in self._tensors]
+        batch = [tensor.index_select(0, rows) for tensor in self._tensors]
         if self.device != self._target:
             batch = [part.pin_memory().to(self._target, non_blocking=True) for part in batch]
         return [(batch[0] - self._offset) / self._scale, *batch[1:]]

@@ -23,6 +23,7 @@ from sdw_fast.files import damage_named
 from sdw_fast.identity import identity, refuse_other, tell_of_rounding
 from sdw_fast.inner import InnerLoop
 from sdw_fast.objectives import OuterProblem
+from sdw_fast.ops._backend import one_thread
 from sdw_fast.ranks import Ranks, ranked
 from sdw_fast.stability import LEAST, Watch, bearable_lr, rough, tell_of
 from sdw_fast.synthetic import SyntheticDataset
@@ -151,6 +152,7 @@ class Distiller:
         """
         return self.fetch([self.advance()])[0]
 
+    @one_thread()
     def advance(self) -> Tensor:
         """Takes one outer step and hardly waits; returns its figures (5, R), to be given to `fetch`."""
         rank, ranks = (self.ranks.rank, self.ranks.size) if self.ranks else (0, 1)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdw_fast.ops._backend import one_thread
+
 
 class MLP(nn.Sequential):
     """A ReLU network of linear layers; `sizes` holds the widths from input to output, `tanh` squashes the output."""
@@ -176,17 +178,6 @@ def _orthonormal_columns(layers: Sequence[Tensor]) -> list[Tensor]:
             q = torch.linalg.householder_product(reflectors, tau)
             found.append(q * reflectors.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
     return found
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Has PyTorch compute with one thread, and puts the caller's number of threads back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def batched_cholesky_qr(layers: Sequence[Tensor]) -> list[Tensor]:

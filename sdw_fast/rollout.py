@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from sdw_fast.environments import Environment, check_spaces, limited, make_env, name_of
-from sdw_fast.networks import ask, evaluating, one_thread
+from sdw_fast.networks import ask, evaluating
+from sdw_fast.ops._backend import one_thread
 
 Policy = Callable[[torch.Tensor], Any]
 

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "float32_products",
     "follow_torch",
     "obstacle",
+    "one_thread",
     "resolve_backend",
     "views",
     "without_autocast",
@@ -170,6 +172,8 @@ def float32_products(precision: str) -> Iterator[None]:
 
 # The number of threads that the user chose for the kernels; None: PyTorch's, whatever it is at the time of a call.
 _chosen_threads: int | None = None
+# In `one_thread`, what the kernels follow in place of PyTorch's number.
+_followed_threads: ContextVar[int | None] = ContextVar("followed_threads", default=None)
 
 
 def set_num_threads(threads: int) -> None:
@@ -181,10 +185,27 @@ def set_num_threads(threads: int) -> None:
 
 def get_num_threads() -> int:
     """Returns the number of threads the compiled kernels use."""
-    return torch.get_num_threads() if _chosen_threads is None else _chosen_threads
+    return _chosen_threads or _followed_threads.get() or torch.get_num_threads()
 
 
 def follow_torch() -> None:
     """Before a kernel runs on the CPU: its threads are PyTorch's, unless the user chose another number."""
     if _chosen_threads is None:
-        _C.set_num_threads(torch.get_num_threads())
+        _C.set_num_threads(get_num_threads())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Has PyTorch compute with one thread, and puts the caller's number back; the kernels keep theirs.
+
+    For many small operations, which more threads do not make faster: those of PyTorch spin for milliseconds after each
+    operation, on cores that the kernels want, and an operation waits for all of them, also on crowded cores.
+    """
+    before = torch.get_num_threads()
+    followed = _followed_threads.set(get_num_threads())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _followed_threads.reset(followed)

@@ -179,8 +179,12 @@ def test_kernels_follow_pytorch_until_told_otherwise(problem, monkeypatch):
             assert sdw.get_num_threads() == threads
             unrolled_bc(*problem[:3], steps=1, lr=0.1)
             assert sdw._C.num_threads() == threads
-        sdw.set_num_threads(2)
         torch.set_num_threads(3)
+        with _backend.one_thread(), _backend.one_thread():
+            unrolled_bc(*problem[:3], steps=1, lr=0.1)
+            assert (torch.get_num_threads(), sdw.get_num_threads(), sdw._C.num_threads()) == (1, 3, 3)
+        assert torch.get_num_threads() == sdw.get_num_threads() == 3
+        sdw.set_num_threads(2)
         unrolled_bc(*problem[:3], steps=1, lr=0.1)
         assert sdw._C.num_threads() == sdw.get_num_threads() == 2
     finally:

@@ -134,14 +134,16 @@ def collect(
     name: Annotated[
         str,
         typer.Argument(
-            help="ENV/QUALITY: halfcheetah, hopper, walker2d / medium, medium-replay, expert, medium-expert"
+            help="ENV/QUALITY: halfcheetah, hopper, walker2d / medium, mixture, medium-replay, expert, medium-expert"
         ),
     ],
-    steps: Annotated[int, typer.Option(help="Transitions to collect.")] = 100_000,
+    steps: Annotated[
+        int | None, typer.Option(help="Transitions to collect. [100000; of medium-replay, until the learner is medium]")
+    ] = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset if it exists.")] = False,
 ) -> None:
-    """Roll out the suite's behavior policies into the local Minari dataset sdw/ENV/QUALITY-v0."""
+    """Make the local Minari dataset sdw/ENV/QUALITY-v0 by shipped policies, or medium-replay by training a learner."""
     with _readable_errors():
         _say(sdw.collect(name, steps=steps, seed=seed, overwrite=overwrite))
 

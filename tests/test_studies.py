@@ -209,9 +209,9 @@ def test_tables(tiny: Path) -> None:
     figures = dict.fromkeys(cells.METHODS, "missing") | {"random": "5.0 (1)", "sdw": "20.0 ± 5.8"}
     expected = ["hopper/medium", *figures.values(), "32.5", "38.4", "44.9"]
     assert [part.strip() for part in line.strip("|").split("|")] == expected
-    replay = next(line for line in text.splitlines() if line.startswith("| hopper/medium-replay |"))
+    mixture = next(line for line in text.splitlines() if line.startswith("| hopper/mixture |"))
     without = len(cells.COMPARED)
-    assert (replay.count("missing"), replay.count("–")) == (len(cells.METHODS) - without, without + 1)  # published SDW
+    assert (mixture.count("missing"), mixture.count("–")) == (len(cells.METHODS) - without, without + 3)  # published
     assert "| SDW | 3 | 3600 | 0 | 3.00 |" in text
     lead = next(line for line in text.split("## SDW against")[1].splitlines() if line.startswith("| hopper/medium |"))
     assert lead == "| hopper/medium | 0.52 | missing | missing | missing | missing | missing |"

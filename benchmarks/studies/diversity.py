@@ -34,7 +34,7 @@ from sdw_fast.density import DensityWeights
 
 TABLE = table.RESULTS / "diversity.jsonl"
 ENVS = ("hopper", "walker2d")
-QUALITIES = ("medium-replay", "medium", "medium-expert", "expert")  # rising quality
+QUALITIES = ("mixture", "medium", "medium-expert", "expert")  # rising quality
 STOPS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)  # gradient steps after which a policy is looked at
 POLICIES, EPISODES = 3, 8
 STAGES = (0, 1, 10, 40, 100, 200, 400, 1000)  # steps into an episode, from each to the next

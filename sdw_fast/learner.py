@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,85 +150,66 @@ class _Moments(nn.Module):
 
 @contextmanager
 def learned(
-    env_id: str,
-    *,
-    seed: int,
-    steps: int | None,
-    until_return: float | None,
-    expected: int,
-    checkpoint: Path,
-    provenance: dict[str, Any],
-    progress: bool,
+    env_id: str, recipe: dict[str, Any], *, expected: int, checkpoint: Path, progress: bool
 ) -> Iterator[History]:
     """Trains a learner in an environment and gives its history, for as long as the block that uses it.
 
     Twin critics and a tanh-Gaussian policy of two hidden layers of 256 ReLU units, batches of 256 of the whole history,
     Adam at 3e-4, discount 0.99, target networks moved by 0.005 a step, a temperature for an entropy of −A; one update a
-    step after 5,000 of uniformly random actions. One thread: more are no faster at these widths.
+    step after 5,000 of uniformly random actions. One thread, so that the bits do not depend on their number.
 
     Args:
         env_id: of one of MuJoCo's locomotion environments, whose actions lie between −1 and 1.
-        seed: of the environment, the networks and all draws.
-        steps: the number of transitions, or None for as many as the return takes.
-        until_return: the mean return at which it ends, of the mean action over 5 episodes, looked at every 5,000 steps.
-        expected: about how many steps that takes, for the progress bar.
+        recipe: "seed" of the environment, the networks and all draws; "steps", the number of transitions, where
+            "until_return" is None, else the mean return at which it ends, of the mean action over 5 episodes, looked at
+            every 5,000 steps. A checkpoint must agree with all of it.
+        expected: about how many steps the return takes, for the progress bar.
         checkpoint: kept every 5,000 steps, at Ctrl-C and at the end, and removed when the block has ended well.
-        provenance: what a checkpoint must agree with.
         progress: show a progress bar with the return, steps a second and the time that is left.
 
     Raises:
+        ImportError: MuJoCo is not installed.
         ValueError: the checkpoint is damaged or of another training, or the environment no longer acts as it did.
         OSError: the checkpoint cannot be written; found before the first step.
         BlockingIOError: another process trains with this checkpoint.
         KeyboardInterrupt: Ctrl-C; the step under way is finished and saved first. A second Ctrl-C stops at once.
     """
+    with closing(make_env(env_id)) as env:
+        sizes = [int(space.shape[0]) for space in (env.observation_space, env.action_space) if space.shape]
     check_writable(checkpoint)
-    done = partial(_done, steps=steps, until_return=until_return)
     with deferred_interrupt() as interrupted, locked(checkpoint):
-        yield _history(env_id, seed, done, steps or expected, checkpoint, provenance, interrupted, progress=progress)
+        total = recipe["steps"] if recipe["until_return"] is None else expected
+        bar = partial(progress_bar, total=total, desc=f"learning {env_id}", unit="step", show=progress)
+        yield _history(env_id, sizes, recipe, checkpoint, interrupted, bar)
         checkpoint.unlink(missing_ok=True)
         if interrupted():
             raise KeyboardInterrupt("stopped after the last step; the dataset is there")
 
 
-def _done(history: History, *, steps: int | None, until_return: float | None) -> bool:
-    if until_return is None:
-        return len(history) == steps
-    return bool(history.returns) and history.returns[-1][1] >= until_return
-
-
 def _history(
     env_id: str,
-    seed: int,
-    done: Callable[[History], bool],
-    total: int,
+    sizes: list[int],
+    recipe: dict[str, Any],
     checkpoint: Path,
-    provenance: dict[str, Any],
     interrupted: Callable[[], bool],
-    *,
-    progress: bool,
+    bar_from: Callable[..., Any],
 ) -> History:
     """The loop: from the checkpoint, where there is one, to the last step."""
+    provenance = {**recipe, **{package: version(package) for package in ("gymnasium", "mujoco")}}
     with torch.random.fork_rng(devices=[]), one_thread():
         # torchrl draws from the global generator; torch.manual_seed would seed the GPUs' generators too.
-        torch.default_generator.manual_seed(seed)
-        sac, history = _begin(env_id, checkpoint, provenance)
-        options: dict[str, Any] = {
-            "total": total,
-            "initial": len(history),
-            "desc": f"learning {env_id}",
-            "unit": "step",
-        }
-        with closing(_environment(env_id, seed, history)) as envs, progress_bar(show=progress, **options) as bar:
-            while not done(history):
+        torch.default_generator.manual_seed(recipe["seed"])
+        sac, history = _begin(sizes, checkpoint, provenance)
+        with closing(_environment(env_id, recipe["seed"], history)) as envs, bar_from(initial=len(history)) as bar:
+            while not _done(history, recipe):
                 _step(envs, sac, history)
-                bar.update()
                 if len(history) % LOOK_EVERY == 0:
-                    mean = evaluate(sac.policy, env_id, episodes=EPISODES).mean
-                    history.returns.append((len(history), mean))
-                    bar.set_postfix({"return": f"{mean:.0f}"}, refresh=False)
-                stop = interrupted() and not done(history)
-                if stop or done(history) or len(history) % CHECKPOINT_EVERY == 0:
+                    history.returns.append((len(history), evaluate(sac.policy, env_id, episodes=EPISODES).mean))
+                if history.returns:
+                    bar.set_postfix({"return": f"{history.returns[-1][1]:.0f}"}, refresh=False)
+                bar.update()
+                stop = interrupted() and not _done(history, recipe)
+                if stop or _done(history, recipe) or len(history) % CHECKPOINT_EVERY == 0:
                     columns = {name: torch.from_numpy(column) for name, column in history.columns.items()}
                     more = {"history": columns, "returns": history.returns}
                     write_torch(checkpoint, state_of(len(history), sac, provenance, **more))
@@ -237,10 +219,14 @@ def _history(
     return history
 
 
-def _begin(env_id: str, checkpoint: Path, provenance: dict[str, Any]) -> tuple[Sac, History]:
+def _done(history: History, recipe: dict[str, Any]) -> bool:
+    if recipe["until_return"] is None:
+        return len(history) == recipe["steps"]
+    return bool(history.returns) and history.returns[-1][1] >= recipe["until_return"]
+
+
+def _begin(sizes: list[int], checkpoint: Path, provenance: dict[str, Any]) -> tuple[Sac, History]:
     """A new learner without a history, or both as the checkpoint holds them."""
-    with closing(make_env(env_id)) as env:
-        sizes = [int(space.shape[0]) for space in (env.observation_space, env.action_space) if space.shape]
     sac = Sac(*sizes)
     if not checkpoint.exists():
         return sac, History.empty(*sizes)

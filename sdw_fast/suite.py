@@ -98,13 +98,16 @@ def collect(
     """Makes a dataset of the locomotion suite, as a local Minari dataset, and returns its id for `load_dataset`.
 
     The same name, steps and seed give the same bits on the same machine. A dataset that was collected so before is
-    kept, and its id returned at once. The dataset appears when it is complete: an interruption leaves nothing behind.
+    kept, and its id returned at once. The dataset appears when it is complete: an interruption leaves nothing behind
+    but a learner's checkpoint.
 
     medium-replay is what D4RL means by it: every transition that a learner saw, in order, from the first random action
     until its mean action returns what D4RL's medium dataset does (over five episodes, looked at every 5,000 steps). The
-    learner is SAC by torchrl (`pip install "sdw_fast[teacher]"`; `sdw_fast.learner` has its settings), trained here on
-    one core. It keeps `<dataset>.checkpoint` beside the dataset every 5,000 steps and at Ctrl-C; the same call goes on
-    from it to the same bits.
+    learner is SAC by torchrl (`pip install "sdw_fast[teacher]"`): two hidden layers of 256 ReLU units, batches of 256,
+    Adam at 3e-4, discount 0.99, a learned temperature, one update a step after 5,000 of random actions. It takes about
+    45 minutes of one core for Hopper, 70 for HalfCheetah and 160 for Walker2d, an estimate: 25 steps a second, and the
+    steps that the shipped policies took to that level. `<dataset>.checkpoint` is kept beside the dataset every 5,000
+    steps and at Ctrl-C; the same call goes on from it to the same bits.
 
     Args:
         name: "<env>/<quality>", env in hopper, walker2d, halfcheetah, quality in medium, mixture, medium-replay,
@@ -117,11 +120,12 @@ def collect(
         overwrite: replace a dataset of this name that was collected with other steps, seed or policies.
 
     Raises:
-        ValueError: on an unknown name, or steps or seed out of range; a learner's checkpoint is damaged or of another.
+        ValueError: on an unknown name, or steps or seed out of range; a learner's checkpoint is damaged or of
+            another one.
         FileExistsError: if the name holds a dataset that was collected otherwise and `overwrite` is not set.
         ImportError: if MuJoCo is not installed, or for medium-replay torchrl.
         BlockingIOError: another process trains the learner of this dataset.
-        KeyboardInterrupt: Ctrl-C; of a learner, the step under way is finished and saved first.
+        KeyboardInterrupt: Ctrl-C; a learner's step under way is finished and saved first.
     """
     from minari.storage.datasets_root_dir import get_dataset_path
 
@@ -131,7 +135,8 @@ def collect(
     if steps is None and policies:
         steps = STEPS
     if steps is not None and steps < (least := len(policies) or 1):
-        raise ValueError(f"steps must be at least {least}, one for each policy of {quality}, got {steps}")
+        why = f", one for each policy of {quality}" if policies else ""
+        raise ValueError(f"steps must be at least {least}{why}, got {steps}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     dataset_id = f"sdw/{env}/{quality}-v0"
@@ -176,14 +181,8 @@ def _learned(recipe: dict[str, Any], target: Path, progress: bool) -> AbstractCo
     from sdw_fast.learner import learned
 
     snapshots = SUITE[recipe["env"]]
-    return learned(
-        snapshots.env_id,
-        **{name: recipe[name] for name in ("seed", "steps", "until_return")},
-        expected=snapshots.medium,
-        checkpoint=target.with_name(f"{target.name}.checkpoint"),
-        provenance={**recipe, **_versions("gymnasium", "mujoco")},
-        progress=progress,
-    )
+    checkpoint = target.with_name(f"{target.name}.checkpoint")
+    return learned(snapshots.env_id, recipe, expected=snapshots.medium, checkpoint=checkpoint, progress=progress)
 
 
 def _rolled_out(recipe: dict[str, Any], progress: bool) -> list[dict[str, Any]]:

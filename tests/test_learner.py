@@ -104,6 +104,24 @@ def test_an_interrupted_learner_goes_on_to_the_same_bits(folder: Path, at) -> No
     assert set(os.listdir(folder)) == {"namespace_metadata.json", "medium-replay-v0"}
 
 
+def test_ctrl_c_in_the_last_step_leaves_the_dataset(folder: Path, at) -> None:
+    at(5, ctrl_c)
+    with pytest.raises(KeyboardInterrupt, match="stopped after the last step; the dataset is there"):
+        quick(5)
+    assert set(os.listdir(folder)) == {"namespace_metadata.json", "medium-replay-v0"}
+    assert len(load_dataset(NAME)) == 5
+
+
+def test_a_dataset_that_cannot_be_written_leaves_the_learner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "reserve", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quick(5)
+    monkeypatch.setattr(learner, "_step", lambda *_: pytest.fail("a step was taken again"))
+    quick(5)
+    assert len(load_dataset(NAME)) == 5
+
+
 def test_a_checkpoint_alone_is_no_dataset(folder: Path, at) -> None:
     at(3, ctrl_c)
     with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,21 @@ def normalized_pairs(pairs: TransitionDataset | SyntheticDataset) -> tuple[Tenso
         torch.from_numpy(states.normalize(pairs.observations)),
         torch.from_numpy(actions.normalize(pairs.actions)),
     )
+
+
+def clones(synthetic: SyntheticDataset, count: int) -> Iterator[MLPPolicy]:
+    """Policies cloned on a set, from seeds that nothing else uses."""
+    for clone in range(count):
+        yield sdw.behavior_clone(synthetic, seed=cells.TEST_SEED + clone)
+
+
+def mean_returns(policies: Iterable[Any], data: TransitionDataset, episodes: int) -> list[float]:
+    """D4RL-normalized return of each policy, mean over episodes of its own, whose seeds nothing else uses."""
+    every = (
+        normalized_returns(policy, data, episodes, seed=cells.TEST_SEED + number * episodes)
+        for number, policy in enumerate(policies)
+    )
+    return [round(float(returns.mean()), 2) for returns in every]
 
 
 def normalized_returns(policy: Any, data: TransitionDataset, episodes: int, seed: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from benchmarks.studies import (
     generalization,
     histories,
     report,
+    selection,
     suite,
     tasks,
     time_to_return,
@@ -237,6 +238,7 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     value_weights.write_page(report.PAGE)
     time_to_return.write_page(report.PAGE)
     histories.write_page(report.PAGE)
+    selection.write_page(report.PAGE)
     variance.write_page(report.PAGE)
     assert report.PAGE.read_text() == before
 

@@ -120,6 +120,11 @@ def normalized_pairs(pairs: TransitionDataset | SyntheticDataset) -> tuple[Tenso
     )
 
 
+def steps_into_episode(data: TransitionDataset) -> np.ndarray:
+    """How many steps of its episode came before each row, (M,)."""
+    return np.concatenate([np.arange(length) for length in np.diff(data.episode_ends, prepend=-1)])
+
+
 def clones(synthetic: SyntheticDataset, count: int) -> Iterator[MLPPolicy]:
     """Policies cloned on a set, from seeds that nothing else uses."""
     for clone in range(count):

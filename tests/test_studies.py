@@ -16,6 +16,7 @@ from benchmarks import table
 from benchmarks.studies import (
     cells,
     density_agreement,
+    density_map,
     diversity,
     generalization,
     histories,
@@ -238,6 +239,7 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     value_weights.write_page(report.PAGE)
     time_to_return.write_page(report.PAGE)
     histories.write_page(report.PAGE)
+    density_map.write_page(report.PAGE)
     selection.write_page(report.PAGE)
     variance.write_page(report.PAGE)
     assert report.PAGE.read_text() == before

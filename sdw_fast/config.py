@@ -180,6 +180,8 @@ class DistillConfig(Shown):
             reasons |= dict.fromkeys(("value_weights", "beta"), f"objective {self.objective} has no value weights")
         if not self.eval_every:
             reasons |= dict.fromkeys(("eval_clones", "eval_episodes"), "eval_every is 0, never")
+        elif self.fixed_initialization is not None:
+            reasons["eval_clones"] = "a set for one initialization gives one policy"
         return reasons
 
     def card(self) -> Card:

@@ -185,12 +185,13 @@ def evaluate_synthetic(
         raise ValueError(f"clones must be between 1 and episodes = {episodes}, got {clones}")
     env = check_environment(synthetic.units, env)
     shares = np.array_split(np.arange(episodes), clones)
-    one_policy = synthetic.config.get("fixed_initialization") is not None
 
     def results_of(own: range) -> dict[int, Evaluation]:
         return {
             clone: evaluate(
-                behavior_clone(synthetic, ensemble=ensemble, seed=None if one_policy else seed + clone * ensemble),
+                behavior_clone(
+                    synthetic, ensemble=ensemble, seed=None if synthetic.gives_one_policy else seed + clone * ensemble
+                ),
                 env,
                 episodes=len(shares[clone]),
                 seed=seed + int(shares[clone][0]),

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import sdw_fast as sdw
+from sdw_fast.cli import app
 from sdw_fast.inner import InnerLoop
 from sdw_fast.networks import initialization
 from sdw_fast.run import new_distiller
@@ -66,11 +68,15 @@ def test_other_initializations_are_refused(synthetic: sdw.SyntheticDataset, othe
         sdw.behavior_clone(synthetic, **other)
 
 
-def test_evaluation_runs_its_one_policy(synthetic: sdw.SyntheticDataset, toy_env: str) -> None:
+def test_evaluation_runs_its_one_policy(synthetic: sdw.SyntheticDataset, toy_env: str, tmp_path: Path) -> None:
     policy = sdw.behavior_clone(synthetic)
     expected = sdw.evaluate(policy, toy_env, episodes=4, seed=5)
     found = sdw.evaluate_synthetic(synthetic, toy_env, clones=2, episodes=4, seed=5)
     np.testing.assert_array_equal(found.returns, expected.returns)
+    synthetic.save(tmp_path / "set.npz")
+    refused = CliRunner().invoke(app, ["evaluate", str(tmp_path / "set.npz"), "--env", toy_env, "--clones", "2"])
+    assert refused.exit_code == 1
+    assert "--clones would have no effect" in refused.output
 
 
 def test_outer_loss_is_lower_than_that_of_any_initialization(small_data: sdw.TransitionDataset) -> None:

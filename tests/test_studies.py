@@ -14,6 +14,7 @@ import torch
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import (
+    ceilings,
     cells,
     density_agreement,
     density_map,
@@ -239,6 +240,7 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     value_weights.write_page(report.PAGE)
     time_to_return.write_page(report.PAGE)
     histories.write_page(report.PAGE)
+    ceilings.write_page(report.PAGE)
     density_map.write_page(report.PAGE)
     selection.write_page(report.PAGE)
     variance.write_page(report.PAGE)
@@ -276,6 +278,20 @@ def test_variance_compares_policies_of_the_same_seeds(tiny: Path, monkeypatch: p
         text := variance.results_table(found)
     )
     assert text.endswith(f" | {gain:.1f} (1) |")
+
+
+def test_ceilings_clone_the_teacher_on_all_states(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "TABLE", tiny / "ceilings.jsonl")
+    monkeypatch.setattr(ceilings, "SETTINGS", {**ceilings.SETTINGS, "steps": 4, "look_every": 2, "batch_size": 8})
+    monkeypatch.setattr(ceilings, "EPISODES", 1)
+    monkeypatch.setattr(variance, "TABLE", tiny / "variance.jsonl")
+    given = []
+    clone = work.clone_on_all
+    monkeypatch.setattr(work, "clone_on_all", lambda data, *seed, **kw: given.append(data) or clone(data, *seed, **kw))
+    ceilings.measure((0, "hopper/medium"))
+    data = tasks.dataset("hopper/medium")
+    np.testing.assert_allclose(given[0].actions, np.tanh(data.observations[:, :3]), rtol=1e-5, atol=1e-6)
+    assert ceilings.results()[0, "hopper/medium"]["policy"] == 0
 
 
 def test_low_losses_with_high_returns_rank_well() -> None:

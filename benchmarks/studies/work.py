@@ -77,6 +77,33 @@ def clone_dataset(data: TransitionDataset, seed: int) -> MLPPolicy:
     return MLPPolicy(params, data.units)
 
 
+def clone_on_all(data: TransitionDataset, seed: int, *, held_out: float, look_every: int, **settings: Any) -> MLPPolicy:
+    """Behavior cloning on a whole dataset: the parameters of the least loss on a share of the pairs that is held out.
+
+    Args:
+        data: The pairs.
+        seed: Of the pairs held out, of θ_0 and of the batches.
+        held_out: Share of the pairs.
+        look_every: Steps between two looks at the loss; the last step is looked at too.
+        **settings: steps, batch_size and lr of `cloning`, whose step size falls as a cosine.
+    """
+    rows = np.random.default_rng(seed).permutation(len(data))
+    unseen, kept = (data.subset(np.sort(part)) for part in np.split(rows, [int(held_out * len(rows))]))
+    states, actions = normalized_pairs(unseen)
+    ones, defaults = torch.ones(len(states)), sdw.DistillConfig()
+    least, best = np.inf, None
+    steps = cloning(kept, seed, hidden=defaults.hidden, gain=defaults.gain, schedule="cosine", **settings)
+    for step, params in enumerate(steps, start=1):
+        if step % look_every and step < settings["steps"]:
+            continue
+        with torch.no_grad():
+            loss = float(sdw.ops.behavior_matching(params, states, actions, ones, head=data.units.head))
+        if loss < least:
+            least, best = loss, [p.detach().clone() for p in params]
+    assert best is not None, "the loss is not finite"
+    return MLPPolicy(best, data.units)
+
+
 def cloning(
     data: TransitionDataset,
     seed: int,

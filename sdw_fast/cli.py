@@ -324,6 +324,8 @@ def evaluate(
             result = sdw.evaluate(sdw.MLPPolicy.load(file), env, episodes=episodes, seed=seed)
         else:
             pairs = sdw.SyntheticDataset.load(file)
+            if clones is not None and pairs.gives_one_policy:
+                raise ValueError(f"--clones would have no effect: {file} was distilled for one initialization")
             clones = min(5, episodes) if clones is None else clones
             members = 1 if ensemble is None else ensemble
             result = sdw.evaluate_synthetic(pairs, env, clones=clones, ensemble=members, episodes=episodes, seed=seed)

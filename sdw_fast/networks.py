@@ -194,6 +194,12 @@ def orthogonal_parameters(sizes: Sequence[int], *, gain: float, generators: Sequ
     return parameters
 
 
+def initialization(sizes: Sequence[int], *, gain: float, seed: int) -> list[Tensor]:
+    """The parameters of one MLP that a seed stands for, with a leading dimension of 1: drawn on the CPU, for other
+    devices draw other numbers from the same seed. Otherwise as `orthogonal_parameters`."""
+    return orthogonal_parameters(sizes, gain=gain, generators=[torch.Generator().manual_seed(seed)])
+
+
 def _orthonormal_columns(layers: Sequence[Tensor]) -> list[Tensor]:
     """The Q of the QR decompositions whose R has a positive diagonal, of normal numbers (R, m, n) a layer, m ≥ n.
 

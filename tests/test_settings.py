@@ -30,6 +30,7 @@ OTHER: dict[str, Any] = {
     "hidden": (16, 8),
     "inner_width": 8,
     "gain": 1.3,
+    "fixed_initialization": 3,
     "inner_steps": 6,
     "inner_lr": 0.2,
     "inner_momentum": 0.5,

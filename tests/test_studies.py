@@ -14,15 +14,20 @@ import torch
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import (
+    ceilings,
     cells,
     density_agreement,
+    density_map,
     diversity,
     generalization,
+    histories,
     report,
+    selection,
     suite,
     tasks,
     time_to_return,
     value_weights,
+    variance,
     work,
 )
 from sdw_fast.folder import metrics_line, read_metrics
@@ -137,7 +142,7 @@ def test_a_cell_reports_the_last_set(tiny: Path) -> None:
     last = sdw.SyntheticDataset.load(cells.run_folder(("hopper/medium", "sdw", 1)) / "last.npz")
     assert last.config["iteration"] == 2
     expected = [
-        suite.episodes(policy, tasks.dataset(""), clone).mean() for clone, policy in enumerate(suite.clones(last))
+        suite.episodes(policy, tasks.dataset(""), clone).mean() for clone, policy in enumerate(work.clones(last, 2))
     ]
     assert row(("hopper/medium", "sdw", 1))["policies"] == pytest.approx(expected, abs=1e-3)
 
@@ -234,6 +239,11 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     diversity.write_page()
     value_weights.write_page(report.PAGE)
     time_to_return.write_page(report.PAGE)
+    histories.write_page(report.PAGE)
+    ceilings.write_page(report.PAGE)
+    density_map.write_page(report.PAGE)
+    selection.write_page(report.PAGE)
+    variance.write_page(report.PAGE)
     assert report.PAGE.read_text() == before
 
 
@@ -243,6 +253,50 @@ def test_difference_of_means() -> None:
     assert report.difference([3.0], [1.0, 2.0]) == "+1.5"
     apart = ([1.0, 3.0], [1.0, 5.0])  # -1.0 ± 2.236
     assert report.mean_difference([apart, ([8.0, 8.0], [4.0, 4.0])]) == "+1.5 ± 1.1"
+
+
+def test_variance_compares_policies_of_the_same_seeds(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "TABLE": tiny / "variance.jsonl",
+        "SETTINGS": {**cells.SETTINGS, "hidden": [8], "steps": 4},
+        "SEEDS": range(1),
+        "POLICIES": 3,
+        "EPISODES": 1,
+        "EPISODES_OF_ONE": 1,
+    }.items():
+        monkeypatch.setattr(variance, name, value)
+    for kind in variance.KINDS:
+        variance.measure((0, "hopper/medium", kind))
+    found = variance.results()
+    row = found[0, "hopper/medium", "any"]
+    assert [len(found[0, "hopper/medium", kind]["policies"]) for kind in variance.KINDS] == [3, 1, 3]
+    returns = variance.returns(found, "hopper/medium")
+    assert returns["any"][0] == pytest.approx(np.mean(row["policies"]))
+    assert returns["lowest"][0] == row["policies"][np.argmin(row["losses"])]
+    gain = returns["ensemble"][0] - returns["any"][0]
+    assert f"| all, minus the first |  | {returns['fixed'][0] - returns['any'][0]:.1f} (1) |" in (
+        text := variance.results_table(found)
+    )
+    assert text.endswith(f" | {gain:.1f} (1) |")
+
+
+def test_ceilings_clone_the_teacher_on_all_states(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "TABLE", tiny / "ceilings.jsonl")
+    monkeypatch.setattr(ceilings, "SETTINGS", {**ceilings.SETTINGS, "steps": 4, "look_every": 2, "batch_size": 8})
+    monkeypatch.setattr(ceilings, "EPISODES", 1)
+    monkeypatch.setattr(variance, "TABLE", tiny / "variance.jsonl")
+    given = []
+    clone = work.clone_on_all
+    monkeypatch.setattr(work, "clone_on_all", lambda data, *seed, **kw: given.append(data) or clone(data, *seed, **kw))
+    ceilings.measure((0, "hopper/medium"))
+    data = tasks.dataset("hopper/medium")
+    np.testing.assert_allclose(given[0].actions, np.tanh(data.observations[:, :3]), rtol=1e-5, atol=1e-6)
+    assert ceilings.results()[0, "hopper/medium"]["policy"] == 0
+
+
+def test_low_losses_with_high_returns_rank_well() -> None:
+    assert variance.ranking({"losses": [0.3, 0.1, 0.2], "policies": [10, 90, 40]}) == pytest.approx(1)
+    assert variance.ranking({"losses": [0.1, 0.3, 0.2], "policies": [10, 90, 40]}) == pytest.approx(-1)
 
 
 def test_generalization_trains_every_variant(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

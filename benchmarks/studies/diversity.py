@@ -165,8 +165,7 @@ def stages_table(task: str) -> str:
 def _along_an_episode(task: str) -> dict[str, list[float]]:
     """The columns of a task's table, a number a stage."""
     data = tasks.dataset(task)
-    step = np.concatenate([np.arange(length) for length in np.diff(data.episode_ends, prepend=-1)])
-    stage = np.searchsorted(STAGES, step, side="right") - 1
+    stage = np.searchsorted(STAGES, work.steps_into_episode(data), side="right") - 1
     count = np.bincount(stage, minlength=len(STAGES) - 1)
 
     def mean(values: np.ndarray) -> list[float]:

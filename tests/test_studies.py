@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,15 +30,11 @@ from benchmarks.studies import (
     work,
 )
 from sdw_fast.folder import metrics_line, read_metrics
-from sdw_fast.units import d4rl_returns
 
 
 @pytest.fixture
-def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def tiny(studied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The suite with its files in a folder of the test, tiny settings, and one episode of one policy."""
-    pytest.importorskip("mujoco")
-    units = dataclasses.replace(small_data.units, env_id="Hopper-v5", returns=d4rl_returns("Hopper-v5"))
-    data = dataclasses.replace(small_data, units=units)
     (tmp_path / "page.md").write_text("".join(f"<!-- {n} -->\n\nold\n\n<!-- /{n} -->\n" for n in PAGE))
     for name, value in {
         "TABLE": tmp_path / "suite.jsonl",
@@ -62,8 +57,6 @@ def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(cells, name, value)
     monkeypatch.setattr(report, "DOCS", tmp_path)
     monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(tasks, "dataset", lambda task: data)
-    monkeypatch.setattr(tasks, "teacher", lambda task: small_teacher)
     threads = sdw.get_num_threads()
     yield tmp_path
     sdw.set_num_threads(threads)
@@ -253,50 +246,6 @@ def test_difference_of_means() -> None:
     assert report.difference([3.0], [1.0, 2.0]) == "+1.5"
     apart = ([1.0, 3.0], [1.0, 5.0])  # -1.0 ± 2.236
     assert report.mean_difference([apart, ([8.0, 8.0], [4.0, 4.0])]) == "+1.5 ± 1.1"
-
-
-def test_variance_compares_policies_of_the_same_seeds(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "TABLE": tiny / "variance.jsonl",
-        "SETTINGS": {**cells.SETTINGS, "hidden": [8], "steps": 4},
-        "SEEDS": range(1),
-        "POLICIES": 3,
-        "EPISODES": 1,
-        "EPISODES_OF_ONE": 1,
-    }.items():
-        monkeypatch.setattr(variance, name, value)
-    for kind in variance.KINDS:
-        variance.measure((0, "hopper/medium", kind))
-    found = variance.results()
-    row = found[0, "hopper/medium", "any"]
-    assert [len(found[0, "hopper/medium", kind]["policies"]) for kind in variance.KINDS] == [3, 1, 3]
-    returns = variance.returns(found, "hopper/medium")
-    assert returns["any"][0] == pytest.approx(np.mean(row["policies"]))
-    assert returns["lowest"][0] == row["policies"][np.argmin(row["losses"])]
-    gain = returns["ensemble"][0] - returns["any"][0]
-    assert f"| all, minus the first |  | {returns['fixed'][0] - returns['any'][0]:.1f} (1) |" in (
-        text := variance.results_table(found)
-    )
-    assert text.endswith(f" | {gain:.1f} (1) |")
-
-
-def test_ceilings_clone_the_teacher_on_all_states(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "TABLE", tiny / "ceilings.jsonl")
-    monkeypatch.setattr(ceilings, "SETTINGS", {**ceilings.SETTINGS, "steps": 4, "look_every": 2, "batch_size": 8})
-    monkeypatch.setattr(ceilings, "EPISODES", 1)
-    monkeypatch.setattr(variance, "TABLE", tiny / "variance.jsonl")
-    given = []
-    clone = work.clone_on_all
-    monkeypatch.setattr(work, "clone_on_all", lambda data, *seed, **kw: given.append(data) or clone(data, *seed, **kw))
-    ceilings.measure((0, "hopper/medium"))
-    data = tasks.dataset("hopper/medium")
-    np.testing.assert_allclose(given[0].actions, np.tanh(data.observations[:, :3]), rtol=1e-5, atol=1e-6)
-    assert ceilings.results()[0, "hopper/medium"]["policy"] == 0
-
-
-def test_low_losses_with_high_returns_rank_well() -> None:
-    assert variance.ranking({"losses": [0.3, 0.1, 0.2], "policies": [10, 90, 40]}) == pytest.approx(1)
-    assert variance.ranking({"losses": [0.1, 0.3, 0.2], "policies": [10, 90, 40]}) == pytest.approx(-1)
 
 
 def test_generalization_trains_every_variant(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

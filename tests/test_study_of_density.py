@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import sdw_fast as sdw
-from benchmarks.studies import density_map, tasks
-from sdw_fast.units import d4rl_returns
-
-
-@pytest.fixture(autouse=True)
-def tiny(small_data, small_teacher, monkeypatch: pytest.MonkeyPatch) -> sdw.TransitionDataset:
-    """20 episodes of 20 steps, of which the last ten count as an expert's."""
-    units = dataclasses.replace(small_data.units, env_id="Hopper-v5", returns=d4rl_returns("Hopper-v5"))
-    data = dataclasses.replace(small_data, units=units)
-    monkeypatch.setattr(tasks, "dataset", lambda task: data)
-    monkeypatch.setattr(tasks, "teacher", lambda task: small_teacher)
-    return data
+from benchmarks.studies import density_map
 
 
 @pytest.mark.parametrize(("share", "episodes", "medium", "expert"), [(0.0, 3, 3, 0), (0.5, 4, 2, 2), (1.0, 0, 0, 10)])
-def test_episodes_of_a_point(
-    tiny: sdw.TransitionDataset, share: float, episodes: int, medium: int, expert: int
-) -> None:
+def test_episodes_of_a_point(studied, share: float, episodes: int, medium: int, expert: int) -> None:
     data = density_map.data_of(("hopper", share, episodes), seed=1)
-    rows = [int(np.flatnonzero((tiny.observations == x).all(1))[0]) for x in data.observations[::20]]
+    rows = [int(np.flatnonzero((studied.observations == x).all(1))[0]) for x in data.observations[::20]]
     assert len(data) == 20 * (medium + expert)
     assert all(row % 20 == 0 for row in rows)  # whole episodes
     assert (sum(row < 200 for row in rows), sum(row >= 200 for row in rows)) == (medium, expert)
-    assert data.units.states == tiny.units.states
+    assert data.units.states == studied.units.states
     other = density_map.data_of(("hopper", share, episodes), seed=2)
     assert (episodes == 0) == np.array_equal(other.observations, data.observations)
 
 
-def test_lead_is_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mujoco")
+def test_lead_is_seed_by_seed(studied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "TABLE": tmp_path / "rows.jsonl",
         "SETTINGS": {**density_map.SETTINGS, "size": 8, "steps": 2, "hidden": [8], "inner_steps": 2},

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import sdw_fast as sdw
-from benchmarks.studies import selection, tasks
-from sdw_fast.units import d4rl_returns
+from benchmarks.studies import selection
 
 
 def test_dual_ranking_by_hand(small_data: sdw.TransitionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,11 +31,7 @@ def test_a_rare_state_of_low_value_is_as_good_as_a_common_one_of_high_value(smal
     assert selection._best(rows, values, densities, 3).tolist() == [1, 0, 2]
 
 
-def test_a_row_of_each_method(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mujoco")
-    units = dataclasses.replace(small_data.units, env_id="Hopper-v5", returns=d4rl_returns("Hopper-v5"))
-    monkeypatch.setattr(tasks, "dataset", lambda task: dataclasses.replace(small_data, units=units))
-    monkeypatch.setattr(tasks, "teacher", lambda task: small_teacher)
+def test_a_row_of_each_method(studied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TABLE": tmp_path / "rows.jsonl", "SEEDS": range(1), "SIZES": (16,), "POLICIES": 2}.items():
         monkeypatch.setattr(selection, name, value)
     monkeypatch.setattr(selection, "EPISODES", 1)

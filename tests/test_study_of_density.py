@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sdw_fast as sdw
 from benchmarks.studies import density_map
 
 

@@ -15,6 +15,7 @@ give several processes different tasks by --only.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -52,6 +53,7 @@ def history(folder: Path) -> sdw.TransitionDataset:
     columns = {"observations": arrays["observations"], "actions": arrays["actions"], "rewards": arrays["rewards"]}
     ends = {"terminations": arrays["terminals"], "truncations": arrays["timeouts"]}
     data = sdw.load_dataset({**columns, **ends, "next_observations": following})
+    data = dataclasses.replace(data, name=f"history of a SAC learner, {len(following):,} steps of {folder.name}")
     return data.in_environment(f"{folder.name}-v5")
 
 
@@ -74,6 +76,12 @@ def twin(critic: dict[str, Tensor], number: int) -> MLP:
     return MLP.of([tensor for layer in layers for tensor in layer], tanh=False)
 
 
+def of_task(folder: Path, task: str) -> tuple[sdw.TransitionDataset, sdw.Teacher]:
+    """The history and the learner of "<env>/medium-replay"."""
+    of_env = folder / ENVS[task.partition("/")[0]]
+    return history(of_env), learner(of_env)
+
+
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
     rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
@@ -88,8 +96,8 @@ def cases() -> list[Case]:
 def measure(case: Case, folder: Path) -> None:
     """Distills one set, and runs policies cloned on it; or the teacher."""
     seed, task, method = case
-    began, of_env = time.process_time(), folder / ENVS[task.partition("/")[0]]
-    data, teacher = history(of_env), learner(of_env)
+    began = time.process_time()
+    data, teacher = of_task(folder, task)
     row: dict[str, Any] = {"task": task, "method": method, "seed": seed}
     if method == "teacher":
         row["policies"] = work.mean_returns([teacher.actions], data, EPISODES_OF_ONE)

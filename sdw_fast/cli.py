@@ -134,14 +134,16 @@ def collect(
     name: Annotated[
         str,
         typer.Argument(
-            help="ENV/QUALITY: halfcheetah, hopper, walker2d / medium, medium-replay, expert, medium-expert"
+            help="ENV/QUALITY: halfcheetah, hopper, walker2d / medium, mixture, medium-replay, expert, medium-expert"
         ),
     ],
-    steps: Annotated[int, typer.Option(help="Transitions to collect.")] = 100_000,
+    steps: Annotated[
+        int | None, typer.Option(help="Transitions to collect. [100000; of medium-replay, until the learner is medium]")
+    ] = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset if it exists.")] = False,
 ) -> None:
-    """Roll out the suite's behavior policies into the local Minari dataset sdw/ENV/QUALITY-v0."""
+    """Make the local Minari dataset sdw/ENV/QUALITY-v0 by shipped policies, or medium-replay by training a learner."""
     with _readable_errors():
         _say(sdw.collect(name, steps=steps, seed=seed, overwrite=overwrite))
 
@@ -322,6 +324,8 @@ def evaluate(
             result = sdw.evaluate(sdw.MLPPolicy.load(file), env, episodes=episodes, seed=seed)
         else:
             pairs = sdw.SyntheticDataset.load(file)
+            if clones is not None and pairs.gives_one_policy:
+                raise ValueError(f"--clones would have no effect: {file} was distilled for one initialization")
             clones = min(5, episodes) if clones is None else clones
             members = 1 if ensemble is None else ensemble
             result = sdw.evaluate_synthetic(pairs, env, clones=clones, ensemble=members, episodes=episodes, seed=seed)

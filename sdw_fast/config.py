@@ -53,6 +53,10 @@ class DistillConfig(Shown):
     hidden: Annotated[tuple[int, ...], "Hidden widths of the policies cloned on the set."] = (256, 256, 256)
     inner_width: Annotated[int | None, "Hidden widths while distilling are at most this; none: those of hidden."] = 64
     gain: Annotated[float, "Gain of the orthogonal initialization."] = 1.0
+    fixed_initialization: Annotated[
+        int | None,
+        "Seed of the one initialization, inner_width wide, that a set is distilled for and cloned from; none: any.",
+    ] = None
     inner_steps: Annotated[int, "Steps of behavior cloning, T."] = 100
     inner_lr: Annotated[float, "Step size of behavior cloning."] = 0.1
     inner_momentum: Annotated[float, "Momentum of behavior cloning; 0 is plain SGD, which wants a larger step."] = 0.9
@@ -101,6 +105,8 @@ class DistillConfig(Shown):
         )
         _check_at_least_one(self, "size", "inner_steps", "steps", "batch_size", "eval_clones", "checkpoint_every", "k")
         _check_positive(self, "lr", "inner_lr", "clip_norm", "gain")
+        if (seed := self.fixed_initialization) is not None and seed < 0:
+            raise ValueError(f"fixed_initialization must be a seed, 0 or more, or None, got {seed}")
         if self.initializations is not None:
             _check_at_least_one(self, "initializations")
         if self.beta is not None:
@@ -129,6 +135,11 @@ class DistillConfig(Shown):
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
         if self.inner_width is not None and self.inner_width < 1:
             raise ValueError(f"inner_width must be at least 1, or None for those of hidden, got {self.inner_width}")
+
+    @property
+    def unrolled_hidden(self) -> tuple[int, ...]:
+        """Hidden widths of the policies that a distillation unrolls."""
+        return tuple(min(width, self.inner_width or width) for width in self.hidden)
 
     @property
     def selected_by(self) -> str:
@@ -169,6 +180,8 @@ class DistillConfig(Shown):
             reasons |= dict.fromkeys(("value_weights", "beta"), f"objective {self.objective} has no value weights")
         if not self.eval_every:
             reasons |= dict.fromkeys(("eval_clones", "eval_episodes"), "eval_every is 0, never")
+        elif self.fixed_initialization is not None:
+            reasons["eval_clones"] = "a set for one initialization gives one policy"
         return reasons
 
     def card(self) -> Card:

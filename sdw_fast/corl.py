@@ -24,7 +24,7 @@ def parts_of_corl(path: str | os.PathLike[str], mean: Sequence[float], std: Sequ
     """Teacher's arguments from a checkpoint; see `sdw_fast.teacher.Teacher.from_corl`."""
     path = Path(path)
     with reading(path, "CORL checkpoint", hint=" Only tensors and plain containers are ever unpickled"):
-        with torch.serialization.safe_globals([_CORL_SCALAR]):
+        with torch.serialization.safe_globals([_CORL_SCALAR, set]):  # a module holds a set; allowed from PyTorch 2.6 on
             checkpoint = read_torch(path)
         if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("actor"), Mapping):
             held = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else type(checkpoint).__name__

@@ -39,7 +39,7 @@ def diagnose(
     Returns:
         What is wrong, and what to do; one good finding where nothing is.
     """
-    findings = [*_progress(config, metrics), *_stability(metrics), *_weights(objective), *_scores(metrics)]
+    findings = [*_progress(config, metrics), *_stability(metrics), *_weights(objective), *_scores(config, metrics)]
     if not any(finding.bad for finding in findings):
         findings.insert(0, Finding("Nothing looks wrong.", bad=False))
     return findings
@@ -105,7 +105,7 @@ def _weights(objective: Mapping[str, Any]) -> list[Finding]:
     return findings
 
 
-def _scores(metrics: Sequence[Mapping[str, float]]) -> list[Finding]:
+def _scores(config: DistillConfig, metrics: Sequence[Mapping[str, float]]) -> list[Finding]:
     measured = [step for step in metrics if math.isfinite(step.get("score", math.nan))]
     if not measured:
         return [Finding("Not evaluated. sdw-fast evaluate RUN/best.npz tells what its policies return.", bad=False)]
@@ -120,7 +120,7 @@ def _scores(metrics: Sequence[Mapping[str, float]]) -> list[Finding]:
             )
         )
     spread = measured[-1].get("score_std", 0.0)
-    if spread > 0.5 * abs(scores[-1]):
+    if spread > 0.5 * abs(scores[-1]) and config.fixed_initialization is None:  # a fixed one gives no ensemble
         findings.append(
             Finding(
                 f"Episodes differ by {spread:.0f} points (sd): some policies fail. Their mean action is steadier: "

@@ -169,7 +169,7 @@ def evaluate_synthetic(
         synthetic: the set; clones are trained with its own settings, from the seeds seed, seed + 1, …
         env: the environment, as `evaluate` takes it; None: the set's own, as it was recorded, with its arguments,
             wrappers and time limit.
-        clones: policies, at most `episodes`.
+        clones: policies, at most `episodes`; a set distilled for one initialization has one, which runs all episodes.
         ensemble: members of each policy, which acts by their mean (see `behavior_clone`).
         episodes: in all; episode i is reset with seed + i.
         seed: of the first clone and the first episode.
@@ -189,7 +189,9 @@ def evaluate_synthetic(
     def results_of(own: range) -> dict[int, Evaluation]:
         return {
             clone: evaluate(
-                behavior_clone(synthetic, ensemble=ensemble, seed=seed + clone * ensemble),
+                behavior_clone(
+                    synthetic, ensemble=ensemble, seed=None if synthetic.gives_one_policy else seed + clone * ensemble
+                ),
                 env,
                 episodes=len(shares[clone]),
                 seed=seed + int(shares[clone][0]),

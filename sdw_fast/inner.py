@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sdw_fast import ops
 from sdw_fast.config import DistillConfig
-from sdw_fast.networks import orthogonal_parameters
+from sdw_fast.networks import initialization, orthogonal_parameters
 
 SMOOTHING = 0.1  # share of equal probabilities that the start of discrete actions is mixed with
 
@@ -21,7 +22,8 @@ class InnerLoop:
     """Behavior cloning with the settings of a distillation.
 
     Attributes:
-        config: hidden, inner_width, gain, inner_steps, inner_momentum, window, tape and precision are read.
+        config: hidden, inner_width, fixed_initialization, gain, inner_steps, inner_momentum, window, tape and precision
+            are read.
         states, actions: D and A, the policy's inputs and outputs.
         head: Of the policy, see `sdw_fast.ops.unrolled_bc`.
     """
@@ -41,11 +43,27 @@ class InnerLoop:
         """The targets of cloning, from what is optimized."""
         return torch.softmax(free, -1) if self.head == "softmax" else free
 
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Widths of the policy, from input to output."""
+        return self.states, *self.config.unrolled_hidden, self.actions
+
+    @cached_property
+    def fixed(self) -> list[Tensor] | None:
+        """The one θ_0 that sets are distilled for, with a leading dimension of 1; None where there are many."""
+        seed = self.config.fixed_initialization
+        return None if seed is None else initialization(self.sizes, gain=self.config.gain, seed=seed)
+
     def initial(self, generators: Sequence[torch.Generator]) -> list[Tensor]:
-        """Draws θ_0 for each of R sets, on its generator's device."""
-        widths = [min(width, self.config.inner_width or width) for width in self.config.hidden]
-        sizes = (self.states, *widths, self.actions)
-        return orthogonal_parameters(sizes, gain=self.config.gain, generators=generators)
+        """Draws θ_0 for each of R sets, on its generator's device; a fixed one is copied and nothing is drawn."""
+        if self.fixed is None:
+            return orthogonal_parameters(self.sizes, gain=self.config.gain, generators=generators)
+        copies = [parameter.expand(len(generators), *parameter.shape[1:]) for parameter in self.fixed]
+        return [parameter.to(generators[0].device).clone() for parameter in copies]
+
+    def initials(self, generators: Sequence[torch.Generator], count: int) -> list[list[Tensor]]:
+        """The θ_0 of `count` policies of each set, to measure by; one where it is fixed."""
+        return [self.initial(generators) for _ in range(count if self.fixed is None else 1)]
 
     def unroll(self, observations: Tensor, actions: Tensor, initial: Sequence[Tensor], lr: Tensor) -> list[Tensor]:
         """θ_T of cloning on the sets (R, N, D) and (R, N, A) from θ_0, with a step size for each, (R,)."""

@@ -1,4 +1,4 @@
-"""The networks: a ReLU multilayer perceptron, twin critics made of two, and the orthogonal draw of its parameters.
+"""The networks: a ReLU multilayer perceptron, twin critics, SAC's Gaussian actor, the orthogonal draw of parameters.
 
 A user's own networks are asked here too: in evaluation mode, where their weights lie. PyTorch's global random state is
 touched by one thing only, `MLP(sizes)`, which draws its parameters from it as every module of PyTorch does.
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sdw_fast.ops._backend import one_thread
+
+_LOG_STD_BOUNDS = (-20.0, 2.0)
 
 
 class MLP(nn.Sequential):
@@ -85,6 +87,37 @@ class MeanMLP(nn.Module):
         outputs = self.layers(h)
         mean = outputs.logsumexp(0) - math.log(self.members) if self.logarithms else outputs.mean(0)
         return mean.reshape(list(x.shape[:-1]) + self.sizes[-1:])
+
+
+class GaussianPolicy(nn.Module):
+    """A SAC actor: a ReLU MLP from raw observations to the mean and log-std of a Gaussian squashed by tanh.
+
+    `forward` gives the mean action, so that it can be evaluated as it is; `sample` draws actions.
+    """
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        """Makes the layers between the given widths: (D, hidden, ..., 2A)."""
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Mean actions (B, A), in −1 to 1, of observations (B, D)."""
+        mean, _ = self.moments(observations)
+        return torch.tanh(mean)
+
+    def sample(self, observations: Tensor, generator: torch.Generator) -> Tensor:
+        """Draws actions (B, A), in −1 to 1, for observations (B, D)."""
+        mean, std = self.moments(observations)
+        return torch.tanh(mean + std * torch.randn(mean.shape, generator=generator))
+
+    def moments(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, A), before tanh, for observations (B, D)."""
+        x = observations
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = torch.relu(layer(x))
+        mean, log_std = last(x).chunk(2, dim=-1)
+        return mean, log_std.clamp(*_LOG_STD_BOUNDS).exp()
 
 
 class MinCritic(nn.Module):
@@ -161,6 +194,12 @@ def orthogonal_parameters(sizes: Sequence[int], *, gain: float, generators: Sequ
         torch.mul(q if fan_out >= fan_in else q.mT, gain, out=weight)
         parameters += [weight, torch.zeros(len(generators), fan_out, device=device)]
     return parameters
+
+
+def initialization(sizes: Sequence[int], *, gain: float, seed: int) -> list[Tensor]:
+    """The parameters of one MLP that a seed stands for, with a leading dimension of 1: drawn on the CPU, for other
+    devices draw other numbers from the same seed. Otherwise as `orthogonal_parameters`."""
+    return orthogonal_parameters(sizes, gain=gain, generators=[torch.Generator().manual_seed(seed)])
 
 
 def _orthonormal_columns(layers: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ A policy is an ordinary `nn.Module`: it is pickled, compiled, exported and scrip
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ from sdw_fast import ops
 from sdw_fast.cards import Card, Shown, short_hash
 from sdw_fast.config import DistillConfig
 from sdw_fast.files import description_in, read_safetensors, reading, to_json, write_safetensors
-from sdw_fast.networks import MeanMLP, orthogonal_parameters, refuse_non_finite
+from sdw_fast.networks import MeanMLP, initialization, orthogonal_parameters, refuse_non_finite
 from sdw_fast.units import Discrete, Units
 
 if TYPE_CHECKING:
     from sdw_fast.synthetic import SyntheticDataset
 
 FORMAT = "sdw_fast.policy/1"
+_OF_FIXED = ("fixed_initialization", "inner_width")  # settings of a set that tell what its one policy starts from
 
 
 class MLPPolicy(Shown, nn.Module):
@@ -156,7 +158,7 @@ def behavior_clone(
     inner_steps: int | None = None,
     inner_lr: float | None = None,
     inner_momentum: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     device: str | torch.device = "cpu",
 ) -> MLPPolicy:
     """Trains a fresh policy on a synthetic set by full-batch gradient descent, as the distillation's inner loop did.
@@ -164,6 +166,9 @@ def behavior_clone(
     L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², of discrete actions −1/N Σ_i Σ_j a_ij log π_θ(j | s_i), `inner_steps` steps
     of SGD with momentum. What is not given is taken from
     the configuration that the set was distilled with, and what that lacks from `DistillConfig`'s defaults.
+
+    A set that was distilled for one initialization (`DistillConfig.fixed_initialization`) gives one policy, of the
+    width that was unrolled: cloned from any other it is worth nothing.
 
     Args:
         synthetic: The synthetic set (or real pairs in the same shape).
@@ -174,14 +179,15 @@ def behavior_clone(
         inner_steps: Steps.
         inner_lr: Step size.
         inner_momentum: Momentum.
-        seed: Seed of the initialization.
+        seed: Seed of the initialization; default: that of the one initialization that the set was distilled for, or 0.
         device: Where to train.
 
     Returns:
         The policy, an nn.Module from observations to actions in the environment's units.
 
     Raises:
-        ValueError: ensemble is below 1, or a setting is out of range.
+        ValueError: ensemble is below 1, a setting is out of range, or the set was distilled for one initialization and
+            ensemble, hidden, gain or seed would change it.
         FloatingPointError: training diverged (a parameter is not finite).
     """
     if ensemble < 1:
@@ -193,16 +199,25 @@ def behavior_clone(
         "inner_lr": inner_lr,
         "inner_momentum": inner_momentum,
     }
-    own = {name: synthetic.config[name] for name in given if name in synthetic.config}
-    settings = DistillConfig.from_dict(own | {name: value for name, value in given.items() if value is not None})
+    known = DistillConfig.from_dict({n: synthetic.config[n] for n in (*given, *_OF_FIXED) if n in synthetic.config})
+    fixed = known.fixed_initialization
+    if fixed is not None:
+        known = dataclasses.replace(known, hidden=known.unrolled_hidden)
+        _refuse_other_start(known, ensemble=ensemble, hidden=hidden, gain=gain, seed=seed)
+    settings = DistillConfig.from_dict({**known.to_dict(), **{n: v for n, v in given.items() if v is not None}})
+    seed = (fixed or 0) if seed is None else seed
     states, actions = (torch.as_tensor(x, device=device) for x in synthetic.normalized())
-    generators = [torch.Generator(device).manual_seed(seed + member) for member in range(ensemble)]
     sizes = (states.shape[1], *settings.hidden, actions.shape[1])
+    if fixed is None:
+        generators = [torch.Generator(device).manual_seed(seed + member) for member in range(ensemble)]
+        initial = orthogonal_parameters(sizes, gain=settings.gain, generators=generators)
+    else:
+        initial = [parameter.to(device) for parameter in initialization(sizes, gain=settings.gain, seed=fixed)]
     with torch.no_grad():
         params = ops.unrolled_bc(
             states.repeat(ensemble, 1, 1),
             actions.repeat(ensemble, 1, 1),
-            orthogonal_parameters(sizes, gain=settings.gain, generators=generators),
+            initial,
             steps=settings.inner_steps,
             lr=settings.inner_lr,
             momentum=settings.inner_momentum,
@@ -214,3 +229,15 @@ def behavior_clone(
         )
     trained = {"dataset": synthetic.dataset_name, "seed": seed, "settings": {n: settings.to_dict()[n] for n in given}}
     return MLPPolicy(params, synthetic.units, provenance=trained)
+
+
+def _refuse_other_start(known: DistillConfig, **given: Any) -> None:
+    """Raises ValueError where what is given would start from another θ_0 than the one that a set was distilled for."""
+    start = {"ensemble": 1, "hidden": known.hidden, "gain": known.gain, "seed": known.fixed_initialization}
+    asked = {**given, "hidden": given["hidden"] and tuple(given["hidden"])}
+    changed = [name for name, value in asked.items() if value is not None and value != start[name]]
+    if changed:
+        raise ValueError(
+            f"the set was distilled for one initialization, that of seed {known.fixed_initialization}, hidden widths "
+            f"{known.hidden} and gain {known.gain}, and is worth nothing from others: leave {', '.join(changed)} out"
+        )

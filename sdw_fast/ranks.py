@@ -49,7 +49,20 @@ def process_group() -> Iterator[bool]:
         with heartbeat(name, rank, size, address):
             yield rank == 0
     finally:
-        dist.destroy_process_group()
+        close_group()
+
+
+def close_group() -> None:
+    """Closes the process group of all ranks.
+
+    PyTorch's own `destroy_process_group` may wait for ever before 2.8: where the group goes with its last reference, it
+    waits for gloo's threads and holds Python's global lock, for which such a thread waits to free a tensor (pytorch
+    #154976). The backend alone goes without the lock, so here it is the last to go.
+    """
+    assert dist.group.WORLD is not None
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    dist.destroy_process_group()
+    del backend
 
 
 def _meeting(store: dist.Store, rank: int, size: int) -> str:

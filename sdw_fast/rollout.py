@@ -5,6 +5,7 @@ Imports gymnasium; nothing imports it at start-up.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,38 @@ Policy = Callable[[torch.Tensor], Any]
 # Rows in every batch that a policy sees. The last bits of a matrix product may depend on its shape, and contacts
 # amplify them; with one shape for all, an episode's return depends on its seed alone.
 BATCH = 16
+
+
+def episode_seed(*numbers: int) -> int:
+    """The seed of an episode, from a seed and the numbers of the episode and of what it is part of."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def episodes_of(
+    seeds: Iterable[int],
+    observations: np.ndarray,
+    actions: np.ndarray,
+    following: np.ndarray,
+    rewards: np.ndarray,
+    terminations: np.ndarray,
+    truncations: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Transitions (n, ·) in order as Minari's episodes; the last one is truncated where it has not ended."""
+    truncations = truncations.copy()
+    truncations[-1] |= not terminations[-1]
+    ends = map(int, np.flatnonzero(terminations | truncations) + 1)
+    return [
+        {
+            "seed": seed,
+            "observations": np.concatenate([observations[start:end], following[end - 1 : end]]),
+            "actions": actions[start:end],
+            "rewards": rewards[start:end],
+            "terminations": terminations[start:end],
+            "truncations": truncations[start:end],
+            "infos": {},
+        }
+        for seed, (start, end) in zip(seeds, itertools.pairwise([0, *ends]), strict=False)
+    ]
 
 
 def side_by_side(env: Environment) -> int:

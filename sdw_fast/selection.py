@@ -39,7 +39,7 @@ class HeldOut:
             batch = distiller.batches.take(rows[chosen].to(distiller.batches.device))
             self._batch = [x.expand(distiller.n_runs, *x.shape).contiguous() for x in batch]
         generators = [torch.Generator(distiller.device).manual_seed(SELECTION_SEED + s) for s in distiller.seeds]
-        self._initials = [distiller.inner_loop.initial(generators) for _ in range(POLICIES)]
+        self._initials = distiller.inner_loop.initials(generators, POLICIES)
 
     def losses(self) -> np.ndarray:
         """H of each set on the held-out states, mean over the policies, (R,); NaN where there are none."""

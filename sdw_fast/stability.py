@@ -76,7 +76,7 @@ def bearable_lr(loop: InnerLoop, observations: Tensor, actions: Tensor, seeds: S
     config = loop.config
     bound = SHARE * 2 * (1 + config.inner_momentum)  # of α times curvature
     generators = [torch.Generator(observations.device).manual_seed(seed) for seed in seeds]
-    initials = [loop.initial(generators) for _ in range(INITIALIZATIONS)]
+    initials = loop.initials(generators, INITIALIZATIONS)
     rates = torch.full((len(seeds),), config.inner_lr, dtype=torch.float64)
 
     def largest(policies: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -1,12 +1,13 @@
-"""The locomotion suite: shipped policies rolled out in Gymnasium's MuJoCo environments into local Minari datasets.
+"""The locomotion suite: local Minari datasets of Gymnasium's MuJoCo environments, by shipped policies or by a learner.
 
 The datasets stand in for D4RL's where those cannot be had, and are named `sdw/<env>/<quality>-v0`, for hopper, walker2d
-and halfcheetah, with D4RL's qualities:
+and halfcheetah, with D4RL's qualities and one more:
 
     medium          one policy at about a third of the expert's return, its actions sampled
     expert          the best policy of the training run, its actions sampled
-    medium-replay   earlier policies and the medium one in training order, a stand-in for the learner's replay buffer
     medium-expert   medium, then expert, half and half
+    medium-replay   all that a learner sees until it reaches the mean return of D4RL's medium; trained anew
+    mixture         earlier policies and the medium one in training order, equal shares
 
 `assets/README.md` says where the policies come from and what they reach.
 """
@@ -15,83 +16,69 @@ from __future__ import annotations
 
 import itertools
 import json
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from sdw_fast.disk import recover_folder, replacing_folder, reserve
 from sdw_fast.files import read_safetensors, sealed, to_json, write_text
+from sdw_fast.networks import GaussianPolicy
 from sdw_fast.progress import progress_bar
 from sdw_fast.readers import EPISODES, METADATA
 from sdw_fast.units import d4rl_scores
 from sdw_fast.version import __version__
 
-QUALITIES = ("medium", "medium-replay", "medium-expert", "expert")
-_LOG_STD_BOUNDS = (-20.0, 2.0)
+if TYPE_CHECKING:
+    from sdw_fast.learner import History
+
+QUALITIES = ("medium", "mixture", "medium-replay", "medium-expert", "expert")
+REPLAY = "medium-replay"  # the quality that no policy makes
+STEPS = 100_000  # of the other qualities, where none are asked for
 _FULL_EPISODE = 1000  # steps; a stream shorter than this would hold cut episodes only
 
 
 @dataclass(frozen=True)
 class Snapshots:
-    """The shipped policies of one environment, by the environment steps that they were trained for."""
+    """The shipped policies of one environment, by the environment steps that they were trained for.
+
+    Attributes:
+        medium_return: mean return of D4RL's medium dataset.
+    """
 
     env_id: str
     earlier: tuple[int, ...]
     medium: int
     expert: int
+    medium_return: float
 
     def of(self, quality: str) -> tuple[int, ...]:
-        """The policies that make up a quality, in the order of their shares."""
+        """The policies that make up a quality, in the order of their shares; none of medium-replay."""
         return {
+            REPLAY: (),
             "medium": (self.medium,),
-            "medium-replay": (*self.earlier, self.medium),
+            "mixture": (*self.earlier, self.medium),
             "medium-expert": (self.medium, self.expert),
             "expert": (self.expert,),
         }[quality]
 
 
 SUITE = {
-    "hopper": Snapshots("Hopper-v5", earlier=(20_000, 50_000), medium=70_000, expert=110_000),
-    "walker2d": Snapshots("Walker2d-v5", earlier=(80_000, 160_000), medium=240_000, expert=600_000),
-    "halfcheetah": Snapshots("HalfCheetah-v5", earlier=(30_000, 70_000), medium=100_000, expert=300_000),
+    "hopper": Snapshots("Hopper-v5", earlier=(20_000, 50_000), medium=70_000, expert=110_000, medium_return=1422.0),
+    "walker2d": Snapshots(
+        "Walker2d-v5", earlier=(80_000, 160_000), medium=240_000, expert=600_000, medium_return=2852.0
+    ),
+    "halfcheetah": Snapshots(
+        "HalfCheetah-v5", earlier=(30_000, 70_000), medium=100_000, expert=300_000, medium_return=4770.0
+    ),
 }
-
-
-class GaussianPolicy(nn.Module):
-    """A SAC actor: a ReLU MLP from raw observations to the mean and log-std of a Gaussian squashed by tanh.
-
-    `forward` gives the mean action, so that it can be evaluated as it is; `sample` draws actions.
-    """
-
-    def __init__(self, widths: tuple[int, ...]) -> None:
-        """Makes the layers between the given widths: (D, hidden, ..., 2A)."""
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """Mean actions (B, A), in −1 to 1, of observations (B, D)."""
-        mean, _ = self._moments(observations)
-        return torch.tanh(mean)
-
-    def sample(self, observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draws actions (B, A), in −1 to 1, for observations (B, D)."""
-        mean, log_std = self._moments(observations)
-        noise = torch.randn(mean.shape, generator=generator)
-        return torch.tanh(mean + log_std.clamp(*_LOG_STD_BOUNDS).exp() * noise)
-
-    def _moments(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = torch.relu(layer(x))
-        return last(x).chunk(2, dim=-1)
 
 
 def load_policy(env: str, trained_steps: int) -> GaussianPolicy:
@@ -105,51 +92,74 @@ def load_policy(env: str, trained_steps: int) -> GaussianPolicy:
     return policy.eval()
 
 
-def collect(name: str, *, steps: int = 100_000, seed: int = 0, progress: bool = True, overwrite: bool = False) -> str:
+def collect(
+    name: str, *, steps: int | None = None, seed: int = 0, progress: bool = True, overwrite: bool = False
+) -> str:
     """Makes a dataset of the locomotion suite, as a local Minari dataset, and returns its id for `load_dataset`.
 
     The same name, steps and seed give the same bits on the same machine. A dataset that was collected so before is
-    kept, and its id returned at once. The dataset appears when it is complete: an interruption leaves nothing behind.
+    kept, and its id returned at once. The dataset appears when it is complete: an interruption leaves nothing behind
+    but a learner's checkpoint.
+
+    medium-replay is what D4RL means by it: every transition that a learner saw, in order, from the first random action
+    until its mean action returns what D4RL's medium dataset does (over five episodes, looked at every 5,000 steps). The
+    learner is SAC by torchrl (`pip install "sdw_fast[teacher]"`): two hidden layers of 256 ReLU units, batches of 256,
+    Adam at 3e-4, discount 0.99, a learned temperature, one update a step after 5,000 of random actions. It takes about
+    45 minutes of one core for Hopper, 70 for HalfCheetah and 160 for Walker2d, an estimate: 25 steps a second, and the
+    steps that the shipped policies took to that level. `<dataset>.checkpoint` is kept beside the dataset every 5,000
+    steps and at Ctrl-C; the same call goes on from it to the same bits.
 
     Args:
-        name: "<env>/<quality>", env in hopper, walker2d, halfcheetah, quality in medium, medium-replay, medium-expert,
-            expert.
-        steps: number of transitions. They come from up to 16 streams of whole episodes; the last of each stream is cut
-            (truncated) where its share ends.
-        seed: of the environments and of the sampled actions, at least 0.
+        name: "<env>/<quality>", env in hopper, walker2d, halfcheetah, quality in medium, mixture, medium-replay,
+            medium-expert, expert.
+        steps: number of transitions. None: 100,000, and of medium-replay as many as the learner takes. Those of
+            policies come from up to 16 streams of whole episodes; the last of each stream is cut (truncated) where its
+            share ends.
+        seed: of the environments, of the sampled actions and of the learner, at least 0.
         progress: show a progress bar.
         overwrite: replace a dataset of this name that was collected with other steps, seed or policies.
 
     Raises:
-        ValueError: on an unknown name, or steps or seed out of range.
+        ValueError: on an unknown name, or steps or seed out of range; a learner's checkpoint is damaged or of
+            another one.
         FileExistsError: if the name holds a dataset that was collected otherwise and `overwrite` is not set.
-        ImportError: if MuJoCo is not installed.
+        ImportError: if MuJoCo is not installed, or for medium-replay torchrl.
+        BlockingIOError: another process trains the learner of this dataset.
+        KeyboardInterrupt: Ctrl-C; a learner's step under way is finished and saved first.
     """
     from minari.storage.datasets_root_dir import get_dataset_path
 
     env, quality = _parse(name)
     snapshots = SUITE[env]
     policies = snapshots.of(quality)
-    if steps < len(policies):
-        raise ValueError(f"steps must be at least {len(policies)}, one for each policy of {quality}, got {steps}")
+    if steps is None and policies:
+        steps = STEPS
+    if steps is not None and steps < (least := len(policies) or 1):
+        why = f", one for each policy of {quality}" if policies else ""
+        raise ValueError(f"steps must be at least {least}{why}, got {steps}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     dataset_id = f"sdw/{env}/{quality}-v0"
-    recipe = {"env": env, "quality": quality, "steps": steps, "seed": seed, "policies_trained_steps": list(policies)}
+    own: dict[str, Any] = {"policies_trained_steps": list(policies)}
+    if not policies:
+        own = {"learner": "sac", "until_return": snapshots.medium_return if steps is None else None}
+    recipe = {"env": env, "quality": quality, "steps": steps, "seed": seed, **own}
     target = get_dataset_path(dataset_id)
     recover_folder(target)
     if not overwrite and _is_there(target, dataset_id, recipe):
         return dataset_id
-    shares = [steps // len(policies) + (i < steps % len(policies)) for i in range(len(policies))]
-    episodes: list[dict[str, Any]] = []
-    with progress_bar(total=steps, desc=f"collect {env}/{quality}", unit="step", show=progress) as bar:
-        for phase, (trained_steps, share) in enumerate(zip(policies, shares, strict=True)):
-            episodes += _rollout(snapshots.env_id, load_policy(env, trained_steps), share, (seed, phase), bar)
-    try:
-        _write(target, dataset_id, snapshots.env_id, recipe, episodes, overwrite)
-    except FileExistsError:  # another process has made it meanwhile
-        if not _is_there(target, dataset_id, recipe):
-            raise
+    with ExitStack() as held:
+        more: dict[str, Any] = {}
+        if policies:
+            episodes = _rolled_out(recipe, progress)
+        else:
+            history = held.enter_context(_learned(recipe, target, progress))
+            episodes, more = history.episodes(seed), {"returns": history.returns}
+        try:
+            _write(target, dataset_id, snapshots.env_id, {"recipe": recipe, **more}, episodes, overwrite)
+        except FileExistsError:  # another process has made it meanwhile
+            if not _is_there(target, dataset_id, recipe):
+                raise
     return dataset_id
 
 
@@ -163,13 +173,39 @@ def _parse(name: str) -> tuple[str, str]:
     return env, quality
 
 
+def _learned(recipe: dict[str, Any], target: Path, progress: bool) -> AbstractContextManager[History]:
+    """The history of a learner, whose state is kept beside the dataset until the block has written that."""
+    from sdw_fast.training import require_torchrl
+
+    require_torchrl("collecting medium-replay")
+    from sdw_fast.learner import learned
+
+    snapshots = SUITE[recipe["env"]]
+    checkpoint = target.with_name(f"{target.name}.checkpoint")
+    return learned(snapshots.env_id, recipe, expected=snapshots.medium, checkpoint=checkpoint, progress=progress)
+
+
+def _rolled_out(recipe: dict[str, Any], progress: bool) -> list[dict[str, Any]]:
+    """Episodes of shipped policies, in equal shares."""
+    env, quality, steps, seed, policies = recipe.values()
+    shares = [steps // len(policies) + (i < steps % len(policies)) for i in range(len(policies))]
+    episodes: list[dict[str, Any]] = []
+    with progress_bar(total=steps, desc=f"collect {env}/{quality}", unit="step", show=progress) as bar:
+        for phase, (trained_steps, share) in enumerate(zip(policies, shares, strict=True)):
+            episodes += _rollout(SUITE[env].env_id, load_policy(env, trained_steps), share, (seed, phase), bar)
+    return episodes
+
+
 def _rollout(env_id: str, policy: GaussianPolicy, steps: int, seed: tuple[int, int], bar: Any) -> list[dict[str, Any]]:
     """Samples exactly `steps` transitions from the policy, in streams that step together; episodes stream by stream."""
-    from sdw_fast.rollout import BATCH, SeededEnvs, act, acting
+    from sdw_fast.rollout import BATCH, SeededEnvs, act, acting, episode_seed, episodes_of
+
+    def seeds_of(stream: int) -> Iterator[int]:
+        return map(partial(episode_seed, *seed, stream), itertools.count())
 
     streams = max(1, min(BATCH, steps // _FULL_EPISODE))
     quotas = [steps // streams + (s < steps % streams) for s in range(streams)]
-    envs = SeededEnvs(env_id, [map(partial(_episode_seed, seed, s), itertools.count()) for s in range(streams)])
+    envs = SeededEnvs(env_id, [seeds_of(s) for s in range(streams)])
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     length = max(quotas)
     with closing(envs), acting(policy):
@@ -178,47 +214,32 @@ def _rollout(env_id: str, policy: GaussianPolicy, steps: int, seed: tuple[int, i
         rewards = np.empty((length, streams))
         terminations = np.empty((length, streams), dtype=bool)
         truncations = np.empty((length, streams), dtype=bool)
-        last_observations: dict[tuple[int, int], np.ndarray] = {}  # of episodes, by (step, stream)
+        last_observations: list[dict[int, np.ndarray]] = [{} for _ in quotas]  # of episodes, by their step
         observations[0] = envs.observations
         for t in range(length):
             actions[t] = act(lambda x: policy.sample(x, generator), observations[t], envs.action_space)
             following, rewards[t], terminations[t], truncations[t] = envs.step(actions[t])
             observations[t + 1] = envs.observations
             for stream in np.flatnonzero(terminations[t] | truncations[t]).tolist():
-                last_observations[t, stream] = following[stream]
+                last_observations[stream][t] = following[stream]
             bar.update(sum(t < quota for quota in quotas))
 
     episodes = []
     for s, quota in enumerate(quotas):
-        if not (terminations[quota - 1, s] or truncations[quota - 1, s]):
-            truncations[quota - 1, s] = True  # the share ends here
-        ends = np.flatnonzero(terminations[:quota, s] | truncations[:quota, s]) + 1
-        for e, (start, end) in enumerate(itertools.pairwise([0, *map(int, ends)])):
-            states = observations[start : end + 1, s].copy()
-            states[-1] = last_observations.get((end - 1, s), states[-1])
-            episodes.append(
-                {
-                    "seed": _episode_seed(seed, s, e),
-                    "observations": states,
-                    "actions": actions[start:end, s],
-                    "rewards": rewards[start:end, s],
-                    "terminations": terminations[start:end, s],
-                    "truncations": truncations[start:end, s],
-                    "infos": {},
-                }
-            )
+        following = observations[1 : quota + 1, s].copy()
+        for t, last in last_observations[s].items():
+            if t < quota:
+                following[t] = last
+        parts = (column[:quota, s] for column in (rewards, terminations, truncations))
+        episodes += episodes_of(seeds_of(s), observations[:quota, s], actions[:quota, s], following, *parts)
     return episodes
-
-
-def _episode_seed(seed: tuple[int, int], stream: int, episode: int) -> int:
-    return int(np.random.SeedSequence([*seed, stream, episode]).generate_state(1)[0])
 
 
 def _write(
     target: Path,
     dataset_id: str,
     env_id: str,
-    recipe: dict[str, Any],
+    origin: dict[str, Any],
     episodes: list[dict[str, Any]],
     overwrite: bool,
 ) -> None:
@@ -234,6 +255,8 @@ def _write(
         if not (namespace / NAMESPACE_METADATA_FILENAME).exists():  # Minari would write it in place
             write_text(namespace / NAMESPACE_METADATA_FILENAME, "{}")
     scores = d4rl_scores(env_id)
+    learner = "learner" in origin["recipe"]
+    packages = ("gymnasium", "mujoco", "numpy", "torch", *(("torchrl", "tensordict") * learner))
     with closing(make_env(env_id)) as env, replacing_folder(target, overwrite) as folder:
         reserve(folder, _size(episodes))
         storage = MinariStorage.new(folder / "data", env.observation_space, env.action_space, env.spec)
@@ -242,22 +265,22 @@ def _write(
                 "dataset_id": dataset_id,
                 "minari_version": minari.__version__,
                 "author": {"sdw_fast"},
-                "algorithm_name": "SAC policies shipped with sdw_fast, actions sampled",
+                "algorithm_name": "SAC by torchrl, all that it saw"
+                if learner
+                else "SAC policies shipped with sdw_fast",
                 "description": "Locomotion suite of sdw_fast, a stand-in for D4RL's dataset of this name",
                 "requirements": ["gymnasium[mujoco]>=1.0"],
                 **({"ref_min_score": scores[0], "ref_max_score": scores[1]} if scores else {}),
-                "sdw_fast": {
-                    "recipe": recipe,
-                    "versions": {
-                        "sdw_fast": __version__,
-                        **{package: version(package) for package in ("gymnasium", "mujoco", "numpy", "torch")},
-                    },
-                },
+                "sdw_fast": {**origin, "versions": {"sdw_fast": __version__, **_versions(*packages)}},
             }
         )
         storage.update_episodes([EpisodeBuffer(**episode) for episode in episodes])
         metadata = json.loads((folder / METADATA).read_text())
         write_text(folder / METADATA, to_json(sealed(metadata, folder / EPISODES)))
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {package: version(package) for package in packages}
 
 
 def _size(episodes: list[dict[str, Any]]) -> int:
@@ -271,8 +294,10 @@ def _is_there(target: Path, dataset_id: str, recipe: dict[str, Any]) -> bool:
     if not target.exists():
         return False
     if (found := _recipe(target)) != recipe:
+        renamed = recipe["quality"] == REPLAY and "policies_trained_steps" in (found or {})
+        earlier = " (what an earlier version called medium-replay is now the mixture)" * renamed
         raise FileExistsError(
-            f"{dataset_id} at {target} was collected with {found or 'an unknown recipe'}, not {recipe}: pass "
+            f"{dataset_id} at {target} was collected with {found or 'an unknown recipe'}{earlier}, not {recipe}: pass "
             "overwrite=True (--overwrite) to replace it, or set MINARI_DATASETS_PATH to keep both"
         )
     return True

@@ -120,6 +120,11 @@ class SyntheticDataset(Shown):
         """Gymnasium id of the environment, if known."""
         return self.units.env_id
 
+    @property
+    def gives_one_policy(self) -> bool:
+        """Whether it was distilled for one initialization (`DistillConfig.fixed_initialization`)."""
+        return self.config.get("fixed_initialization") is not None
+
     def normalized(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """States (N, D) as a policy's network sees them, and its targets (N, A)."""
         actions = self.units.require_actions()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,16 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 256
 CHECKPOINT_EVERY = 5_000  # steps; half a minute of one core, at most
+LEARNING_RATE = 3e-4
 _SHOWN_EVERY = 200  # steps between two looks at the losses
+CHECKPOINT = "checkpoint of a training"
+
+
+class Learner(Protocol):
+    """Networks, targets and optimizers of a training."""
+
+    loss: LossModule
+    optimizers: list[Any]
 
 
 def train_teacher(
@@ -81,10 +90,7 @@ def train_teacher(
         )
     data.units.require_actions()
     data.require_rewards()
-    try:
-        import torchrl.objectives  # noqa: F401
-    except ImportError as error:
-        raise ImportError('train_teacher needs torchrl: pip install "sdw_fast[teacher]"') from error
+    require_torchrl("train_teacher")
     provenance = {
         **asdict(config),
         "env_id": data.env_id,
@@ -109,6 +115,14 @@ def train_teacher(
     return teacher
 
 
+def require_torchrl(name: str) -> None:
+    """Raises ImportError, on behalf of a function of that name, where torchrl is not installed."""
+    try:
+        import torchrl.objectives  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'{name} needs torchrl: pip install "sdw_fast[teacher]"') from error
+
+
 def _trained(
     data: TransitionDataset,
     config: TeacherConfig,
@@ -127,7 +141,7 @@ def _trained(
         torch.default_generator.manual_seed(config.seed)
         learner = (Td3Bc if config.algorithm == "td3bc" else Iql)(*sizes, config)
         if checkpoint is not None and checkpoint.exists():
-            step = _continue(checkpoint, learner, provenance)
+            step = int(go_on(checkpoint, learner, provenance)["step"])
         title = f"training the teacher ({config.algorithm})"
         with progress_bar(total=config.steps, initial=step, desc=title, unit="step", show=progress) as bar:
             while step < config.steps:
@@ -139,7 +153,7 @@ def _trained(
                 bar.update()
                 stop = interrupted() and step < config.steps
                 if checkpoint is not None and (stop or step % CHECKPOINT_EVERY == 0):
-                    write_torch(checkpoint, _state(step, learner, provenance))
+                    write_torch(checkpoint, state_of(step, learner, provenance))
                 if stop:
                     kept = "nothing was kept: give it a file to write to (out)"
                     kept = kept if checkpoint is None else "the same call goes on to the same result"
@@ -150,7 +164,8 @@ def _trained(
     return teacher
 
 
-def _state(step: int, learner: Td3Bc | Iql, provenance: dict[str, Any]) -> dict[str, Any]:
+def state_of(step: int, learner: Learner, provenance: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What a checkpoint holds: tensors and plain containers."""
     return {
         "step": step,
         "generator": torch.default_generator.get_state(),
@@ -158,15 +173,16 @@ def _state(step: int, learner: Td3Bc | Iql, provenance: dict[str, Any]) -> dict[
         "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers],
         "provenance": {**provenance, "torch": str(torch.__version__)},
         "threads": torch.get_num_threads(),
+        **more,
     }
 
 
-def _continue(path: Path, learner: Td3Bc | Iql, provenance: dict[str, Any]) -> int:
-    """Puts a learner and PyTorch's generator where a checkpoint was taken, and returns its step.
+def go_on(path: Path, learner: Learner, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Puts a learner and PyTorch's generator where a checkpoint was taken, and returns what else it holds.
 
     Raises ValueError where the file is damaged or of another training.
     """
-    with reading(path, "checkpoint of a teacher's training"):
+    with reading(path, CHECKPOINT):
         check_sum(path)
         state = read_torch(path)
         before = state["provenance"]
@@ -180,12 +196,12 @@ def _continue(path: Path, learner: Td3Bc | Iql, provenance: dict[str, Any]) -> i
     moved = [f"{name} {then}, now {now}" for name, (then, now) in rounding.items() if then != now]
     if moved:
         warnings.warn(f"{path} was written under {'; '.join(moved)}: the last bits will differ", stacklevel=4)
-    with damage_named(path, "checkpoint of a teacher's training"):
+    with damage_named(path, CHECKPOINT):
         learner.loss.load_state_dict(state["loss"])
         for optimizer, kept in zip(learner.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         torch.default_generator.set_state(state["generator"])
-        return int(state["step"])
+    return state
 
 
 def _reward_scale(data: TransitionDataset) -> float:
@@ -200,21 +216,36 @@ def _reward_scale(data: TransitionDataset) -> float:
 
 def _batch(data: TransitionDataset, rows: np.ndarray, reward_scale: float) -> TensorDict:
     """Rows of the dataset as the losses take them, in normalized units."""
+    states = data.units.states
+    return batch_of(
+        states.normalize(data.observations[rows]),
+        data.units.require_actions().normalize(data.actions[rows]),
+        states.normalize(data.next_observations(rows)),
+        data.require_rewards()[rows] * np.float32(reward_scale),
+        data.terminations[rows],
+        data.truncations[rows],
+    )
+
+
+def batch_of(
+    observations: np.ndarray,
+    actions: np.ndarray,
+    following: np.ndarray,
+    rewards: np.ndarray,
+    terminations: np.ndarray,
+    truncations: np.ndarray,
+) -> TensorDict:
+    """Transitions (B, ·), float32 and bool, as torchrl's losses take them."""
     from tensordict import TensorDict
 
-    states = data.units.states
-    following = TensorDict(
-        {
-            "observation": torch.from_numpy(states.normalize(data.next_observations(rows))),
-            "reward": torch.from_numpy(data.require_rewards()[rows] * np.float32(reward_scale)).unsqueeze(-1),
-            "terminated": torch.from_numpy(data.terminations[rows]).unsqueeze(-1),
-            "done": torch.from_numpy(data.terminations[rows] | data.truncations[rows]).unsqueeze(-1),
-        },
-        [len(rows)],
-    )
-    observations = torch.from_numpy(states.normalize(data.observations[rows]))
-    actions = torch.from_numpy(data.units.require_actions().normalize(data.actions[rows]))
-    return TensorDict({"observation": observations, "action": actions, "next": following}, [len(rows)])
+    step = {
+        "observation": torch.from_numpy(following),
+        "reward": torch.from_numpy(rewards).unsqueeze(-1),
+        "terminated": torch.from_numpy(terminations).unsqueeze(-1),
+        "done": torch.from_numpy(terminations | truncations).unsqueeze(-1),
+    }
+    batch = {"observation": torch.from_numpy(observations), "action": torch.from_numpy(actions)}
+    return TensorDict({**batch, "next": TensorDict(step, [len(rewards)])}, [len(rewards)])
 
 
 class Td3Bc:
@@ -225,20 +256,20 @@ class Td3Bc:
         from torchrl.objectives import SoftUpdate, TD3BCLoss
 
         actor = TensorDictModule(MLP([states, 256, 256, actions], tanh=True), ["observation"], ["action"])
-        critics = _q_networks(states, actions)
+        critics = q_networks(states, actions)
         options = {"bounds": (-1.0, 1.0), "alpha": config.alpha, "loss_function": "l2"}
-        self.loss = _with_discount(TD3BCLoss(actor, critics, **options))
+        self.loss = with_discount(TD3BCLoss(actor, critics, **options))
         self._targets = SoftUpdate(self.loss, tau=0.005)
-        self._actor, self._critic = _adam(self.loss.actor_network_params), _adam(self.loss.qvalue_network_params)
+        self._actor, self._critic = adam(self.loss.actor_network_params), adam(self.loss.qvalue_network_params)
         self.optimizers: list[Any] = [self._actor, self._critic]
         self._losses: dict[str, Tensor] = {}
 
     def update(self, batch: TensorDict, step: int) -> dict[str, Tensor]:
         self._losses["critic"], _ = self.loss.qvalue_loss(batch)
-        _descend(self._losses["critic"], self._critic)
+        descend(self._losses["critic"], self._critic)
         if step % 2 == 0:
             self._losses["actor"], _ = self.loss.actor_loss(batch)
-            _descend(self._losses["actor"], self._actor)
+            descend(self._losses["actor"], self._actor)
             self._targets.step()
         return self._losses
 
@@ -257,32 +288,32 @@ class Iql:
             distribution_class=IndependentNormal,
         )
         value = TensorDictModule(MLP([states, 256, 256, 1], tanh=False), ["observation"], ["state_value"])
-        critics = _q_networks(states, actions)
+        critics = q_networks(states, actions)
         options = {"expectile": config.expectile, "temperature": config.temperature}
-        self.loss = _with_discount(IQLLoss(actor, critics, value, loss_function="l2", **options))
+        self.loss = with_discount(IQLLoss(actor, critics, value, loss_function="l2", **options))
         self._targets = SoftUpdate(self.loss, tau=0.005)
-        self._actor = _adam(self.loss.actor_network_params)
-        self._critic = _adam(self.loss.qvalue_network_params, self.loss.value_network_params)
+        self._actor = adam(self.loss.actor_network_params)
+        self._critic = adam(self.loss.qvalue_network_params, self.loss.value_network_params)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._actor, config.steps)
         self.optimizers: list[Any] = [self._actor, self._critic, self._schedule]
 
     def update(self, batch: TensorDict, step: int) -> dict[str, Tensor]:
         result = self.loss(batch)
         losses = {"critic": result["loss_qvalue"], "value": result["loss_value"], "actor": result["loss_actor"]}
-        _descend(sum(losses.values(), torch.zeros(())), self._actor, self._critic)
+        descend(sum(losses.values(), torch.zeros(())), self._actor, self._critic)
         self._schedule.step()
         self._targets.step()
         return losses
 
 
-def _with_discount(loss: LossModule) -> LossModule:
+def with_discount(loss: LossModule) -> LossModule:
     from torchrl.objectives import ValueEstimators
 
     loss.make_value_estimator(ValueEstimators.TD0, gamma=0.99)
     return loss
 
 
-def _q_networks(states: int, actions: int) -> list[Any]:
+def q_networks(states: int, actions: int) -> list[Any]:
     from tensordict.nn import TensorDictModule
 
     return [TensorDictModule(_Q(states, actions), ["observation", "action"], ["state_action_value"]) for _ in range(2)]
@@ -312,12 +343,12 @@ class _GaussianActor(nn.Module):
         return mean, self.log_std.clamp(-5.0, 2.0).exp().expand_as(mean)
 
 
-def _adam(*parameters: Any) -> torch.optim.Adam:
+def adam(*parameters: Any) -> torch.optim.Adam:
     leaves = [leaf for group in parameters for leaf in group.values(include_nested=True, leaves_only=True)]
-    return torch.optim.Adam(leaves, lr=3e-4, fused=True)
+    return torch.optim.Adam(leaves, lr=LEARNING_RATE, fused=True)
 
 
-def _descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+def descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
     loss.backward()
     for optimizer in optimizers:
         optimizer.step()

@@ -73,6 +73,21 @@ def small_teacher() -> sdw.Teacher:
     )
 
 
+@pytest.fixture
+def studied(
+    small_data: sdw.TransitionDataset, small_teacher: sdw.Teacher, monkeypatch: pytest.MonkeyPatch
+) -> sdw.TransitionDataset:
+    """`small_data` in Hopper-v5, which is every task of the studies here, with `small_teacher`."""
+    pytest.importorskip("mujoco")
+    from benchmarks.studies import tasks
+
+    units = dataclasses.replace(small_data.units, env_id="Hopper-v5", returns=d4rl_returns("Hopper-v5"))
+    data = dataclasses.replace(small_data, units=units)
+    monkeypatch.setattr(tasks, "dataset", lambda task: data)
+    monkeypatch.setattr(tasks, "teacher", lambda task: small_teacher)
+    return data
+
+
 # Bounds of three actions, none of them ±1 or symmetric.
 LOW, HIGH = np.array([-2, 0.1, -3], np.float32), np.array([1, 0.7, 5], np.float32)
 

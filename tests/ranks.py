@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from sdw_fast.ranks import close_group
+
 
 def on_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What function(rank, *arguments) returned on each of `size` ranks."""
@@ -23,4 +25,4 @@ def _rank(rank: int, size: int, folder: Path, function: Callable[..., Any], argu
     try:
         torch.save(function(rank, *arguments), folder / f"{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        close_group()

@@ -84,7 +84,7 @@ def test_cloning_on_all_data_keeps_the_parameters_of_the_least_held_out_loss(
     monkeypatch.setattr(battery.work, "cloning", lambda *_, **__: ([p + s for p in start] for s in range(6)))
     start = battery.work.initial(data.observations.shape[1], (8,), data.actions.shape[1], 1.0, generator())
     monkeypatch.setattr(sdw.ops, "behavior_matching", loss)
-    policy = battery.clone_on_all(data, seed=0)
+    policy = battery.work.clone_on_all(data, 0, held_out=0.1, look_every=2, steps=6, batch_size=8, lr=0.1)
     first = next(policy.net.parameters())
     assert len(taken) == 3
     assert (first == taken[1]).all()

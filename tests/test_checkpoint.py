@@ -32,10 +32,6 @@ def make(data, teacher, n_runs=None, **settings: Any) -> sdw.Distiller:
     return new_distiller(data, teacher, sdw.DistillConfig(**{**TINY, **settings}), n_runs=n_runs)
 
 
-def same_set(first: sdw.SyntheticDataset, second: sdw.SyntheticDataset) -> bool:
-    return np.array_equal(first.observations, second.observations) and np.array_equal(first.actions, second.actions)
-
-
 class Stopped(Exception):
     pass
 
@@ -71,7 +67,7 @@ def test_a_state_goes_on_to_the_same_bits(small_data, small_teacher, n_runs, set
         parts.load_state_dict(given)
         assert parts.iteration == cut
         np.testing.assert_equal([parts.step() for _ in range(4)], later, err_msg=f"cut after step {cut}")
-        assert all(same_set(a, b) for a, b in zip(parts.sets, whole.sets, strict=True)), cut
+        assert all(a == b for a, b in zip(parts.sets, whole.sets, strict=True)), cut
 
 
 @pytest.fixture
@@ -108,11 +104,11 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_bits(
     parts = sdw.distill(data, small_teacher, **settings, out=tmp_path / "parts")
     assert {score[:2]: score for score in scores} == {score[:2]: score for score in expected}, cuts
     for one, other in zip([whole] if n_runs is None else whole, [parts] if n_runs is None else parts, strict=True):
-        assert same_set(one, other), cuts
+        assert one == other, cuts
     folders = [Path(".")] if n_runs is None else [Path("run-000"), Path("run-001")]
     for folder, name in itertools.product(folders, ("best.npz", "last.npz")):
         first, second = (sdw.SyntheticDataset.load(tmp_path / run / folder / name) for run in ("whole", "parts"))
-        assert same_set(first, second), cuts
+        assert first == second, cuts
         assert first.config == second.config
     for folder in folders:
         first, second = ([{**m, "seconds": 0} for m in read_metrics(tmp_path / r / folder)] for r in ("whole", "parts"))
@@ -126,7 +122,7 @@ def test_a_run_with_more_steps_goes_on(small_data, small_teacher, tmp_path) -> N
     whole = sdw.distill(small_data, small_teacher, **settings)
     sdw.distill(small_data, small_teacher, **{**settings, "steps": 13}, out=tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 13
-    assert same_set(sdw.distill(small_data, small_teacher, **settings, out=tmp_path), whole)
+    assert sdw.distill(small_data, small_teacher, **settings, out=tmp_path) == whole
     cosine = make(small_data, small_teacher)
     with pytest.raises(ValueError, match=r"other settings of \['steps'\]; schedule=.constant. leaves"):
         make(small_data, small_teacher, steps=21).load_state_dict(cosine.state_dict())
@@ -174,7 +170,7 @@ def test_a_state_of_another_problem_is_refused(small_data, small_teacher, part: 
     start = dataclasses.replace(before, units=problem.units)
     with pytest.raises(ValueError, match=rf"belongs to another problem: its {named} differ\. "):
         own.load_state_dict(sdw.Distiller(problem, start, config).state_dict())
-    assert same_set(own.synthetic, before)
+    assert own.synthetic == before
 
 
 def test_a_state_goes_on_with_what_does_not_matter(small_data, small_teacher) -> None:
@@ -212,7 +208,7 @@ def test_settings_that_change_no_step_are_free(small_data, small_teacher) -> Non
     whole.step()
     parts.load_state_dict(whole.state_dict())
     assert whole.step() == parts.step()
-    assert same_set(whole.synthetic, parts.synthetic)
+    assert whole.synthetic == parts.synthetic
 
 
 def test_a_state_of_another_device_number_of_runs_or_version_is_refused(small_data, small_teacher) -> None:
@@ -352,7 +348,7 @@ def test_sets_are_written_anew_from_the_checkpoint(small_data, small_teacher, tm
     for one, other in zip(
         [returned] if n_runs is None else returned, [again] if n_runs is None else again, strict=True
     ):
-        assert same_set(one, other)
+        assert one == other
 
 
 def test_a_run_killed_between_checkpoint_and_set_writes_it_on_the_next_start(
@@ -369,7 +365,7 @@ def test_a_run_killed_between_checkpoint_and_set_writes_it_on_the_next_start(
     assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 20
     assert not list(tmp_path.glob("[bl]*st.npz"))
     sdw.distill(small_data, small_teacher, **settings)
-    assert same_set(sdw.SyntheticDataset.load(tmp_path / "last.npz"), whole)
+    assert sdw.SyntheticDataset.load(tmp_path / "last.npz") == whole
 
 
 def test_two_runs_in_one_folder(small_data, small_teacher, tmp_path) -> None:
@@ -382,4 +378,4 @@ def test_two_runs_in_one_folder(small_data, small_teacher, tmp_path) -> None:
                 sdw.distill(small_data, small_teacher, **settings, seed=1)
 
     first = sdw.distill(small_data, small_teacher, **settings, callback=intrude)
-    assert same_set(first, sdw.distill(small_data, small_teacher, **TINY, progress=False))
+    assert first == sdw.distill(small_data, small_teacher, **TINY, progress=False)

@@ -57,6 +57,7 @@ def test_several_runs_in_one_picture(two_runs: Path, tmp_path: Path, monkeypatch
         ("distill", ["--no-density", "--clip", "0.5"], "--clip would have no effect: objective sdw has no density"),
         ("distill", ["--objective", "pbc", "--value-weights", "paper"], "--value-weights would have no effect"),
         ("distill", ["--eval-clones", "2"], "--eval-clones would have no effect: eval_every is 0"),
+        ("distill", ["--eval-clones", "2", "--eval-every", "1", "--fixed-initialization", "0"], "one policy"),
         ("distill", ["--objective", "dbc", "--teacher", "t.safetensors"], "--teacher would have no effect"),
         ("train-teacher", ["--algorithm", "iql", "--alpha", "1"], "--alpha would have no effect: algorithm iql"),
         ("train-teacher", ["--expectile", "0.8"], "--expectile would have no effect: algorithm td3bc"),

@@ -26,6 +26,7 @@ DEFAULTS = {
     "hidden": (256, 256, 256),
     "inner_width": 64,
     "gain": 1.0,
+    "fixed_initialization": None,
     "inner_steps": 100,
     "inner_lr": 0.1,
     "inner_momentum": 0.9,

@@ -216,7 +216,7 @@ def test_flow_on_a_mixture(rng: np.random.Generator, small_flow: dict) -> None:
     x, truth = mixture(rng, 4000)
     error = flow_log_density(x, max_epochs=10, **small_flow) - truth
     assert abs(error.mean()) < 0.2
-    assert error.std() < 0.6
+    assert np.quantile(np.abs(error), 0.9) < 0.9  # a single state far out would rule a standard deviation
 
 
 def test_flow_repeats_and_leaves_the_global_generator_alone(rng: np.random.Generator, small_flow: dict) -> None:

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import sdw_fast as sdw
@@ -21,10 +20,6 @@ from sdw_fast.folder import load_checkpoint, read_metrics
 from sdw_fast.run import new_distiller
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
-
-
-def same_set(first: sdw.SyntheticDataset, second: sdw.SyntheticDataset) -> bool:
-    return np.array_equal(first.observations, second.observations) and np.array_equal(first.actions, second.actions)
 
 
 @pytest.mark.parametrize("n_runs", [None, 2])
@@ -47,7 +42,7 @@ def test_ctrl_c_finishes_the_step_and_goes_on_to_the_same_bits(small_data, small
         sdw.distill(small_data, small_teacher, **settings, callback=callback)
     parts = sdw.distill(small_data, small_teacher, **settings, out=out)
     for one, other in zip([whole] if n_runs is None else whole, [parts] if n_runs is None else parts, strict=True):
-        assert same_set(one, other)
+        assert one == other
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -105,7 +100,7 @@ def test_a_checkpoint_cut_off_while_it_is_written_leaves_the_one_before(
         sdw.distill(small_data, small_teacher, **settings)
     monkeypatch.setattr(Path, "write_bytes", write)
     assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 7
-    assert same_set(sdw.distill(small_data, small_teacher, **settings), whole)
+    assert sdw.distill(small_data, small_teacher, **settings) == whole
     assert {p.name for p in tmp_path.iterdir()} == {
         ".lock",
         "checkpoint",
@@ -164,9 +159,8 @@ def test_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, signum: signal
     assert 7 <= reached < 40
     distill_slowly(str(tmp_path / "cut"), 0.0)
     for name in ("last.npz", "best.npz"):
-        assert same_set(
-            sdw.SyntheticDataset.load(tmp_path / "whole" / name), sdw.SyntheticDataset.load(tmp_path / "cut" / name)
-        )
+        whole, cut = (sdw.SyntheticDataset.load(tmp_path / run / name) for run in ("whole", "cut"))
+        assert whole == cut
     assert [m["step"] for m in read_metrics(tmp_path / "cut")] == list(range(1, 41))
 
 
@@ -186,7 +180,7 @@ def test_ctrl_c_while_the_last_checkpoint_is_written_is_not_swallowed(
         with pytest.raises(KeyboardInterrupt, match="after outer step 30, the last; the run is complete"):
             sdw.distill(small_data, small_teacher, **settings)
     whole = sdw.distill(small_data, small_teacher, **TINY, progress=False)
-    assert same_set(sdw.SyntheticDataset.load(tmp_path / "best.npz"), whole)
+    assert sdw.SyntheticDataset.load(tmp_path / "best.npz") == whole
 
 
 def test_a_handler_that_is_not_python_s_is_left_alone(small_data, small_teacher, monkeypatch) -> None:
@@ -212,7 +206,7 @@ def test_a_full_disk_at_a_checkpoint_says_so_and_the_run_goes_on_later(small_dat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert load_checkpoint(tmp_path / "checkpoint")["distiller"]["iteration"] == 7
-    assert same_set(sdw.distill(small_data, small_teacher, **settings), whole)
+    assert sdw.distill(small_data, small_teacher, **settings) == whole
 
 
 def test_a_folder_deleted_under_a_run_says_so(small_data, small_teacher, tmp_path) -> None:

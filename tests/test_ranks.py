@@ -21,7 +21,8 @@ from sdw_fast import heartbeat, ranks
 def _torchrun(port: int, size: int) -> dict[str, str]:
     """What torchrun tells a process, but for its rank."""
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    return {**address, "TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = {"TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return {**address, **started}
 
 
 def _store() -> dist.TCPStore:

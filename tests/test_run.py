@@ -26,10 +26,6 @@ from sdw_fast.run import new_distiller
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
 
 
-def same_set(first: sdw.SyntheticDataset, second: sdw.SyntheticDataset) -> bool:
-    return np.array_equal(first.observations, second.observations) and np.array_equal(first.actions, second.actions)
-
-
 METRICS = {"loss", "gradient_norm", "adjoint_growth", "inner_loss", "inner_lr", "seconds"}
 
 
@@ -45,8 +41,8 @@ def test_result_carries_where_it_came_from(small_data, small_teacher, tmp_path) 
     assert result.config == {**sdw.DistillConfig(**TINY, seed=3).to_dict(), "iteration": 30}
     assert (result.dataset_name, result.dataset_hash) == ("small", small_data.content_hash)
     assert result.version == sdw.__version__
-    assert same_set(load(tmp_path / "run" / "best.npz"), result)
-    assert same_set(load(tmp_path / "run" / "last.npz"), result)
+    assert load(tmp_path / "run" / "best.npz") == result
+    assert load(tmp_path / "run" / "last.npz") == result
     assert [m["step"] for m in read_metrics(tmp_path / "run")] == list(range(1, 31))
     assert {"config.json", "metrics.jsonl", "checkpoint", "best.npz", "last.npz"} <= set(os.listdir(tmp_path / "run"))
     content = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -113,7 +109,7 @@ def test_a_folder_without_checkpoint_starts_anew(small_data, small_teacher, tmp_
     def callback(distiller: sdw.Distiller, metrics: dict) -> None:
         assert not (tmp_path / "best.npz").exists() or distiller.iteration == 30
 
-    assert same_set(sdw.distill(small_data, small_teacher, **settings, callback=callback), expected)
+    assert sdw.distill(small_data, small_teacher, **settings, callback=callback) == expected
     assert [m["step"] for m in read_metrics(tmp_path)] == list(range(1, 31))
 
 
@@ -122,7 +118,7 @@ def test_a_finished_run_is_only_read(small_data, small_teacher, tmp_path) -> Non
     expected = sdw.distill(small_data, small_teacher, **settings)
     steps: list[int] = []
     again = sdw.distill(small_data, small_teacher, **settings, callback=lambda d, m: steps.append(d.iteration))
-    assert same_set(again, expected)
+    assert again == expected
     assert steps == []
 
 
@@ -233,12 +229,12 @@ def test_the_best_set_is_the_one_of_the_best_score(any_data, small_teacher, tmp_
     )
     assert list(seen) == [(0, 8), (0, 16), (0, 24), (0, 30)]
     assert result.config["iteration"] == 16
-    assert same_set(result, seen[0, 16])
+    assert result == seen[0, 16]
     assert [(m["score"], m["return"]) for m in given if "score" in m] == [(20, 980), (50, 950), (30, 970), (40, 960)]
     if folder:
-        assert same_set(load(tmp_path / "best.npz"), seen[0, 16])
-        assert same_set(load(tmp_path / "last.npz"), seen[0, 30])
-        assert not same_set(seen[0, 16], seen[0, 30])
+        assert load(tmp_path / "best.npz") == seen[0, 16]
+        assert load(tmp_path / "last.npz") == seen[0, 30]
+        assert seen[0, 16] != seen[0, 30]
         kept = {m["step"]: m["score"] for m in read_metrics(tmp_path) if "score" in m}
         assert kept == {8: 20, 16: 50, 24: 30, 30: 40}
 
@@ -249,9 +245,9 @@ def test_every_run_has_a_best_set_of_its_own(any_data, small_teacher, tmp_path, 
         any_data, small_teacher, **EVALUATED, n_runs=2, out=tmp_path, callback=lambda d, m: given.append(m)
     )
     for number, best in enumerate([16, 8]):  # an equal score later does not replace it
-        assert same_set(results[number], seen[number, best])
-        assert same_set(load(tmp_path / f"run-00{number}" / "best.npz"), seen[number, best])
-        assert same_set(load(tmp_path / f"run-00{number}" / "last.npz"), seen[number, 30])
+        assert results[number] == seen[number, best]
+        assert load(tmp_path / f"run-00{number}" / "best.npz") == seen[number, best]
+        assert load(tmp_path / f"run-00{number}" / "last.npz") == seen[number, 30]
     assert [m["score"].tolist() for m in given if "score" in m] == [[20, -1], [50, -3], [30, -2], [40, -1]]
     assert {m["step"]: m["score"] for m in read_metrics(tmp_path / "run-001") if "score" in m}[24] == -2
 
@@ -268,8 +264,8 @@ def test_the_best_set_is_not_forgotten(any_data, small_teacher, tmp_path, seen) 
     best = seen[0, 16]
     result = sdw.distill(any_data, small_teacher, **EVALUATED, out=tmp_path)
     assert (0, 30) in seen
-    assert same_set(result, best)
-    assert same_set(load(tmp_path / "best.npz"), best)
+    assert result == best
+    assert load(tmp_path / "best.npz") == best
 
 
 def test_evaluation_needs_an_environment(small_data, small_teacher, tmp_path) -> None:

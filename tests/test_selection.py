@@ -27,10 +27,6 @@ def make(
     return new_distiller(data, teacher, sdw.DistillConfig(**{**TINY, **settings}), n_runs=n_runs)
 
 
-def same_set(first: sdw.SyntheticDataset, second: sdw.SyntheticDataset) -> bool:
-    return np.array_equal(first.observations, second.observations) and np.array_equal(first.actions, second.actions)
-
-
 # --- what is held out -------------------------------------------------------------------------------------------------
 
 
@@ -46,7 +42,7 @@ def test_a_tenth_of_the_states_is_never_learned_from(small_data, small_teacher) 
     poisoned = sdw.Distiller(problem, sdw.real_pairs(small_data, 12), distiller.config)
     for _ in range(12):
         assert poisoned.step() == distiller.step()
-    assert same_set(poisoned.synthetic, distiller.synthetic)
+    assert poisoned.synthetic == distiller.synthetic
 
 
 def test_every_state_is_learned_from_where_the_last_set_is_wanted(small_data, small_teacher) -> None:
@@ -110,14 +106,14 @@ def test_the_set_of_the_lowest_held_out_loss_is_returned(small_data, small_teach
         small_data, small_teacher, **settings, out=tmp_path, callback=lambda d, m: seen.update({d.iteration: d.sets})
     )
     for run, (best, step) in enumerate(zip([result] if n_runs is None else result, [6, 9], strict=False)):
-        assert same_set(best, seen[step][run])
-        assert not same_set(best, seen[12][run])
+        assert best == seen[step][run]
+        assert best != seen[12][run]
         folder = tmp_path if n_runs is None else tmp_path / f"run-00{run}"
         kept = sdw.SyntheticDataset.load(folder / "best.npz")
-        assert same_set(kept, best)
+        assert kept == best
         assert (kept.config["iteration"], kept.config["selected"]["by"]) == (step, "held-out loss")
         assert kept.config["selected"]["loss"] == [0.2, 0.3][run]
-        assert same_set(sdw.SyntheticDataset.load(folder / "last.npz"), seen[12][run])
+        assert sdw.SyntheticDataset.load(folder / "last.npz") == seen[12][run]
         logged = {m["step"]: m["held_out_loss"] for m in read_metrics(folder) if "held_out_loss" in m}
         assert list(logged) == [3, 6, 9, 12]
 
@@ -126,7 +122,7 @@ def test_the_last_set_is_returned_where_asked(small_data, small_teacher, tmp_pat
     settings = {**TINY, "progress": False}
     result = sdw.distill(small_data, small_teacher, **settings, select="last", out=tmp_path)
     assert (result.config["iteration"], result.config["selected"]) == (12, {"by": "last"})
-    assert same_set(sdw.SyntheticDataset.load(tmp_path / "best.npz"), result)
+    assert sdw.SyntheticDataset.load(tmp_path / "best.npz") == result
     assert not [m for m in read_metrics(tmp_path) if "held_out_loss" in m]
 
 
@@ -147,7 +143,7 @@ def test_a_run_cut_after_its_best_step_still_returns_it(small_data, small_teache
         sdw.distill(small_data, small_teacher, **settings, out=tmp_path / "parts", callback=stop)
     parts = sdw.distill(small_data, small_teacher, **settings, out=tmp_path / "parts")
     for one, other in zip([whole] if n_runs is None else whole, [parts] if n_runs is None else parts, strict=True):
-        assert same_set(one, other)
+        assert one == other
         assert one.config == other.config
     assert load_checkpoint(tmp_path / "parts" / "checkpoint")["best_by"] == "held-out"
 

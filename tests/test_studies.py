@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,27 +13,28 @@ import torch
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import (
+    ceilings,
     cells,
     density_agreement,
+    density_map,
     diversity,
     generalization,
+    histories,
     report,
+    selection,
     suite,
     tasks,
     time_to_return,
     value_weights,
+    variance,
     work,
 )
 from sdw_fast.folder import metrics_line, read_metrics
-from sdw_fast.units import d4rl_returns
 
 
 @pytest.fixture
-def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def tiny(studied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The suite with its files in a folder of the test, tiny settings, and one episode of one policy."""
-    pytest.importorskip("mujoco")
-    units = dataclasses.replace(small_data.units, env_id="Hopper-v5", returns=d4rl_returns("Hopper-v5"))
-    data = dataclasses.replace(small_data, units=units)
     (tmp_path / "page.md").write_text("".join(f"<!-- {n} -->\n\nold\n\n<!-- /{n} -->\n" for n in PAGE))
     for name, value in {
         "TABLE": tmp_path / "suite.jsonl",
@@ -57,8 +57,6 @@ def tiny(small_data, small_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(cells, name, value)
     monkeypatch.setattr(report, "DOCS", tmp_path)
     monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
-    monkeypatch.setattr(tasks, "dataset", lambda task: data)
-    monkeypatch.setattr(tasks, "teacher", lambda task: small_teacher)
     threads = sdw.get_num_threads()
     yield tmp_path
     sdw.set_num_threads(threads)
@@ -137,7 +135,7 @@ def test_a_cell_reports_the_last_set(tiny: Path) -> None:
     last = sdw.SyntheticDataset.load(cells.run_folder(("hopper/medium", "sdw", 1)) / "last.npz")
     assert last.config["iteration"] == 2
     expected = [
-        suite.episodes(policy, tasks.dataset(""), clone).mean() for clone, policy in enumerate(suite.clones(last))
+        suite.episodes(policy, tasks.dataset(""), clone).mean() for clone, policy in enumerate(work.clones(last, 2))
     ]
     assert row(("hopper/medium", "sdw", 1))["policies"] == pytest.approx(expected, abs=1e-3)
 
@@ -209,9 +207,9 @@ def test_tables(tiny: Path) -> None:
     figures = dict.fromkeys(cells.METHODS, "missing") | {"random": "5.0 (1)", "sdw": "20.0 ± 5.8"}
     expected = ["hopper/medium", *figures.values(), "32.5", "38.4", "44.9"]
     assert [part.strip() for part in line.strip("|").split("|")] == expected
-    replay = next(line for line in text.splitlines() if line.startswith("| hopper/medium-replay |"))
+    mixture = next(line for line in text.splitlines() if line.startswith("| hopper/mixture |"))
     without = len(cells.COMPARED)
-    assert (replay.count("missing"), replay.count("–")) == (len(cells.METHODS) - without, without + 1)  # published SDW
+    assert (mixture.count("missing"), mixture.count("–")) == (len(cells.METHODS) - without, without + 3)  # published
     assert "| SDW | 3 | 3600 | 0 | 3.00 |" in text
     lead = next(line for line in text.split("## SDW against")[1].splitlines() if line.startswith("| hopper/medium |"))
     assert lead == "| hopper/medium | 0.52 | missing | missing | missing | missing | missing |"
@@ -234,6 +232,11 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     diversity.write_page()
     value_weights.write_page(report.PAGE)
     time_to_return.write_page(report.PAGE)
+    histories.write_page(report.PAGE)
+    ceilings.write_page(report.PAGE)
+    density_map.write_page(report.PAGE)
+    selection.write_page(report.PAGE)
+    variance.write_page(report.PAGE)
     assert report.PAGE.read_text() == before
 
 

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import recordings, report, work
 from benchmarks.studies.recordings import TASKS
-from sdw_fast import DistillConfig, MLPPolicy, SyntheticDataset, TransitionDataset
+from sdw_fast import DistillConfig, SyntheticDataset, TransitionDataset
 from sdw_fast.environments import recorded
 
 TABLE, FOLDER = table.RESULTS / "battery.jsonl", table.ROOT / "runs/battery"
@@ -120,7 +119,7 @@ def _policies(case: Case, data: TransitionDataset, folder: Path) -> Iterator[Any
     task, method, seed = case
     clones = range(TEST_SEED, TEST_SEED + settings(case)["policies"])
     if method == "bc":
-        yield from (clone_on_all(data, clone) for clone in clones)
+        yield from (work.clone_on_all(data, clone, held_out=HELD_OUT, look_every=LOOK_EVERY, **BC) for clone in clones)
         return
     synthetic = synthetic_set(method, seed, data, None if method in ("random", "dbc") else teacher(task, folder))
     yield from (sdw.behavior_clone(synthetic, seed=clone) for clone in clones)
@@ -131,25 +130,6 @@ def synthetic_set(method: str, seed: int, data: TransitionDataset, teacher: sdw.
     if method == "random":
         return work.chosen_pairs(data, teacher, config(method, seed))
     return sdw.distill(data, teacher, progress=False, **{**SETTINGS, "objective": method, "seed": seed})
-
-
-def clone_on_all(data: TransitionDataset, seed: int) -> MLPPolicy:
-    """Behavior cloning on the whole dataset, until it no longer improves: the parameters of the least held-out loss."""
-    rows = np.random.default_rng(seed).permutation(len(data))
-    held_out, kept = (data.subset(np.sort(part)) for part in np.split(rows, [int(HELD_OUT * len(rows))]))
-    states, actions = work.normalized_pairs(held_out)
-    ones, defaults = torch.ones(len(states)), DistillConfig()
-    least, best = np.inf, None
-    cloning = work.cloning(kept, seed, hidden=defaults.hidden, gain=defaults.gain, schedule="cosine", **BC)
-    for step, params in enumerate(cloning, start=1):
-        if step % LOOK_EVERY and step < BC["steps"]:
-            continue
-        with torch.no_grad():
-            loss = float(sdw.ops.behavior_matching(params, states, actions, ones, head=data.units.head))
-        if loss < least:
-            least, best = loss, [p.detach().clone() for p in params]
-    assert best is not None, "the loss is not finite"
-    return MLPPolicy(best, data.units)
 
 
 def teacher(task: str, folder: Path) -> sdw.Teacher:

@@ -34,7 +34,7 @@ from sdw_fast.density import DensityWeights
 
 TABLE = table.RESULTS / "diversity.jsonl"
 ENVS = ("hopper", "walker2d")
-QUALITIES = ("medium-replay", "medium", "medium-expert", "expert")  # rising quality
+QUALITIES = ("mixture", "medium", "medium-expert", "expert")  # rising quality
 STOPS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)  # gradient steps after which a policy is looked at
 POLICIES, EPISODES = 3, 8
 STAGES = (0, 1, 10, 40, 100, 200, 400, 1000)  # steps into an episode, from each to the next
@@ -165,8 +165,7 @@ def stages_table(task: str) -> str:
 def _along_an_episode(task: str) -> dict[str, list[float]]:
     """The columns of a task's table, a number a stage."""
     data = tasks.dataset(task)
-    step = np.concatenate([np.arange(length) for length in np.diff(data.episode_ends, prepend=-1)])
-    stage = np.searchsorted(STAGES, step, side="right") - 1
+    stage = np.searchsorted(STAGES, work.steps_into_episode(data), side="right") - 1
     count = np.bincount(stage, minlength=len(STAGES) - 1)
 
     def mean(values: np.ndarray) -> list[float]:

@@ -32,7 +32,7 @@ from benchmarks.bench_knn import K, source
 from benchmarks.studies.work import one_thread
 from benchmarks.table import RESULTS, append, origin
 from sdw_fast import distributed
-from sdw_fast.ranks import Ranks
+from sdw_fast.ranks import Ranks, close_group
 
 NAMES = ("sdw0", "sdw1")  # of the namespaces, and of the device in each
 MESSAGE = 256 * (17 + 6) + 4  # floats: the hypergradient of 256 HalfCheetah pairs, and the figures of a step
@@ -118,7 +118,7 @@ def measure(rank: int, folder: Path, rows: int) -> None:
         "knn": timed(lambda: distributed.knn(points, k=K), 1),
     }
     torch.save(figures, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    close_group()
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from benchmarks.bench_knn import K, source
 from benchmarks.studies.work import one_thread
 from benchmarks.table import RESULTS, append, origin
 from sdw_fast import distributed
+from sdw_fast.ranks import close_group
 
 
 def neighbors(rank: int, size: int, folder: Path, name: str, rows: int) -> None:
@@ -54,7 +55,7 @@ def neighbors(rank: int, size: int, folder: Path, name: str, rows: int) -> None:
     figures["wrong"] = wrong(everything, sum(map(len, everything.tensor_split(size)[:rank])), distances, numbers)
     if traffic:
         figures |= {"moved": traffic[0].rows, "share": traffic[0].share, "bytes": traffic[0].bytes}
-        dist.destroy_process_group()
+        close_group()
     torch.save(figures, folder / f"{rank}.pt")
 
 
@@ -108,7 +109,7 @@ def steps(rank: int, size: int, folder: Path, name: str, rows: int) -> None:
     figures = {"seconds": seconds / STEPS, "cpu": (time.process_time() - cpu) / STEPS, "waiting": waited / seconds}
     torch.save(figures, folder / f"{rank}.pt")
     if size > 1:
-        dist.destroy_process_group()
+        close_group()
 
 
 def measured(work: Callable[..., None], size: int, name: str, rows: int) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """The synthetic sets that come with the package: distilled, evaluated, written into sdw_fast/assets.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.studies.sets hopper/medium --steps 2000     # no task: all nine
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.sets hopper/medium --steps 2000
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.sets hopper/medium-replay --histories FOLDER --objective av-pbc
+
+No task: medium and medium-expert of all robots. Of medium-replay the data and the teacher are a learner's history and
+the learner itself, in a FOLDER as `benchmarks.studies.histories` takes it.
 
 A set replaces the one that is there only if its policies return more: both were run with the same seeds, ten policies
 for twenty episodes in all. Prints the row for sdw_fast/assets/README.md.
@@ -10,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 import sdw_fast as sdw
-from benchmarks.studies import tasks
+from benchmarks.studies import histories, tasks
+from benchmarks.studies.cells import PUBLISHED
 from sdw_fast import shipped
 
 CLONES, EPISODES, SEED = 10, 20, 1000
@@ -25,12 +31,20 @@ def evaluated(synthetic: sdw.SyntheticDataset) -> sdw.SyntheticDataset:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tasks", nargs="*", help="such as hopper/medium; none: all")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", help="such as hopper/medium; none: all but medium-replay")
+    parser.add_argument("--objective", default="sdw", help="of the distillation")
+    parser.add_argument("--histories", type=Path, metavar="FOLDER", help="of learners' histories")
     parser.add_argument("--steps", type=int, default=2_000, help="outer steps")
     options = parser.parse_args()
-    for task in options.tasks or tasks.TASKS:
-        synthetic = sdw.distill(tasks.dataset(task), tasks.teacher(task), steps=options.steps, seed=0)
+    for task in options.tasks or PUBLISHED:
+        if task in histories.TASKS:
+            if options.histories is None:
+                parser.error(f"{task} is made from a learner's history: say where it lies by --histories")
+            data, teacher = histories.of_task(options.histories, task)
+        else:
+            data, teacher = tasks.dataset(task), tasks.teacher(task)
+        synthetic = sdw.distill(data, teacher, objective=options.objective, steps=options.steps, seed=0)
         new = evaluated(synthetic).evaluation
         assert new is not None
         known = task in shipped.names("set")
@@ -40,7 +54,7 @@ def main() -> None:
             path = shipped.ASSETS / f"{task.replace('/', '-')}-set.npz"
             dataclasses.replace(synthetic, evaluation=new).save(path)
         print(
-            f"| {task} | {options.steps:,} | {new['mean']:.0f} ± {new['std']:.0f} "
+            f"| {task} | {len(data):,} | {options.steps:,} | {new['mean']:.0f} ± {new['std']:.0f} "
             f"| {new['normalized_mean']:.1f} ± {new['normalized_std']:.1f} |{' the one before is better' * kept}"
         )
 

@@ -9,18 +9,18 @@ import sdw_fast as sdw
 from benchmarks.table import ROOT
 
 ENVS = ("halfcheetah", "hopper", "walker2d")
-QUALITIES = ("medium-replay", "medium", "medium-expert")
+QUALITIES = ("mixture", "medium", "medium-expert")
 TASKS = [f"{env}/{quality}" for env in ENVS for quality in QUALITIES]
 TRANSITIONS = 100_000  # of each dataset
 # Arguments of sdw.train_teacher.
 TEACHERS: dict[str, dict[str, Any]] = {
-    "halfcheetah/medium-replay": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 6.0},
+    "halfcheetah/mixture": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 6.0},
     "halfcheetah/medium": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 6.0},
     "halfcheetah/medium-expert": {"algorithm": "iql", "steps": 20_000, "expectile": 0.7, "temperature": 1.0},
-    "hopper/medium-replay": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 3.0},
+    "hopper/mixture": {"algorithm": "iql", "steps": 20_000, "expectile": 0.8, "temperature": 3.0},
     "hopper/medium": {"algorithm": "iql", "steps": 10_000, "expectile": 0.8, "temperature": 6.0},
     "hopper/medium-expert": {"algorithm": "iql", "steps": 20_000, "expectile": 0.7, "temperature": 3.0},
-    "walker2d/medium-replay": {"algorithm": "iql", "steps": 10_000, "expectile": 0.7, "temperature": 3.0},
+    "walker2d/mixture": {"algorithm": "iql", "steps": 10_000, "expectile": 0.7, "temperature": 3.0},
     "walker2d/medium": {"algorithm": "iql", "steps": 10_000, "expectile": 0.7, "temperature": 1.0},
     "walker2d/medium-expert": {"algorithm": "iql", "steps": 20_000, "expectile": 0.7, "temperature": 1.0},
 }

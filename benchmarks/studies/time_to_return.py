@@ -22,7 +22,7 @@ import numpy as np
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import report, tasks, work
-from benchmarks.studies.cells import PUBLISHED, TEST_SEED
+from benchmarks.studies.cells import PUBLISHED
 
 TABLE = table.RESULTS / "time_to_return.jsonl"
 SETTINGS: dict[str, Any] = {"objective": "sdw", "size": 256, "k": 100, "ess": 0.8}
@@ -47,13 +47,7 @@ def measure(case: Case) -> None:
     synthetic = sdw.distill(data, teacher, steps=steps, seed=seed, progress=False, **SETTINGS)
     row: dict[str, Any] = {"task": task, "seed": seed, "steps": steps}
     row |= {"seconds": round(time.perf_counter() - began, 1), "cpu": round(time.process_time() - cpu, 1)}
-    policies = [
-        work.normalized_returns(
-            sdw.behavior_clone(synthetic, seed=TEST_SEED + clone), data, EPISODES, seed=TEST_SEED + clone * EPISODES
-        ).mean()
-        for clone in range(POLICIES)
-    ]
-    row["policies"] = np.round(policies, 2).tolist()
+    row["policies"] = work.mean_returns(work.clones(synthetic, POLICIES), data, EPISODES)
     table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
     print(row, flush=True)
 

@@ -19,7 +19,7 @@ import numpy as np
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import report, tasks, work
-from benchmarks.studies.cells import PUBLISHED, TEST_SEED
+from benchmarks.studies.cells import PUBLISHED
 
 TABLE = table.RESULTS / "value_weights.jsonl"
 KINDS = {"paper": "β·Q", "shifted": "shifted"}
@@ -45,13 +45,8 @@ def measure(case: Case) -> None:
     seed, task, kind = case
     began, data = time.process_time(), tasks.dataset(task)
     synthetic = sdw.distill(data, tasks.teacher(task), value_weights=kind, seed=seed, progress=False, **SETTINGS)
-    policies = [
-        work.normalized_returns(
-            sdw.behavior_clone(synthetic, seed=TEST_SEED + clone), data, EPISODES, seed=TEST_SEED + clone * EPISODES
-        ).mean()
-        for clone in range(POLICIES)
-    ]
-    row = {"task": task, "weights": kind, "seed": seed, "policies": np.round(policies, 2).tolist()}
+    policies = work.mean_returns(work.clones(synthetic, POLICIES), data, EPISODES)
+    row = {"task": task, "weights": kind, "seed": seed, "policies": policies}
     row["cpu_seconds"] = round(time.process_time() - began, 1)
     table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
     print(row, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,33 @@ def clone_dataset(data: TransitionDataset, seed: int) -> MLPPolicy:
     return MLPPolicy(params, data.units)
 
 
+def clone_on_all(data: TransitionDataset, seed: int, *, held_out: float, look_every: int, **settings: Any) -> MLPPolicy:
+    """Behavior cloning on a whole dataset: the parameters of the least loss on a share of the pairs that is held out.
+
+    Args:
+        data: The pairs.
+        seed: Of the pairs held out, of θ_0 and of the batches.
+        held_out: Share of the pairs.
+        look_every: Steps between two looks at the loss; the last step is looked at too.
+        **settings: steps, batch_size and lr of `cloning`, whose step size falls as a cosine.
+    """
+    rows = np.random.default_rng(seed).permutation(len(data))
+    unseen, kept = (data.subset(np.sort(part)) for part in np.split(rows, [int(held_out * len(rows))]))
+    states, actions = normalized_pairs(unseen)
+    ones, defaults = torch.ones(len(states)), sdw.DistillConfig()
+    least, best = np.inf, None
+    steps = cloning(kept, seed, hidden=defaults.hidden, gain=defaults.gain, schedule="cosine", **settings)
+    for step, params in enumerate(steps, start=1):
+        if step % look_every and step < settings["steps"]:
+            continue
+        with torch.no_grad():
+            loss = float(sdw.ops.behavior_matching(params, states, actions, ones, head=data.units.head))
+        if loss < least:
+            least, best = loss, [p.detach().clone() for p in params]
+    assert best is not None, "the loss is not finite"
+    return MLPPolicy(best, data.units)
+
+
 def cloning(
     data: TransitionDataset,
     seed: int,
@@ -118,6 +145,26 @@ def normalized_pairs(pairs: TransitionDataset | SyntheticDataset) -> tuple[Tenso
         torch.from_numpy(states.normalize(pairs.observations)),
         torch.from_numpy(actions.normalize(pairs.actions)),
     )
+
+
+def steps_into_episode(data: TransitionDataset) -> np.ndarray:
+    """How many steps of its episode came before each row, (M,)."""
+    return np.concatenate([np.arange(length) for length in np.diff(data.episode_ends, prepend=-1)])
+
+
+def clones(synthetic: SyntheticDataset, count: int) -> Iterator[MLPPolicy]:
+    """Policies cloned on a set, from seeds that nothing else uses."""
+    for clone in range(count):
+        yield sdw.behavior_clone(synthetic, seed=cells.TEST_SEED + clone)
+
+
+def mean_returns(policies: Iterable[Any], data: TransitionDataset, episodes: int) -> list[float]:
+    """D4RL-normalized return of each policy, mean over episodes of its own, whose seeds nothing else uses."""
+    every = (
+        normalized_returns(policy, data, episodes, seed=cells.TEST_SEED + number * episodes)
+        for number, policy in enumerate(policies)
+    )
+    return [round(float(returns.mean()), 2) for returns in every]
 
 
 def normalized_returns(policy: Any, data: TransitionDataset, episodes: int, seed: int) -> np.ndarray:

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import brute_force, surface
 
-import sdw_fast
 from sdw_fast import _C, get_num_threads, set_num_threads
 from sdw_fast.ops import _knn_cuda, _knn_native, knn
 
@@ -286,9 +285,7 @@ def test_every_instruction_set(isa: str) -> None:
         "check(np.random.default_rng(0).random((700, 64)), None, 3, 'native'); "
         "check(np.ones((500, 3), np.float32), None, 4, 'native')"
     )
-    here = Path(__file__).parent
-    folders = [Path(sdw_fast.__file__).parents[1], here.parent, here]
-    environment = os.environ | {"SDW_ISA": isa, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    environment = os.environ | {"SDW_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import refusals
 
-import sdw_fast
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,9 +22,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(library: Path, what: str) -> list[int]:
-    package = {"PYTHONPATH": str(Path(sdw_fast.__file__).parents[1]), "LD_PRELOAD": str(library)}
+    same_packages = {"PYTHONPATH": os.pathsep.join(sys.path), "LD_PRELOAD": str(library)}
     command = [sys.executable, refusals.__file__, what]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **package})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **same_packages})
     assert done.returncode == 0, done.stderr
     return [int(number) for number in done.stdout.split()]
 

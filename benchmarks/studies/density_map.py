@@ -1,0 +1,151 @@
+"""Where density weights win: SDW minus Av-PBC over the number of episodes and the share of expert data.
+
+    python -m benchmarks.studies.density_map             # makes the rows that are missing, then fills docs/results.md
+    python -m benchmarks.studies.density_map --tables    # fills the table, no more
+
+The data are episodes of <env>/medium-expert, drawn anew by each seed, in that dataset's normalization and with its
+teacher: few or many of them, and none, half or all of them an expert's. A row of results/density_map.jsonl is an
+environment, a share, a number of episodes, an objective and a seed; it holds the returns of ten policies and of their
+ensemble, their mean squared distance from the teacher's actions on the data, and how diverse the data are. One thread a
+process; give several processes different environments by --only.
+
+Predictions, written before the first row. The paper (arXiv 2512.06692): SDW leads by 2.5 to 5.9 points where the data
+are of little diversity, so with few episodes and with one policy's data (none or all of an expert's). Ours, from the
+suite, where the lead went as the error did: a lead of more than two standard errors at 3 or 10 episodes of hopper at
+most, and none at 30 and all. A lead counts where the mean difference, seed by seed, is more than two standard errors
+above zero.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import sdw_fast as sdw
+from benchmarks import table
+from benchmarks.studies import report, tasks, work
+from benchmarks.studies.cells import TEST_SEED
+from sdw_fast import MLPPolicy, TransitionDataset, diversity
+
+TABLE = table.RESULTS / "density_map.jsonl"
+ENVS = ("hopper", "halfcheetah")
+SHARES = (0.0, 0.5, 1.0)  # of the episodes, an expert's
+EPISODES_OF_DATA = (3, 10, 30, 0)  # 0: all that there are
+OBJECTIVES = {"av-pbc": "Av-PBC", "sdw": "SDW"}
+SETTINGS: dict[str, Any] = {"size": 256, "steps": 500, "k": 10, "ess": 0.8}
+SEEDS = range(5)
+POLICIES, EPISODES = 10, 5
+EPISODES_OF_ENSEMBLE = 20
+
+Point = tuple[str, float, int]  # environment, share of expert episodes, episodes
+Case = tuple[int, Point, str]  # seed, point, objective
+
+
+def data_of(point: Point, seed: int) -> TransitionDataset:
+    """The episodes of a point that a seed draws: the first half of the dataset is medium, the second an expert's."""
+    env, share, episodes = point
+    full = tasks.dataset(f"{env}/medium-expert")
+    ends = full.episode_ends
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    expert = starts >= len(full) // 2
+    rng = np.random.default_rng([seed, episodes])
+    chosen = np.zeros(len(ends), dtype=bool)
+    for of_expert, wanted in ((True, share), (False, 1 - share)):
+        candidates = np.flatnonzero(expert == of_expert)
+        count = round(wanted * episodes) if episodes else round(np.ceil(wanted) * len(candidates))
+        chosen[rng.choice(candidates, count, replace=False)] = True
+    rows = [np.arange(start, end + 1) for start, end in zip(starts[chosen], ends[chosen], strict=True)]
+    return full.subset(np.concatenate(rows))
+
+
+def results() -> dict[Case, table.Entries]:
+    """The newest row with the settings of now of every case that has one."""
+    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
+    return {(row["seed"], (row["env"], row["share"], row["episodes"]), row["objective"]): row for row in rows}
+
+
+def points(env: str) -> list[Point]:
+    return [(env, share, episodes) for share in SHARES for episodes in EPISODES_OF_DATA]
+
+
+def cases() -> list[Case]:
+    return [(seed, point, of) for env in ENVS for seed in SEEDS for point in points(env) for of in OBJECTIVES]
+
+
+def measure(case: Case) -> None:
+    """Distills one set from a point's data, and runs policies cloned on it."""
+    seed, (env, share, episodes), objective = case
+    began, data = time.process_time(), data_of((env, share, episodes), seed)
+    teacher = tasks.teacher(f"{env}/medium-expert")
+    synthetic = sdw.distill(data, teacher, objective=objective, seed=seed, progress=False, **SETTINGS)
+    policies = list(work.clones(synthetic, POLICIES))
+    ensemble = sdw.behavior_clone(synthetic, seed=TEST_SEED, ensemble=POLICIES)
+    spread = diversity.diversity(data)
+    row: dict[str, Any] = {"env": env, "share": share, "episodes": episodes, "objective": objective, "seed": seed}
+    row["policies"] = work.mean_returns(policies, data, EPISODES)
+    row["ensemble"] = work.mean_returns([ensemble], data, EPISODES_OF_ENSEMBLE)[0]
+    row["error"] = float(f"{np.mean([error(policy, data, teacher) for policy in policies]):.4g}")
+    row["coverage"] = round(diversity.coverage(tasks.dataset(f"{env}/medium-expert"), data), 4)
+    row["states"] = len(data)
+    row["participation_ratio"] = round(spread.participation_ratio, 3)
+    row["intrinsic_dimension"] = round(spread.intrinsic_dimension, 3)
+    row["cpu_seconds"] = round(time.process_time() - began, 1)
+    table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
+    print(row, flush=True)
+
+
+def error(policy: MLPPolicy, data: TransitionDataset, teacher: sdw.Teacher) -> float:
+    """Mean squared distance of a policy from the teacher's actions on the data, in units of the action bounds."""
+    targets, _ = teacher.label(data.observations, data.units, values=False)
+    with torch.no_grad():
+        actions = policy(torch.from_numpy(data.observations)).numpy()
+    return float(np.square(data.units.require_actions().normalize(actions) - targets).mean())
+
+
+def results_table(found: dict[Case, table.Entries]) -> str:
+    """A line a point: returns, the lead seed by seed ± standard error, and the data's diversity."""
+    lines = []
+    for env in ENVS:
+        for point in points(env):
+            both = [seed for seed in SEEDS if all((seed, point, of) in found for of in OBJECTIVES)]
+            rows = {of: [found[seed, point, of] for seed in both] for of in OBJECTIVES}
+            one = {of: [float(np.mean(row["policies"])) for row in rows[of]] for of in OBJECTIVES}
+            lead = np.subtract(one["sdw"], one["av-pbc"]).tolist()
+            of_ensembles = [a["ensemble"] - b["ensemble"] for a, b in zip(rows["sdw"], rows["av-pbc"], strict=True)]
+            figures = [one["av-pbc"], lead, of_ensembles]
+            line = [
+                env,
+                f"{point[1]:.0%}",
+                str(point[2] or "all"),
+                *(report.mean_and_error(x, len(SEEDS)) for x in figures),
+            ]
+            for name, digits in (("error", 4), ("coverage", 2), ("participation_ratio", 1)):
+                values = [row[name] for row in rows["av-pbc"]]
+                line.append(f"{np.mean(values):.{digits}f}" if values else "missing")
+            lines.append(line)
+    header = ["", "expert", "episodes", "Av-PBC", "SDW − Av-PBC", "of ensembles", "error", "coverage", "axes"]
+    return report.markdown(header, lines)
+
+
+def write_page(page: Path = report.PAGE) -> None:
+    """Fills the study's table."""
+    report.fill("density map", results_table(results()), page)
+
+
+def main() -> None:
+    options = work.options(__doc__)
+    if not options.tables:
+        work.one_thread()
+        for case in cases():
+            if re.search(options.only, case[1][0]) and case not in results():
+                measure(case)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()

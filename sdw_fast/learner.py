@@ -23,7 +23,8 @@ from sdw_fast.environments import make_env
 from sdw_fast.evaluation import evaluate
 from sdw_fast.files import damage_named, write_torch
 from sdw_fast.interruption import deferred_interrupt
-from sdw_fast.networks import GaussianPolicy, one_thread
+from sdw_fast.networks import GaussianPolicy
+from sdw_fast.ops._backend import one_thread
 from sdw_fast.progress import progress_bar
 from sdw_fast.rollout import SeededEnvs, act, episode_seed, episodes_of
 from sdw_fast.training import (

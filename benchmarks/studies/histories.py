@@ -27,7 +27,7 @@ from torch import Tensor
 
 import sdw_fast as sdw
 from benchmarks import table
-from benchmarks.studies import report, work
+from benchmarks.studies import cells, report, work
 from benchmarks.studies.cells import TEST_SEED
 from benchmarks.studies.suite import PUBLISHED_AV_PBC, PUBLISHED_HIGHEST
 from sdw_fast.networks import MLP, MinCritic
@@ -36,7 +36,12 @@ TABLE = table.RESULTS / "histories.jsonl"
 ENVS = {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "walker2d": "Walker2d"}
 TASKS = [f"{env}/medium-replay" for env in ENVS]
 SETTINGS: dict[str, Any] = {"size": 256, "steps": 1_000, "k": 100, "ess": 0.8}
-METHODS = {"teacher": "teacher", "av-pbc": "Av-PBC", "sdw": "SDW"}
+OWN: dict[str, dict[str, Any]] = {  # settings of each method besides SETTINGS
+    "av-pbc": {"objective": "av-pbc"},
+    "sdw": {"objective": "sdw"},
+    "av-pbc-wide": {"objective": "av-pbc", "inner_width": 128},  # three times the seconds
+}
+METHODS = ("teacher", *OWN)
 SEEDS = range(5)
 POLICIES, EPISODES = 10, 10
 EPISODES_OF_ONE = 30  # of the teacher and of an ensemble
@@ -90,7 +95,8 @@ def results() -> dict[Case, table.Entries]:
 
 def cases() -> list[Case]:
     every = [(seed, task, method) for seed in SEEDS for task in TASKS for method in METHODS]
-    return [case for case in every if case[2] != "teacher" or case[0] == SEEDS[0]]
+    planned = [case for case in every if case[2] != "teacher" or case[0] == SEEDS[0]]
+    return sorted(planned, key=lambda case: case[2] == "av-pbc-wide")
 
 
 def measure(case: Case, folder: Path) -> None:
@@ -102,7 +108,7 @@ def measure(case: Case, folder: Path) -> None:
     if method == "teacher":
         row["policies"] = work.mean_returns([teacher.actions], data, EPISODES_OF_ONE)
     else:
-        synthetic = sdw.distill(data, teacher, objective=method, seed=seed, progress=False, **SETTINGS)
+        synthetic = sdw.distill(data, teacher, seed=seed, progress=False, **{**SETTINGS, **OWN[method]})
         row["policies"] = work.mean_returns(work.clones(synthetic, POLICIES), data, EPISODES)
         ensemble = sdw.behavior_clone(synthetic, seed=TEST_SEED, ensemble=POLICIES)
         row["ensemble"] = work.mean_returns([ensemble], data, EPISODES_OF_ONE)[0]
@@ -117,12 +123,12 @@ def results_table(found: dict[Case, table.Entries]) -> str:
     for task in TASKS:
         line = [task, *(f"{row['policies'][0]:.1f}" for row in [found.get((0, task, "teacher"))] if row)]
         line += ["missing"] * (2 - len(line))
-        for method in ("av-pbc", "sdw"):
+        for method in OWN:
             rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
             line.append(report.mean_and_error([float(np.mean(row["policies"])) for row in rows], len(SEEDS)))
             line.append(report.mean_and_error([row["ensemble"] for row in rows], len(SEEDS)))
         lines.append([*line, f"{PUBLISHED_AV_PBC[task]:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
-    columns = [f"{METHODS[m]}, {what}" for m in ("av-pbc", "sdw") for what in ("one policy", "ensemble of ten")]
+    columns = [f"{cells.METHODS[method]}, {what}" for method in OWN for what in ("one policy", "ensemble of ten")]
     return report.markdown(["task", "teacher", *columns, "published Av-PBC", "highest published"], lines)
 
 

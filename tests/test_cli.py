@@ -102,6 +102,7 @@ OTHER = {
     "hidden": [32, 16],
     "inner_width": 12,
     "gain": 1.2,
+    "fixed_initialization": 5,
     "inner_steps": 4,
     "inner_lr": 0.15,
     "inner_momentum": 0.7,

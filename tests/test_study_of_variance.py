@@ -1,4 +1,4 @@
-"""The studies of variance and of ceilings: policies of the same seeds compared, cloning on all states."""
+"""The studies of variance and of ceilings, and what all studies of such rows do: make what is missing."""
 
 from __future__ import annotations
 
@@ -51,3 +51,11 @@ def test_ceilings_clone_the_teacher_on_all_states(studied, tmp_path: Path, monke
 def test_low_losses_with_high_returns_rank_well() -> None:
     assert variance.ranking({"losses": [0.3, 0.1, 0.2], "policies": [10, 90, 40]}) == pytest.approx(1)
     assert variance.ranking({"losses": [0.1, 0.3, 0.2], "policies": [10, 90, 40]}) == pytest.approx(-1)
+
+
+def test_a_study_makes_the_missing_rows_of_the_tasks_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "one_thread", lambda: None)
+    done = [(0, "hopper/medium")]
+    cases = [(0, "hopper/medium"), (1, "hopper/medium"), (0, ("hopper", 0.5)), (0, "walker2d/medium")]
+    work.make_missing(cases, "hopper", lambda: done, done.append)
+    assert done == cases[:3]

@@ -12,7 +12,6 @@ different tasks by --only.
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,10 @@ def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
     rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
     return {(row["policy"], row["task"]): row for row in rows}
+
+
+def cases() -> list[Case]:
+    return [(number, task) for number in POLICIES for task in PUBLISHED]
 
 
 def measure(case: Case) -> None:
@@ -72,15 +75,5 @@ def write_page(page: Path = report.PAGE) -> None:
     report.fill("ceilings", results_table(results()), page)
 
 
-def main() -> None:
-    options = work.options(__doc__)
-    if not options.tables:
-        work.one_thread()
-        for case in [(number, task) for number in POLICIES for task in PUBLISHED]:
-            if re.search(options.only, case[1]) and case not in results():
-                measure(case)
-    write_page()
-
-
 if __name__ == "__main__":
-    main()
+    work.study(__doc__, cases(), results=results, measure=measure, write_page=write_page)

@@ -18,7 +18,6 @@ above zero.
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -137,15 +136,5 @@ def write_page(page: Path = report.PAGE) -> None:
     report.fill("density map", results_table(results()), page)
 
 
-def main() -> None:
-    options = work.options(__doc__)
-    if not options.tables:
-        work.one_thread()
-        for case in cases():
-            if re.search(options.only, case[1][0]) and case not in results():
-                measure(case)
-    write_page()
-
-
 if __name__ == "__main__":
-    main()
+    work.study(__doc__, cases(), results=results, measure=measure, write_page=write_page)

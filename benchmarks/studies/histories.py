@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +146,7 @@ def main() -> None:
     if not options.tables:
         if options.folder is None:
             parser.error("say where the histories are, or --tables")
-        work.one_thread()
-        for case in cases():
-            if re.search(options.only, case[1]) and case not in results():
-                measure(case, options.folder)
+        work.make_missing(cases(), options.only, results, partial(measure, folder=options.folder))
     write_page()
 
 

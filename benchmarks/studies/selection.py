@@ -12,7 +12,6 @@ different tasks by --only.
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 
@@ -108,15 +107,5 @@ def write_page(page: Path = report.PAGE) -> None:
     report.fill("selection", results_table(results()), page)
 
 
-def main() -> None:
-    options = work.options(__doc__)
-    if not options.tables:
-        work.one_thread()
-        for case in cases():
-            if re.search(options.only, case[1]) and case not in results():
-                measure(case)
-    write_page()
-
-
 if __name__ == "__main__":
-    main()
+    work.study(__doc__, cases(), results=results, measure=measure, write_page=write_page)

@@ -15,7 +15,6 @@ the six tasks, is on average more than two standard errors above zero.
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -154,15 +153,5 @@ def write_page(page: Path = report.PAGE) -> None:
     report.fill("deviations", deviations_table(found), page)
 
 
-def main() -> None:
-    options = work.options(__doc__)
-    if not options.tables:
-        work.one_thread()
-        for case in cases():
-            if re.search(options.only, case[1]) and case not in results():
-                measure(case)
-    write_page()
-
-
 if __name__ == "__main__":
-    main()
+    work.study(__doc__, cases(), results=results, measure=measure, write_page=write_page)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,31 @@ def options(doc: str | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="REGEX", help="only the tasks whose name matches")
     parser.add_argument("--tables", action="store_true", help="fill the table and stop")
     return parser.parse_args()
+
+
+def study(
+    doc: str | None,
+    cases: Iterable[Any],
+    *,
+    results: Callable[[], Container[Any]],
+    measure: Callable[[Any], None],
+    write_page: Callable[[], None],
+) -> None:
+    """The command of a study that has a row a case: makes those that are missing, and fills its page."""
+    asked = options(doc)
+    if not asked.tables:
+        make_missing(cases, asked.only, results, measure)
+    write_page()
+
+
+def make_missing(
+    cases: Iterable[Any], only: str, results: Callable[[], Container[Any]], measure: Callable[[Any], None]
+) -> None:
+    """Measures the cases that have no row, on one thread; the second part of a case says its task, which must match."""
+    one_thread()
+    for case in cases:
+        if re.search(only, str(case[1])) and case not in results():
+            measure(case)
 
 
 def one_thread() -> None:

@@ -184,14 +184,14 @@ def evaluate_synthetic(
     if not 1 <= clones <= episodes:
         raise ValueError(f"clones must be between 1 and episodes = {episodes}, got {clones}")
     env = check_environment(synthetic.units, env)
+    if one_policy := synthetic.gives_one_policy:
+        clones = 1
     shares = np.array_split(np.arange(episodes), clones)
 
     def results_of(own: range) -> dict[int, Evaluation]:
         return {
             clone: evaluate(
-                behavior_clone(
-                    synthetic, ensemble=ensemble, seed=None if synthetic.gives_one_policy else seed + clone * ensemble
-                ),
+                behavior_clone(synthetic, ensemble=ensemble, seed=None if one_policy else seed + clone * ensemble),
                 env,
                 episodes=len(shares[clone]),
                 seed=seed + int(shares[clone][0]),

@@ -28,7 +28,6 @@ import torch
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import report, tasks, work
-from benchmarks.studies.cells import TEST_SEED
 from sdw_fast import MLPPolicy, TransitionDataset, diversity
 
 TABLE = table.RESULTS / "density_map.jsonl"
@@ -83,7 +82,7 @@ def measure(case: Case) -> None:
     teacher = tasks.teacher(f"{env}/medium-expert")
     synthetic = sdw.distill(data, teacher, objective=objective, seed=seed, progress=False, **SETTINGS)
     policies = list(work.clones(synthetic, POLICIES))
-    ensemble = sdw.behavior_clone(synthetic, seed=TEST_SEED, ensemble=POLICIES)
+    ensemble = work.ensemble(synthetic, POLICIES)
     spread = diversity.diversity(data)
     row: dict[str, Any] = {"env": env, "share": share, "episodes": episodes, "objective": objective, "seed": seed}
     row["policies"] = work.mean_returns(policies, data, EPISODES)

@@ -28,7 +28,6 @@ from torch import Tensor
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import cells, report, work
-from benchmarks.studies.cells import TEST_SEED
 from benchmarks.studies.suite import PUBLISHED_AV_PBC, PUBLISHED_HIGHEST
 from sdw_fast.networks import MLP, MinCritic
 
@@ -110,7 +109,7 @@ def measure(case: Case, folder: Path) -> None:
     else:
         synthetic = sdw.distill(data, teacher, seed=seed, progress=False, **{**SETTINGS, **OWN[method]})
         row["policies"] = work.mean_returns(work.clones(synthetic, POLICIES), data, EPISODES)
-        ensemble = sdw.behavior_clone(synthetic, seed=TEST_SEED, ensemble=POLICIES)
+        ensemble = work.ensemble(synthetic, POLICIES)
         row["ensemble"] = work.mean_returns([ensemble], data, EPISODES_OF_ONE)[0]
     row["cpu_seconds"] = round(time.process_time() - began, 1)
     table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})

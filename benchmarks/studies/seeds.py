@@ -20,7 +20,8 @@ import torch
 
 import sdw_fast as sdw
 from benchmarks import table
-from benchmarks.studies import report
+from benchmarks.studies import report, work
+from benchmarks.studies.cells import TEST_SEED
 from sdw_fast.cards import short_hash
 
 TABLE, FOLDER = table.RESULTS / "seeds.jsonl", table.ROOT / "runs/seeds"
@@ -28,7 +29,7 @@ TASK, ENV = "hopper/medium", "Hopper-v5"
 DISTILLED: dict[str, Any] = {"size": 256, "steps": 500, "objective": "sdw"}
 SETTINGS: dict[str, Any] = {"transitions": 20_000, **DISTILLED, "episodes": 10}
 SEEDS, THREADS = range(10), (1, 2)
-CLONES, MEMBERS, TEST_SEED = 10, 10, 10_000
+CLONES, MEMBERS = 10, 10
 
 Case = tuple[int, int]  # seed, threads
 
@@ -68,11 +69,10 @@ def measure(case: Case, data: sdw.TransitionDataset) -> None:
 
 def returns(synthetic: sdw.SyntheticDataset) -> table.Entries:
     """D4RL-normalized returns: of CLONES policies, the mean of each, and of one ensemble."""
-    policies = [sdw.behavior_clone(synthetic, seed=TEST_SEED + clone) for clone in range(CLONES)]
-    ensemble = sdw.behavior_clone(synthetic, seed=TEST_SEED, ensemble=MEMBERS)
+    policies = [*work.clones(synthetic, CLONES), work.ensemble(synthetic, MEMBERS)]
     means = [
         float(np.mean(sdw.evaluate(policy, ENV, episodes=SETTINGS["episodes"], seed=TEST_SEED).normalized))
-        for policy in (*policies, ensemble)
+        for policy in policies
     ]
     return {"policies": np.round(means[:-1], 2).tolist(), "ensemble": round(means[-1], 2)}
 

@@ -25,7 +25,7 @@ import torch
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import report, tasks, work
-from benchmarks.studies.cells import PUBLISHED, TEST_SEED
+from benchmarks.studies.cells import PUBLISHED
 from sdw_fast import DistillConfig, Distiller, MLPPolicy
 from sdw_fast.run import new_distiller, run
 
@@ -82,7 +82,7 @@ def measure(case: Case) -> None:
     row["policies"] = work.mean_returns(policies, data, episodes)
     row["losses"] = [float(f"{held_out_loss(policy, distiller):.4g}") for policy in policies]
     if kind != "fixed":
-        ensemble = sdw.behavior_clone(synthetic, seed=TEST_SEED, ensemble=POLICIES)
+        ensemble = work.ensemble(synthetic, POLICIES)
         row["ensemble"] = work.mean_returns([ensemble], data, EPISODES_OF_ONE)[0]
     row["cpu_seconds"] = round(time.process_time() - began, 1)
     table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})

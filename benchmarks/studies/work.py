@@ -184,6 +184,11 @@ def clones(synthetic: SyntheticDataset, count: int) -> Iterator[MLPPolicy]:
         yield sdw.behavior_clone(synthetic, seed=cells.TEST_SEED + clone)
 
 
+def ensemble(synthetic: SyntheticDataset, members: int) -> MLPPolicy:
+    """The mean action of the policies that `clones` gives."""
+    return sdw.behavior_clone(synthetic, seed=cells.TEST_SEED, ensemble=members)
+
+
 def mean_returns(policies: Iterable[Any], data: TransitionDataset, episodes: int) -> list[float]:
     """D4RL-normalized return of each policy, mean over episodes of its own, whose seeds nothing else uses."""
     every = (

@@ -30,6 +30,7 @@ _ARRAYS = ("observations", "actions", "mean", "scale")
 _BOUNDS = ("action_low", "action_high")  # of actions that are not discrete
 _LARGEST = 1e6  # in normalized units, where states and actions are about 1
 _POOL = 100_000  # pairs looked at by the methods that rank or compare them
+_BLOCK = 1_024  # points that k-means++ draws a center from
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -346,24 +347,35 @@ def _refuse_missing(content: dict[str, Any], *names: str) -> None:
 def _kmeans_plus_plus(points: np.ndarray, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """One product of a vector with a matrix a center: ‖x − c‖² = ‖x‖² + ‖c‖² − 2 ⟨x, c⟩.
 
-    By einsum, as a BLAS would wake its threads for it, who wait for each other where other processes keep the cores.
+    By einsum, as a BLAS would wake its threads for it, who wait for each other where other processes keep the cores. The
+    next center is drawn in two stages, a block of points by its sum and a point of the block, so that one pass in float
+    is all that the weights of a center take.
     """
-    columns = np.ascontiguousarray(points.T)  # (D, M)
-    norms = np.square(points).sum(axis=1)
+    n_points, n_dims = points.shape
+    n_blocks = -(-n_points // _BLOCK)
+    columns = np.zeros((n_dims, n_blocks * _BLOCK), np.float32)
+    columns[:, :n_points] = points.T
+    norms = np.square(columns).sum(axis=0)
     rounding = 1e-5 * norms  # what is left of a distance of zero is less
+    nearest = np.full_like(norms, np.inf)
+    nearest[n_points:] = 0.0
+    squared, apart = np.empty_like(norms), np.empty_like(norms, bool)
     chosen = np.empty(size, dtype=np.int64)
-    chosen[0] = rng.integers(len(points))
-    nearest = np.full(len(points), np.inf)
+    chosen[0] = rng.integers(n_points)
     for i in range(1, size):
         center = chosen[i - 1]
-        squared = np.einsum("d,dm->m", -2 * points[center], columns)
-        squared += norms + norms[center]
-        squared[squared < rounding] = 0.0
+        np.einsum("d,dm->m", -2 * columns[:, center], columns, out=squared)
+        squared += norms
+        squared += norms[center]
+        squared *= np.greater_equal(squared, rounding, out=apart)
         squared[center] = 0.0
         np.minimum(nearest, squared, out=nearest)
-        cumulative = torch.cumsum(torch.from_numpy(nearest), 0).numpy()
-        if cumulative[-1] > 0:
-            chosen[i] = np.searchsorted(cumulative / cumulative[-1], rng.random(), side="right")
+        blocks = nearest.reshape(n_blocks, _BLOCK)
+        sums = blocks.sum(axis=1).astype(np.float64)
+        if sums.any():
+            block = rng.choice(n_blocks, p=sums / sums.sum())
+            inside = blocks[block].astype(np.float64)
+            chosen[i] = block * _BLOCK + rng.choice(_BLOCK, p=inside / inside.sum())
         else:  # every other point coincides with a chosen one
-            chosen[i] = rng.choice(np.setdiff1d(np.arange(len(points)), chosen[:i]))
+            chosen[i] = rng.choice(np.setdiff1d(np.arange(n_points), chosen[:i]))
     return chosen

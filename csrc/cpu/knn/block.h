@@ -39,6 +39,19 @@ inline Vec larger(Vec a, Vec b) {
     return a > b ? a : b;
 #endif
 }
+inline Vec smaller(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_min_ps(0xffff, a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+// How far x lies outside of [low, high], with a sign.
+inline Vec outside(Vec x, Vec low, Vec high) { return x - smaller(larger(x, low), high); }
 // Bit i says whether a[i] <= b[i].
 inline uint32_t not_above(Vec a, Vec b) {
 #if defined(__AVX512F__)

@@ -28,10 +28,10 @@ inline float key_distance(int64_t key) {
 }
 inline uint32_t key_place(int64_t key) { return static_cast<uint32_t>(key); }
 
-// Up to 16 queries for a walk through the tree, up to 64 for a scan of everything. A thread keeps one and loads group
-// after group into it.
+// Up to 16 queries for a walk through the tree, up to 64 for a scan of everything, as there is room for. A thread loads
+// group after group into it.
 struct Group {
-    Group(const Tree& tree_, const KnnParams& asked)
+    Group(const Tree& tree_, const KnnParams& asked, int room)
         : tree(tree_),
           queries(asked.queries),
           dims(queries.dims),
@@ -40,11 +40,11 @@ struct Group {
           reach(asked.reach),
           capacity((k + 5 + k / 8 + 7) / 8 * 8),
           stride(capacity + 8),
-          rows(allocate<float>(kBatch * dims)),
+          rows(allocate<float>(room * dims)),
           lanes(allocate<float>(kFan * dims)),
           low(allocate<float>(dims)),
           high(allocate<float>(dims)),
-          lists(allocate<int64_t>(kBatch * stride)) {}
+          lists(allocate<int64_t>(room * stride)) {}
 
     // Takes up these `count_` rows of the queries.
     void take(const uint32_t* rows_, int count_, const KnnBounds& bounds_);
@@ -63,6 +63,9 @@ struct Group {
     // Squared distance in double beyond which no neighbor of a query counts.
     double reach_of(int q) const { return reach ? reach[query_row[q]] : std::numeric_limits<double>::infinity(); }
 
+    // Gives up on queries whose neighbors are closer than float resolves, as their thresholds mean nothing.
+    void mark_unresolved();
+
     float largest_threshold() const;
 
     const Tree& tree;
@@ -77,7 +80,7 @@ struct Group {
 
     uint32_t query_row[kBatch];
     uint32_t self[kBatch];                        // row of the references that a query leaves out, or kNoRow
-    Aligned<float> rows;                          // [64][dims]
+    Aligned<float> rows;                          // [room][dims]
     Aligned<float> lanes;                         // [dims][16]
     Aligned<float> low, high;                     // [dims] the group's box
     alignas(64) float threshold[kBatch];          // T of each query; -1: wants none
@@ -85,7 +88,7 @@ struct Group {
     float slack[kBatch];
     float norm[kBatch];
     bool exact[kBatch];       // must be searched by double distances
-    Aligned<int64_t> lists;   // [64][stride] ascending keys
+    Aligned<int64_t> lists;   // [room][stride] ascending keys
     int64_t dropped[kBatch];  // least key that fell off a list
 };
 
@@ -136,6 +139,16 @@ inline void Group::insert(int q, float squared, uint32_t place) {
     }
     const float kth = key_distance(keys[k - 1]);
     if (kth < kNone) set_threshold(q, kth);
+}
+
+void Group::mark_unresolved() {
+    for (int q = 0; q < count; ++q) {
+        const float kth = key_distance(list(q)[k - 1]);
+        if (kth < kNone && threshold[q] > 4 * kth) {
+            exact[q] = true;
+            threshold[q] = -1;
+        }
+    }
 }
 
 float Group::largest_threshold() const {

@@ -112,7 +112,7 @@ class Join final : public KnnJoin {
       private:
         static std::deque<Group> new_groups(const Join& join, int count) {
             std::deque<Group> groups;
-            for (int i = 0; i < count; ++i) groups.emplace_back(join.tree_, join.asked_);
+            for (int i = 0; i < count; ++i) groups.emplace_back(join.tree_, join.asked_, join.scans_ ? kBatch : kFan);
             return groups;
         }
 

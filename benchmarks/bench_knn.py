@@ -192,7 +192,7 @@ def main() -> None:
                 print(verify(name, int(rows), options.verify), flush=True)
             continue
         done = []
-        label = Path(_without_folders(name)).stem.replace(":", "")
+        label = re.sub(r"\.npy$", "", _without_folders(name)).replace("/", "-").replace(":", "")
         for rows in sorted(options.rows):
             table = compare(name, int(rows), options.peers, options.fraction)
             if options.memory:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sdw_fast import shipped
@@ -347,9 +346,9 @@ def _refuse_missing(content: dict[str, Any], *names: str) -> None:
 def _kmeans_plus_plus(points: np.ndarray, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """One product of a vector with a matrix a center: ‖x − c‖² = ‖x‖² + ‖c‖² − 2 ⟨x, c⟩.
 
-    By einsum, as a BLAS would wake its threads for it, who wait for each other where other processes keep the cores. The
-    next center is drawn in two stages, a block of points by its sum and a point of the block, so that one pass in float
-    is all that the weights of a center take.
+    By einsum, as a BLAS would wake its threads for it, who wait for each other where other processes keep the cores.
+    The next center is drawn in two stages, a block of points by its sum and a point of the block, so that one pass in
+    float is all that the weights of a center take.
     """
     n_points, n_dims = points.shape
     n_blocks = -(-n_points // _BLOCK)

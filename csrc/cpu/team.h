@@ -1,4 +1,4 @@
-// A team for one kernel call: the thread that calls, and workers; and their barrier.
+// A team for one kernel call: the thread that calls, and others, PyTorch's or workers of ours; and their barrier.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <exception>
 #include <thread>
 
+#include "openmp.h"
 #include "range.h"
 #include "spin.h"
 #include "workers.h"
@@ -15,18 +16,18 @@ namespace sdw::SDW_ISA {
 
 class Team {
   public:
-    int size() const { return size_; }
+    int size() const { return size_.load(std::memory_order_relaxed); }
 
     // The member's contiguous part of [0, count) units of `unit`.
     Range share(int64_t count, int member, int64_t unit = 1) const {
-        return {count * member / size_ * unit, count * (member + 1) / size_ * unit};
+        return {count * member / size() * unit, count * (member + 1) / size() * unit};
     }
 
     // Returns when all members have come; what they wrote before is then visible to all.
     void wait() {
-        if (size_ == 1) return;
+        if (size() == 1) return;
         const unsigned phase = phase_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size() - 1) {
             arrived_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
         } else {
@@ -60,16 +61,23 @@ class Team {
             work(0);
         } else {
             const Clock::time_point began = Clock::now();
-            Clock::time_point done;
-            {
+            Clock::time_point done;  // when this thread has ended its own part
+            auto part = [&](int member, int size) {
+                team.size_.store(size, std::memory_order_relaxed);  // all store the same
+                work(member);
+                if (member == 0) done = Clock::now();
+            };
+            using Part = decltype(part);
+            if (!run_in_openmp(
+                    threads, [](void* own, int member, int size) { (*static_cast<Part*>(own))(member, size); },
+                    &part)) {
                 Workers workers(threads - 1);
-                team.size_ = workers.count() + 1;
-                workers.start([](void* member_work, int i) { (*static_cast<decltype(work)*>(member_work))(i); }, &work);
-                work(0);
-                done = Clock::now();
+                auto in_worker = [&part, size = workers.count() + 1](int member) { part(member, size); };
+                workers.start([](void* own, int i) { (*static_cast<decltype(in_worker)*>(own))(i); }, &in_worker);
+                in_worker(0);
             }
             const Clock::time_point end = Clock::now();
-            Workers::report(team.size_, end - began, Clock::duration(team.lost_.load()) + (end - done));
+            Workers::report(team.size(), end - began, Clock::duration(team.lost_.load()) + (end - done));
         }
         if (error) std::rethrow_exception(error);
     }
@@ -82,7 +90,7 @@ class Team {
         return phase_.load(std::memory_order_acquire) != phase;
     }
 
-    int size_ = 1;
+    std::atomic<int> size_{1};
     std::atomic<bool> failed_{false};
     std::atomic<Clock::rep> lost_{0};  // in waits for members without a core
     alignas(64) std::atomic<int> arrived_{0};

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -190,8 +192,25 @@ def get_num_threads() -> int:
 
 def follow_torch() -> None:
     """Before a kernel runs on the CPU: its threads are PyTorch's, unless the user chose another number."""
-    if _chosen_threads is None:
-        _C.set_num_threads(get_num_threads())
+    threads = get_num_threads()
+    _C.set_num_threads(threads, shared=threads == (_followed_threads.get() or torch.get_num_threads()))
+
+
+def _give_openmp() -> None:
+    """Tells the kernels where PyTorch's OpenMP runtime lies in the process, so that they run in its threads.
+
+    `import torch` has loaded it with its names visible to all. Elsewhere than on Linux, or where PyTorch was built with
+    another kind of threads, the kernels have threads of their own.
+    """
+    if sys.platform != "linux":
+        return
+    process = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num", "omp_in_parallel")
+    with suppress(AttributeError):
+        _C.set_openmp(*(ctypes.cast(getattr(process, name), ctypes.c_void_p).value or 0 for name in names))
+
+
+_give_openmp()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ namespace {
 
 std::atomic<uintptr_t> core_begin{0}, core_end{0};  // where the core's code lies
 std::atomic<long> asked{0}, first{0}, last{0};      // requests number first to last are refused, counted from 1
+std::atomic<long> for_thread{0};                    // number of the first request for a thread
 
 std::atomic<int> milliseconds{0};  // to free a large block
 
@@ -45,8 +46,9 @@ constexpr size_t kUsual = alignof(std::max_align_t);
 }  // namespace
 
 extern "C" void watch(uintptr_t begin, uintptr_t end) { core_begin = begin, core_end = end; }
-extern "C" void refuse(long from, long to) { asked = 0, first = from, last = to; }
+extern "C" void refuse(long from, long to) { asked = 0, for_thread = 0, first = from, last = to; }
 extern "C" long requests() { return asked; }
+extern "C" long request_for_thread() { return for_thread; }
 extern "C" void delay(int each) { milliseconds = each; }
 
 void* operator new(size_t size) { return or_throw(allocated(size, kUsual, __builtin_return_address(0))); }
@@ -68,7 +70,9 @@ void operator delete(void* memory, std::align_val_t alignment) noexcept {
 }
 
 void std::thread::_M_start_thread(_State_ptr state, void (*depend)()) {
-    if (refuses(__builtin_return_address(0))) throw std::system_error(EAGAIN, std::generic_category());
+    const bool refused = refuses(__builtin_return_address(0));
+    if (is_core(__builtin_return_address(0)) && for_thread == 0) for_thread = asked.load();
+    if (refused) throw std::system_error(EAGAIN, std::generic_category());
     using Start = void (*)(std::thread*, _State_ptr, void (*)());
     constexpr char kName[] = "_ZNSt6thread15_M_start_threadESt10unique_ptrINS_6_StateESt14default_deleteIS1_EEPFvvE";
     static const auto start = reinterpret_cast<Start>(dlsym(RTLD_NEXT, kName));

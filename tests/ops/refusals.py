@@ -2,11 +2,13 @@
 
     LD_PRELOAD=LIBRARY python refusals.py OP
     LD_PRELOAD=LIBRARY python refusals.py forks
+    LD_PRELOAD=LIBRARY python refusals.py shared
 
 LIBRARY is refusals.cpp, which `build` builds. The op must raise MemoryError or, where only a thread was refused, give
 the same answer; and give that answer the next time in any case. Each time in a forked child, which starts its own
 threads. Prints how many requests were refused, and how often it still answered. With "forks", forks while another
-thread frees memory, slowly, and prints how many children computed.
+thread frees memory, slowly, and prints how many children computed. With "shared", refuses a thread where the op would
+run in PyTorch's threads, whose runtime ends the process if it cannot start them, and prints 1 if the op still answered.
 """
 
 from __future__ import annotations
@@ -114,6 +116,24 @@ def forks() -> None:
     print(computed)
 
 
+def shared() -> None:
+    torch.set_num_threads(3)
+    set_num_threads(3)
+    watch_the_core()
+    answers = []
+
+    def call(refused: int) -> None:
+        work = weighted_bc_loss()
+        refuse(refused, refused)
+        answers.append(work())
+
+    for refused in (lambda: 0, LIBRARY.request_for_thread):  # each time in a thread that has called no op before
+        caller = threading.Thread(target=call, args=(refused(),))
+        caller.start()
+        caller.join()
+    print(int(all(torch.equal(a, b) for a, b in zip(*answers, strict=True))))
+
+
 def build(folder: Path) -> Path:
     """The library, built in a folder."""
     path = folder / "refusals.so"
@@ -123,8 +143,13 @@ def build(folder: Path) -> Path:
     return path
 
 
-def refusing(op: str) -> tuple[int, Callable[[int], int]]:
-    """How many requests an op makes, and what refuses the n-th of them, from 1 on: how often it still answered."""
+def refuse(first: int, last: int) -> None:
+    LIBRARY.refuse(ctypes.c_long(first), ctypes.c_long(last))
+
+
+def refusing(op: str) -> tuple[int, int, Callable[[int], int]]:
+    """How many requests an op makes, the first of them for a thread, and what refuses the n-th, from 1 on: how often it
+    still answered."""
     torch.set_num_threads(1)
     set_num_threads(3)
     watch_the_core()
@@ -134,13 +159,10 @@ def refusing(op: str) -> tuple[int, Callable[[int], int]]:
     def answers() -> bool:
         return all(torch.equal(a, b) for a, b in zip(work(), expected, strict=True))
 
-    def refuse(first: int, last: int) -> None:
-        LIBRARY.refuse(ctypes.c_long(first), ctypes.c_long(last))
-
-    def requests() -> int:
+    def counted(count: Callable[[], int]) -> int:
         refuse(0, 0)
         assert answers()
-        return LIBRARY.requests()
+        return count()
 
     def answers_without(first: int, last: int) -> int:
         refuse(first, last)
@@ -153,10 +175,13 @@ def refusing(op: str) -> tuple[int, Callable[[int], int]]:
         assert answers(), f"another answer, one call after request {first} was refused"
         return answered
 
-    # This one alone, or memory is at an end.
-    return in_a_child(requests), lambda number: sum(
-        in_a_child(partial(answers_without, number, last)) for last in (number, FOREVER)
+    def trial(number: int) -> int:  # this one alone, or memory is at an end
+        return sum(in_a_child(partial(answers_without, number, last)) for last in (number, FOREVER))
+
+    requests, for_thread = (
+        in_a_child(partial(counted, count)) for count in (LIBRARY.requests, LIBRARY.request_for_thread)
     )
+    return requests, for_thread, trial
 
 
 def in_a_child(work: Callable[[], int]) -> int:
@@ -182,8 +207,11 @@ def main() -> None:
         torch.set_num_threads(1)
         watch_the_core()
         return forks()
-    requests, trial = refusing(sys.argv[1])
-    numbers = [*range(1, min(requests, EACH) + 1), *range(EACH + 1, requests + 1, max(1, requests // EACH))]
+    if sys.argv[1] == "shared":
+        return shared()
+    requests, for_thread, trial = refusing(sys.argv[1])
+    each = range(1, min(requests, EACH) + 1)
+    numbers = sorted({for_thread, *each, *range(EACH + 1, requests + 1, max(1, requests // EACH))})
     print(2 * len(numbers), sum(map(trial, numbers)))
 
 

@@ -38,3 +38,7 @@ def test_every_request_refused(library: Path, op: str) -> None:
 
 def test_forks_while_memory_is_freed(library: Path) -> None:
     assert run(library, "forks") == [10]
+
+
+def test_a_thread_refused_where_pytorchs_are_shared(library: Path) -> None:
+    assert run(library, "shared") == [1]

@@ -60,13 +60,11 @@ class TimedKernels:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transitions", type=int, default=1_000_000, help="rows of the dataset")
-    parser.add_argument("--steps", type=int, default=60, help="outer steps profiled")
+    parser.add_argument("--steps", type=int, default=200, help="outer steps profiled")
     parser.add_argument("--inner-width", type=int, default=64, help="units of the policy unrolled; 256: the papers'")
     options = parser.parse_args()
     data = random_dataset(options.transitions)
-    settings = sdw.DistillConfig(
-        objective="dbc", inner_width=options.inner_width, steps=options.steps, checkpoint_every=20
-    )
+    settings = sdw.DistillConfig(objective="dbc", inner_width=options.inner_width, steps=options.steps)
     distiller = new_distiller(data, None, settings)
     distiller.step()
     for op in ("unrolled_bc", "behavior_matching"):

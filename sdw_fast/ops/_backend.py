@@ -179,7 +179,11 @@ _followed_threads: ContextVar[int | None] = ContextVar("followed_threads", defau
 
 
 def set_num_threads(threads: int) -> None:
-    """Sets the number of threads the compiled kernels use (default: as PyTorch). Raises ValueError below 1."""
+    """Sets the number of threads the compiled kernels use; by default they run in those of PyTorch.
+
+    Raises:
+        ValueError: below 1.
+    """
     global _chosen_threads
     _C.set_num_threads(threads)
     _chosen_threads = threads

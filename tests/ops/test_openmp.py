@@ -13,8 +13,8 @@ from sdw_fast.ops import knn
 
 THREADS = 4
 
-COUNT = """
-import os, sys, torch
+CALL = """
+import os, torch
 import sdw_fast as sdw
 from sdw_fast.ops import behavior_matching
 
@@ -26,6 +26,10 @@ def call():
     return behavior_matching(params, torch.ones(20_000, 8), torch.zeros(20_000, 2), torch.ones(20_000))
 
 torch.set_num_threads(4)
+"""
+COUNT = (
+    CALL
+    + """
 (torch.ones(1000, 1000) @ torch.ones(1000, 1000)).exp()  # PyTorch starts its threads
 before = threads()
 first = call()
@@ -35,15 +39,26 @@ second = call()
 assert torch.equal(first, second)
 print(shared, threads() - before - shared)
 """
+)
+
+
+def run(program: str, **environment: str) -> str:
+    others = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment = {**others, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernels have threads of their own")
 def test_threads_are_pytorchs_unless_another_number_was_chosen() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("OMP_NUM_THREADS", None)
-    done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0", "2"]
+    assert run(COUNT).split() == ["0", "2"]
+
+
+def test_a_runtime_that_gives_fewer_threads() -> None:
+    program = CALL + "print(call().item().hex())"
+    limits = ({}, {"OMP_THREAD_LIMIT": "2"}, {"OMP_THREAD_LIMIT": "1"}, {"OMP_DYNAMIC": "true"})
+    assert len({run(program, **limit) for limit in limits}) == 1
 
 
 def test_calls_within_calls() -> None:

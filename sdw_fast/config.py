@@ -7,8 +7,13 @@ options from these fields (`sdw_fast.options`), so that a new field is a new opt
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any
+from numbers import Real
+from typing import Annotated, Any, get_args, get_type_hints
+
+import numpy as np
 
 from sdw_fast.cards import Card, Shown
 
@@ -28,7 +33,10 @@ ALGORITHMS = ("td3bc", "iql")
 class DistillConfig(Shown):
     """The settings of a distillation. `DistillConfig.preset` gives those that have a name.
 
+    Numbers of NumPy become Python's, which is what files hold.
+
     Raises:
+        TypeError: a value is of another kind than its setting.
         ValueError: a value is out of range; the message says which and what is allowed.
     """
 
@@ -91,7 +99,7 @@ class DistillConfig(Shown):
     checkpoint_every: Annotated[int, "Outer steps between checkpoints, if the run has a folder."] = 100
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        _make_plain(self)
         _check_choices(
             self,
             objective=OBJECTIVES,
@@ -105,8 +113,9 @@ class DistillConfig(Shown):
         )
         _check_at_least_one(self, "size", "inner_steps", "steps", "batch_size", "eval_clones", "checkpoint_every", "k")
         _check_positive(self, "lr", "inner_lr", "clip_norm", "gain")
-        if (seed := self.fixed_initialization) is not None and seed < 0:
-            raise ValueError(f"fixed_initialization must be a seed, 0 or more, or None, got {seed}")
+        checked_seed("seed", self.seed)
+        if self.fixed_initialization is not None:
+            checked_seed("fixed_initialization", self.fixed_initialization)
         if self.initializations is not None:
             _check_at_least_one(self, "initializations")
         if self.beta is not None:
@@ -227,6 +236,7 @@ class TeacherConfig:
     """The settings of a teacher's training.
 
     Raises:
+        TypeError: a value is of another kind than its setting.
         ValueError: a value is out of range.
     """
 
@@ -243,11 +253,53 @@ class TeacherConfig:
         return dict.fromkeys(names, f"algorithm {self.algorithm} has none")
 
     def __post_init__(self) -> None:
+        _make_plain(self)
+        checked_seed("seed", self.seed)
         _check_choices(self, algorithm=ALGORITHMS)
         _check_at_least_one(self, "steps")
         _check_positive(self, "alpha", "temperature")
         if not 0.5 <= self.expectile < 1:
             raise ValueError(f"expectile must be in [0.5, 1), got {self.expectile}")
+
+
+def checked_seed(name: str, value: Any) -> int:
+    """A seed as a Python integer. Raises TypeError where it is none, and ValueError outside of 0 … 2^63 − 1."""
+    seed = _plain_integer(name, value)
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"{name} must be between 0 and 2**63 - 1, got {value}")
+    return seed
+
+
+def _make_plain(config: Any) -> None:
+    """Makes every value what its setting is declared as. A JSON file would refuse NumPy's at the end of a run."""
+    for name, kind in get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _plain(name, kind, getattr(config, name)))
+
+
+def _plain(name: str, kind: Any, value: Any) -> Any:
+    types = get_args(kind) or (kind,)
+    if value is None and type(None) in types:
+        return None
+    if ... in types:
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise TypeError(f"{name} must be integers, got {value!r}")
+        return tuple(_plain_integer(name, width) for width in value)
+    if types[0] is int:
+        return _plain_integer(name, value)
+    if types[0] is float and isinstance(value, Real):
+        return float(value)
+    if types[0] is bool and isinstance(value, np.bool_):
+        return bool(value)
+    if not isinstance(value, types[0]):
+        raise TypeError(f"{name} must be a {types[0].__name__}, got {value!r}")
+    return value
+
+
+def _plain_integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _word(value: Any) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sdw_fast.arrays import real_numbers
+from sdw_fast.config import checked_seed
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import computed_once
 from sdw_fast.neighbors import (
@@ -126,6 +127,7 @@ def flow_log_density(
     x, log_volume = _standardized(states_of(observations, "observations"))
     if len(x) < 10:
         raise ValueError(f"a flow needs at least 10 states (one in ten is held out), got {len(x)}")
+    seed = checked_seed("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # zuko initializes from PyTorch's global generator
         torch.manual_seed(seed)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from sdw_fast.config import checked_seed
 from sdw_fast.policy import behavior_clone
 from sdw_fast.progress import progress_bar
 from sdw_fast.ranks import Ranks
@@ -122,6 +123,7 @@ def evaluate(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
+    seed = checked_seed("seed", seed)
     from sdw_fast.environments import check_environment
     from sdw_fast.rollout import SeededEnvs, act, acting, side_by_side
 
@@ -183,6 +185,7 @@ def evaluate_synthetic(
 
     if not 1 <= clones <= episodes:
         raise ValueError(f"clones must be between 1 and episodes = {episodes}, got {clones}")
+    seed = checked_seed("seed", seed)
     env = check_environment(synthetic.units, env)
     if one_policy := synthetic.gives_one_policy:
         clones = 1

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdw_fast import ops, parts
 from sdw_fast.arrays import real_numbers, tensor_of
+from sdw_fast.config import checked_seed
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import computed_once
 from sdw_fast.progress import progress_bar
@@ -178,7 +179,8 @@ def _reference_rows(count: int, references: int, seed: int) -> Tensor:
     """Sorted rows of a random subset, drawn without replacement."""
     if not 2 <= references <= count:
         raise ValueError(f"references must lie between 2 and the number of observations, {count}, got {references}")
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(count, references, replace=False)))
+    rng = np.random.default_rng(checked_seed("seed", seed))
+    return torch.from_numpy(np.sort(rng.choice(count, references, replace=False)))
 
 
 def _without_self(distances: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdw_fast import ops
 from sdw_fast.cards import Card, Shown, short_hash
-from sdw_fast.config import DistillConfig
+from sdw_fast.config import DistillConfig, checked_seed
 from sdw_fast.files import description_in, read_safetensors, reading, to_json, write_safetensors
 from sdw_fast.networks import MeanMLP, initialization, orthogonal_parameters, refuse_non_finite
 from sdw_fast.units import Discrete, Units
@@ -205,7 +205,7 @@ def behavior_clone(
         known = dataclasses.replace(known, hidden=known.unrolled_hidden)
         _refuse_other_start(known, ensemble=ensemble, hidden=hidden, gain=gain, seed=seed)
     settings = DistillConfig.from_dict({**known.to_dict(), **{n: v for n, v in given.items() if v is not None}})
-    seed = (fixed or 0) if seed is None else seed
+    seed = checked_seed("seed", (fixed or 0) if seed is None else seed)
     states, actions = (torch.as_tensor(x, device=device) for x in synthetic.normalized())
     sizes = (states.shape[1], *settings.hidden, actions.shape[1])
     if fixed is None:

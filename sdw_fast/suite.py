@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from sdw_fast.config import checked_seed
 from sdw_fast.disk import recover_folder, replacing_folder, reserve
 from sdw_fast.files import read_safetensors, sealed, to_json, write_text
 from sdw_fast.networks import GaussianPolicy
@@ -137,8 +138,7 @@ def collect(
     if steps is not None and steps < (least := len(policies) or 1):
         why = f", one for each policy of {quality}" if policies else ""
         raise ValueError(f"steps must be at least {least}{why}, got {steps}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+    seed = checked_seed("seed", seed)
     dataset_id = f"sdw/{env}/{quality}-v0"
     own: dict[str, Any] = {"policies_trained_steps": list(policies)}
     if not policies:

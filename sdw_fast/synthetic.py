@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sdw_fast import shipped
 from sdw_fast.cards import Card, Shown, short_hash
-from sdw_fast.config import INITIALIZATIONS
+from sdw_fast.config import INITIALIZATIONS, checked_seed
 from sdw_fast.data import TransitionDataset
 from sdw_fast.files import check_sum, read_npz, reading, to_json, write_npz
 from sdw_fast.units import Affine, Discrete, Units
@@ -314,7 +314,7 @@ def real_pairs(
     """
     if not 1 <= size <= len(data):
         raise ValueError(f"size must be between 1 and the dataset's {len(data)} transitions, got {size}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(checked_seed("seed", seed))
     if init == "random":
         rows = rng.choice(len(data), size, replace=False)
     elif init == "kmeans++":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sdw_fast.config import PRESETS, DistillConfig, TeacherConfig
@@ -206,3 +208,43 @@ def test_bad_settings_are_refused(config: type, name: str, value: Any, message: 
 def test_settings_at_their_limits_are_taken(settings: dict[str, Any]) -> None:
     assert DistillConfig(**settings).to_dict() == {**DistillConfig().to_dict(), **settings}
     assert TeacherConfig(expectile=0.5).expectile == 0.5
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    given = {"steps": np.int64(7), "lr": np.float32(0.5), "hidden": np.array([8, 16]), "seed": np.uint8(3), "clip": 1}
+    config = DistillConfig(**given, adapt_inner_lr=np.bool_(False), density=np.bool_(True))
+    assert json.loads(json.dumps(config.to_dict())) == DistillConfig(
+        steps=7, lr=0.5, hidden=(8, 16), seed=3, clip=1.0, adapt_inner_lr=False, density=True
+    ).to_dict() | {"hidden": [8, 16]}
+    assert {type(getattr(config, name)) for name in ("steps", "seed")} == {int}
+    assert {type(getattr(config, name)) for name in ("lr", "clip")} == {float}
+    json.dumps(dataclasses.asdict(TeacherConfig(steps=np.int32(5), alpha=np.float16(1), seed=np.int64(2))))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", 2.0, "steps must be an integer, got 2.0"),
+        ("k", "3", "k must be an integer, got '3'"),
+        ("size", None, "size must be an integer, got None"),
+        ("hidden", 256, "hidden must be integers, got 256"),
+        ("hidden", "256,256", "hidden must be integers"),
+        ("hidden", (256, 1.5), "hidden must be an integer, got 1.5"),
+        ("lr", "0.1", "lr must be a float, got '0.1'"),
+        ("tau", np.array([0.1]), "tau must be a float"),
+        ("adapt_inner_lr", 1, "adapt_inner_lr must be a bool, got 1"),
+        ("objective", 3, "objective must be a str, got 3"),
+        ("seed", 1.5, "seed must be an integer, got 1.5"),
+    ],
+)
+def test_another_kind_of_value_is_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        DistillConfig(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [DistillConfig, TeacherConfig])
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_seeds_out_of_range_are_refused(kind: type, seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"seed must be between 0 and 2\*\*63 - 1, got {seed}"):
+        kind(seed=seed)
+    assert kind(seed=2**63 - 1).seed == 2**63 - 1

@@ -222,7 +222,7 @@ def test_metadata_tell_how_the_dataset_was_made(minari_root: Path) -> None:
         ("hopper/medium", {"steps": 0}, "steps must be at least 1"),
         ("hopper/mixture", {"steps": 2}, "steps must be at least 3"),
         ("hopper/medium-replay", {"steps": 0}, "steps must be at least 1"),
-        ("hopper/medium", {"seed": -1}, "seed must be at least 0"),
+        ("hopper/medium", {"seed": -1}, "seed must be between 0"),
     ],
 )
 def test_bad_arguments_are_reported(name: str, options: dict[str, int], message: str) -> None:

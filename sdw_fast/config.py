@@ -262,9 +262,17 @@ class TeacherConfig:
             raise ValueError(f"expectile must be in [0.5, 1), got {self.expectile}")
 
 
+def checked_integer(name: str, value: Any) -> int:
+    """A Python integer of what is one, NumPy's included. Raises TypeError of anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
 def checked_seed(name: str, value: Any) -> int:
-    """A seed as a Python integer. Raises TypeError where it is none, and ValueError outside of 0 … 2^63 − 1."""
-    seed = _plain_integer(name, value)
+    """The same of a seed. Raises ValueError outside of 0 … 2^63 − 1."""
+    seed = checked_integer(name, value)
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"{name} must be between 0 and 2**63 - 1, got {value}")
     return seed
@@ -283,9 +291,9 @@ def _plain(name: str, kind: Any, value: Any) -> Any:
     if ... in types:
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise TypeError(f"{name} must be integers, got {value!r}")
-        return tuple(_plain_integer(name, width) for width in value)
+        return tuple(checked_integer(name, width) for width in value)
     if types[0] is int:
-        return _plain_integer(name, value)
+        return checked_integer(name, value)
     if types[0] is float and isinstance(value, Real):
         return float(value)
     if types[0] is bool and isinstance(value, np.bool_):
@@ -293,13 +301,6 @@ def _plain(name: str, kind: Any, value: Any) -> Any:
     if not isinstance(value, types[0]):
         raise TypeError(f"{name} must be a {types[0].__name__}, got {value!r}")
     return value
-
-
-def _plain_integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _word(value: Any) -> Any:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sdw_fast.config import checked_seed
+from sdw_fast.config import checked_integer, checked_seed
 from sdw_fast.disk import recover_folder, replacing_folder, reserve
 from sdw_fast.files import read_safetensors, sealed, to_json, write_text
 from sdw_fast.networks import GaussianPolicy
@@ -133,7 +133,9 @@ def collect(
     env, quality = _parse(name)
     snapshots = SUITE[env]
     policies = snapshots.of(quality)
-    if steps is None and policies:
+    if steps is not None:
+        steps = checked_integer("steps", steps)
+    elif policies:
         steps = STEPS
     if steps is not None and steps < (least := len(policies) or 1):
         why = f", one for each policy of {quality}" if policies else ""

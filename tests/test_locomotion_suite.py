@@ -77,7 +77,7 @@ def test_episodes_replay_in_the_environment_from_their_seeds() -> None:
 
 def test_same_seed_same_file_and_another_seed_another() -> None:
     def contents(seed: int) -> bytes:
-        dataset_id = quick("hopper/medium", steps=2001, seed=seed, overwrite=True)  # two streams
+        dataset_id = quick("hopper/medium", steps=np.int64(2001), seed=np.int64(seed), overwrite=True)  # two streams
         return (Path(minari.load_dataset(dataset_id).storage.data_path) / "main_data.hdf5").read_bytes()
 
     torch.manual_seed(1)

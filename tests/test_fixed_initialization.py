@@ -90,5 +90,5 @@ def test_outer_loss_is_lower_than_that_of_any_initialization(small_data: sdw.Tra
 
 
 def test_seed_is_checked() -> None:
-    with pytest.raises(ValueError, match="fixed_initialization must be between 0 and 2..63 - 1, got -1"):
+    with pytest.raises(ValueError, match=r"fixed_initialization must be between 0 and 2\*\*63 - 1, got -1"):
         sdw.DistillConfig(fixed_initialization=-1)

@@ -6,6 +6,7 @@ options from these fields (`sdw_fast.options`), so that a new field is a new opt
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable
@@ -278,9 +279,15 @@ def checked_seed(name: str, value: Any) -> int:
     return seed
 
 
+@functools.cache
+def _kinds(config: type) -> dict[str, Any]:
+    """What the settings of a class are declared as."""
+    return get_type_hints(config)
+
+
 def _make_plain(config: Any) -> None:
     """Makes every value what its setting is declared as. A JSON file would refuse NumPy's at the end of a run."""
-    for name, kind in get_type_hints(type(config)).items():
+    for name, kind in _kinds(config.__class__).items():
         object.__setattr__(config, name, _plain(name, kind, getattr(config, name)))
 
 

@@ -16,7 +16,7 @@ from sdw_fast.ranks import close_group
 
 def on_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What function(rank, *arguments) returned on each of `size` ranks."""
-    meeting = folder / f"rendezvous-{uuid.uuid4()}"  # a file of an earlier call may still be there, or go now
+    meeting = folder / f"rendezvous-{uuid.uuid4()}"  # that of an earlier call may still be there
     mp.start_processes(_rank, (size, folder, meeting, function, arguments), nprocs=size, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 

@@ -67,14 +67,13 @@ class Team {
                 work(member);
                 if (member == 0) done = Clock::now();
             };
-            using Part = decltype(part);
-            if (!run_in_openmp(
-                    threads, [](void* own, int member, int size) { (*static_cast<Part*>(own))(member, size); },
-                    &part)) {
+            const auto call = [](void* own, int member, int size) {
+                (*static_cast<decltype(part)*>(own))(member, size);
+            };
+            if (!run_in_openmp(threads, call, &part)) {
                 Workers workers(threads - 1);
-                auto in_worker = [&part, size = workers.count() + 1](int member) { part(member, size); };
-                workers.start([](void* own, int i) { (*static_cast<decltype(in_worker)*>(own))(i); }, &in_worker);
-                in_worker(0);
+                workers.start(call, &part);
+                part(0, workers.count() + 1);
             }
             const Clock::time_point end = Clock::now();
             Workers::report(team.size(), end - began, Clock::duration(team.lost_.load()) + (end - done));

@@ -48,15 +48,15 @@ class Flag {
 
 struct alignas(64) Workers::Worker {
     Flag busy;
-    void (*work)(void*, int);
+    void (*work)(void*, int, int);
     void* argument;
-    int number;
+    int number, size;
     Worker* next;  // of the idle ones, or of those taken together
 
     void run() {
         while (true) {
             busy.wait_for(true);
-            work(argument, number);
+            work(argument, number, size);
             busy.set(false);
         }
     }
@@ -110,10 +110,11 @@ Workers::Workers(int wanted) {
     }
 }
 
-void Workers::start(void (*work)(void*, int), void* argument) {
+void Workers::start(void (*work)(void*, int, int), void* argument) {
     for (Worker* worker = first_; worker != nullptr; worker = worker->next) {
         worker->work = work;
         worker->argument = argument;
+        worker->size = count_ + 1;
         worker->busy.set(true);
     }
 }

@@ -22,8 +22,8 @@ class Workers {
 
     int count() const { return count_; }
 
-    // Calls work(argument, i) once in each worker i = 1 … count(). It must not throw.
-    void start(void (*work)(void* argument, int i), void* argument);
+    // Calls work(argument, i, count() + 1) once in each worker i = 1 … count(). It must not throw.
+    void start(void (*work)(void* argument, int member, int size), void* argument);
 
     // Whether others want the cores now, so that work is better done by the thread that has it.
     static bool crowded();

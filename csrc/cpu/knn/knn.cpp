@@ -141,7 +141,7 @@ class Join final : public KnnJoin {
             int64_t node = 0;
             for (auto level = tree_.levels.rbegin(); level != tree_.levels.rend(); ++level) {
                 alignas(64) float distance[kFan];
-                store_block(distance, box_distances(*level, node, queries_.dims, x, x, kNone));
+                store_block(distance, box_distances(*level, node, queries_.dims, x, kNone));
                 node = node * kFan + (std::min_element(distance, distance + kFan) - distance);
             }
             placed[i] = {static_cast<uint32_t>(node), static_cast<uint32_t>(i)};

@@ -190,47 +190,36 @@ struct Tree {
     }
 };
 
-// Squared distances of the 16 boxes of a pack from the box [low, high]; those beyond `reach` may be smaller than they
-// are.
-inline Block box_distances(const Level& level, int64_t pack, int64_t dims, const float* low, const float* high,
-                           float reach) {
+// Squared distances of the 16 boxes of a pack from what is `gap` away from boxes [low, high] on axis d; those beyond
+// `reach` may be smaller than they are.
+template <typename Gap>
+inline Block box_distances(const Level& level, int64_t pack, int64_t dims, float reach, const Gap& gap) {
     Block sum{};
     const float* box_low = level.low.get() + pack * dims * kFan;
     const float* box_high = level.high.get() + pack * dims * kFan;
     for (int64_t begin = 0; begin < dims; begin += kStep) {
         add_gaps(sum, begin, std::min(kStep, dims - begin), [&](int64_t d, int v) {
             const int64_t at = d * kFan + v * kLanes;
-            return larger(larger(load(box_low + at) - broadcast(high[d]), broadcast(low[d]) - load(box_high + at)),
-                          Vec{});
+            return gap(d, load(box_low + at), load(box_high + at));
         });
         if (!not_above(sum, reach)) break;
     }
     return sum;
 }
 
-// The same from a point y. Most packs that are asked for are in reach, so it hardly pays to ask half-way.
+// From the box [low, high].
+inline Block box_distances(const Level& level, int64_t pack, int64_t dims, const float* low, const float* high,
+                           float reach) {
+    return box_distances(level, pack, dims, reach, [&](int64_t d, Vec box_low, Vec box_high) {
+        return larger(larger(box_low - broadcast(high[d]), broadcast(low[d]) - box_high), Vec{});
+    });
+}
+
+// From the point y.
 inline Block box_distances(const Level& level, int64_t pack, int64_t dims, const float* y, float reach) {
-    Block sum{};
-    const float* low = level.low.get() + pack * dims * kFan;
-    const float* high = level.high.get() + pack * dims * kFan;
-    for (int64_t begin = 0; begin < dims; begin += 3 * kStep) {
-        Block other{};
-        const auto add = [&](Block& to, int64_t d) {
-            const Vec value = broadcast(y[d]);
-            for (int v = 0; v < kVectors; ++v) {
-                const int64_t at = d * kFan + v * kLanes;
-                const Vec gap = outside(value, load(low + at), load(high + at));
-                to.part[v] += gap * gap;
-            }
-        };
-        const int64_t end = std::min(begin + 3 * kStep, dims);
-        int64_t d = begin;
-        for (; d + 1 < end; d += 2) add(sum, d), add(other, d + 1);
-        if (d < end) add(sum, d);
-        for (int v = 0; v < kVectors; ++v) sum.part[v] += other.part[v];
-        if (!not_above(sum, reach)) break;
-    }
-    return sum;
+    return box_distances(level, pack, dims, reach, [&](int64_t d, Vec box_low, Vec box_high) {
+        return outside(broadcast(y[d]), box_low, box_high);
+    });
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // One walk through the tree for many groups of up to 16 queries that lie next to each other, so that what it reads
-// comes out of memory once for all of them: a block of a million states is wanted by some thirty of 512 queries, and
-// reading it costs several times what it takes to scan it for one. What is farther from a group's box than its largest
-// threshold is dropped, near cells come first so that thresholds are tight early. A cell's box is tested against the 16
-// queries of a group at once, the boxes of its blocks against each query that remains, and a block is scanned for
-// several of the queries that want it at a time.
+// comes out of memory once for all of them: where the points do not fit the caches, reading a block costs several times
+// what it takes to scan it for one query. What is farther from a group's box than its largest threshold is dropped,
+// near cells come first so that thresholds are tight early. A cell's box is tested against the 16 queries of a group at
+// once, the boxes of its blocks against each query that remains, and a block is scanned for several of the queries that
+// want it at a time.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,7 @@
 // Memory and threads that the compiled core asks for can be refused, and what it frees can take long. Loaded as the
 // first global library of a process, this one's operator new and start of a thread stand in for libstdc++'s.
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <cerrno>
@@ -18,7 +19,8 @@ std::atomic<uintptr_t> core_begin{0}, core_end{0};  // where the core's code lie
 std::atomic<long> asked{0}, first{0}, last{0};      // requests number first to last are refused, counted from 1
 std::atomic<long> for_thread{0};                    // number of the first request for a thread
 
-std::atomic<int> milliseconds{0};  // to free a large block
+std::atomic<bool> no_threads{false};  // whoever asks for one
+std::atomic<int> milliseconds{0};     // to free a large block
 
 bool is_core(const void* caller) {
     const auto address = reinterpret_cast<uintptr_t>(caller);
@@ -49,7 +51,14 @@ extern "C" void watch(uintptr_t begin, uintptr_t end) { core_begin = begin, core
 extern "C" void refuse(long from, long to) { asked = 0, for_thread = 0, first = from, last = to; }
 extern "C" long requests() { return asked; }
 extern "C" long request_for_thread() { return for_thread; }
+extern "C" void refuse_threads(int yes) { no_threads = yes != 0; }
 extern "C" void delay(int each) { milliseconds = each; }
+
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*), void* own) {
+    if (no_threads) return EAGAIN;
+    static const auto create = reinterpret_cast<decltype(&pthread_create)>(dlsym(RTLD_NEXT, "pthread_create"));
+    return create(thread, attributes, run, own);
+}
 
 void* operator new(size_t size) { return or_throw(allocated(size, kUsual, __builtin_return_address(0))); }
 void* operator new(size_t size, const std::nothrow_t&) noexcept {

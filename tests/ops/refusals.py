@@ -7,8 +7,9 @@
 LIBRARY is refusals.cpp, which `build` builds. The op must raise MemoryError or, where only a thread was refused, give
 the same answer; and give that answer the next time in any case. Each time in a forked child, which starts its own
 threads. Prints how many requests were refused, and how often it still answered. With "forks", forks while another
-thread frees memory, slowly, and prints how many children computed. With "shared", refuses a thread where the op would
-run in PyTorch's threads, whose runtime ends the process if it cannot start them, and prints 1 if the op still answered.
+thread frees memory, slowly, and prints how many children computed. With "shared", refuses every thread, OpenMP's too,
+where the op would run in those of PyTorch, whose runtime ends the process if it cannot start them, and prints 1 if the
+op still answered.
 """
 
 from __future__ import annotations
@@ -119,16 +120,16 @@ def forks() -> None:
 def shared() -> None:
     torch.set_num_threads(3)
     set_num_threads(3)
-    watch_the_core()
     answers = []
 
-    def call(refused: int) -> None:
-        work = weighted_bc_loss()
-        refuse(refused, refused)
+    def call(refused: bool) -> None:
+        work = behavior_matching()  # too small for PyTorch's own operations to want threads
+        LIBRARY.refuse_threads(int(refused))
         answers.append(work())
+        LIBRARY.refuse_threads(0)
 
-    for refused in (lambda: 0, LIBRARY.request_for_thread):  # each time in a thread that has called no op before
-        caller = threading.Thread(target=call, args=(refused(),))
+    for refused in (False, True):  # each time in a thread that has called no op before
+        caller = threading.Thread(target=call, args=(refused,))
         caller.start()
         caller.join()
     print(int(all(torch.equal(a, b) for a, b in zip(*answers, strict=True))))

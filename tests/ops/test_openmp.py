@@ -45,7 +45,8 @@ print(shared, threads() - before - shared)
 def run(program: str, **environment: str) -> str:
     others = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     environment = {**others, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -13,7 +13,7 @@ from conftest import HIGH, LOW
 
 import sdw_fast as sdw
 from sdw_fast.files import read_npz, write_npz
-from sdw_fast.synthetic import SyntheticDataset, real_pairs
+from sdw_fast.synthetic import SyntheticDataset, _kmeans_plus_plus, real_pairs
 from sdw_fast.units import Affine, Units
 
 
@@ -248,6 +248,20 @@ def test_kmeans_plus_plus_survives_duplicates() -> None:
     )
     pairs = real_pairs(data, 8, init="kmeans++")
     np.testing.assert_allclose(np.sort(pairs.actions[:, 0]), np.arange(8) / 10, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [3, 17, 3_000])
+def test_kmeans_plus_plus_takes_every_point_once_before_it_takes_duplicates(dimensions: int) -> None:
+    """Distances of zero are not exact: a product of floats leaves something of them, of either sign."""
+    rng = np.random.default_rng(0)
+    distinct = (100 + rng.standard_normal((5, dimensions))).astype(np.float32)
+    points = np.repeat(distinct, 300, axis=0)  # more than a block
+    chosen = _kmeans_plus_plus(points, 200, rng)
+    assert len(set(chosen.tolist())) == 200
+    points = np.repeat(rng.standard_normal((5, dimensions), np.float32), 300, axis=0)
+    chosen = _kmeans_plus_plus(points, 200, rng)
+    assert len(set((chosen[:5] // 300).tolist())) == 5
+    assert len(set(chosen.tolist())) == 200
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 RANDOM_STEPS = 5_000  # of uniformly random actions, before the first update
 LOOK_EVERY = 5_000  # steps between two looks at the mean action's return
 EPISODES = 5  # of a look
+PATIENCE = 10  # times the expected steps, after which a learner that is not where it should be is given up
 ROWS = 4_096  # that a history has room for at first
 
 
@@ -164,7 +165,7 @@ def learned(
         recipe: "seed" of the environment, the networks and all draws; "steps", the number of transitions, where
             "until_return" is None, else the mean return at which it ends, of the mean action over 5 episodes, looked at
             every 5,000 steps. A checkpoint must agree with all of it.
-        expected: about how many steps the return takes, for the progress bar.
+        expected: about how many steps the return takes, for the progress bar; ten times as many are the most.
         checkpoint: kept every 5,000 steps, at Ctrl-C and at the end, and removed when the block has ended well.
         progress: show a progress bar with the return, steps a second and the time that is left.
 
@@ -173,6 +174,7 @@ def learned(
         ValueError: the checkpoint is damaged or of another training, or the environment no longer acts as it did.
         OSError: the checkpoint cannot be written; found before the first step.
         BlockingIOError: another process trains with this checkpoint.
+        RuntimeError: the return was not reached within ten times the expected steps.
         KeyboardInterrupt: Ctrl-C; the step under way is finished and saved first. A second Ctrl-C stops at once.
     """
     with closing(make_env(env_id)) as env:
@@ -181,7 +183,7 @@ def learned(
     with deferred_interrupt() as interrupted, locked(checkpoint):
         total = recipe["steps"] if recipe["until_return"] is None else expected
         bar = partial(progress_bar, total=total, desc=f"learning {env_id}", unit="step", show=progress)
-        yield _history(env_id, sizes, recipe, checkpoint, interrupted, bar)
+        yield _history(env_id, sizes, recipe, PATIENCE * expected, checkpoint, interrupted, bar)
         checkpoint.unlink(missing_ok=True)
         if interrupted():
             raise KeyboardInterrupt("stopped after the last step; the dataset is there")
@@ -191,11 +193,12 @@ def _history(
     env_id: str,
     sizes: list[int],
     recipe: dict[str, Any],
+    most: int,
     checkpoint: Path,
     interrupted: Callable[[], bool],
     bar_from: Callable[..., Any],
 ) -> History:
-    """The loop: from the checkpoint, where there is one, to the last step."""
+    """The loop: from the checkpoint, where there is one, to the last step, of `most` at the most."""
     provenance = {**recipe, **{package: version(package) for package in ("gymnasium", "mujoco")}}
     with torch.random.fork_rng(devices=[]), one_thread():
         # torchrl draws from the global generator; torch.manual_seed would seed the GPUs' generators too.
@@ -203,6 +206,13 @@ def _history(
         sac, history = _begin(sizes, checkpoint, provenance)
         with closing(_environment(env_id, recipe["seed"], history)) as envs, bar_from(initial=len(history)) as bar:
             while not _done(history, recipe):
+                if recipe["steps"] is None and len(history) >= most:
+                    best = max(reached for _, reached in history.returns)
+                    raise RuntimeError(
+                        f"after {len(history):,} steps the learner's best return is {best:.0f}, and it was to reach "
+                        f"{recipe['until_return']:.0f}: delete {checkpoint}, and try another seed or say how many "
+                        "steps to keep"
+                    )
                 _step(envs, sac, history)
                 if len(history) % LOOK_EVERY == 0:
                     history.returns.append((len(history), evaluate(sac.policy, env_id, episodes=EPISODES).mean))

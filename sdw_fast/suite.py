@@ -126,6 +126,7 @@ def collect(
         FileExistsError: if the name holds a dataset that was collected otherwise and `overwrite` is not set.
         ImportError: if MuJoCo is not installed, or for medium-replay torchrl.
         BlockingIOError: another process trains the learner of this dataset.
+        RuntimeError: a learner has not reached the return within ten times the steps that it took the shipped policies.
         KeyboardInterrupt: Ctrl-C; a learner's step under way is finished and saved first.
     """
     from minari.storage.datasets_root_dir import get_dataset_path

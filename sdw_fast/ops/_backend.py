@@ -120,18 +120,13 @@ def cuda_workspace(op: str, size: int, device: torch.device, advice: str) -> tor
     Raises:
         MemoryError: they are not free. The message says how many are, and `advice`, what to do.
     """
-    try:
+    with cuda_memory(op, advice):
         return torch.empty(size, dtype=torch.uint8, device=device)
-    except torch.cuda.OutOfMemoryError as error:
-        free = torch.cuda.mem_get_info(device)[0]
-        raise MemoryError(
-            f"{op}: needs {size / 2**30:.2f} GiB on {device} and {free / 2**30:.2f} GiB are free; {advice}"
-        ) from error
 
 
 @contextmanager
 def cuda_memory(op: str, advice: str) -> Iterator[None]:
-    """Raises MemoryError, with `advice`, where PyTorch runs out of a GPU's memory."""
+    """Raises MemoryError where PyTorch runs out of a GPU's memory: what was asked for, what is free, and `advice`."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

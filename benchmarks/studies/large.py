@@ -1,0 +1,150 @@
+"""At D4RL's size: teachers trained long on a million transitions or two, and the sets that are distilled with them.
+
+    python -m benchmarks.studies.large             # makes the rows that are missing, then fills docs/results.md
+    python -m benchmarks.studies.large --tables    # fills the table, no more
+
+The datasets are the suite's, ten or twenty times as long. They would have the names of the short ones: set
+MINARI_DATASETS_PATH to a folder of their own. A teacher is IQL with the authors' settings for locomotion; nothing was
+chosen by returns. It takes one to two hours of one core, goes on in runs/large where it was stopped, and is kept in
+benchmarks/teachers in half precision. A row of results/large.jsonl is a task, a method and a seed; the teacher has a
+row too. One thread a process; give several processes different tasks by --only.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sdw_fast as sdw
+from benchmarks import table
+from benchmarks.studies import cells, report, work
+from benchmarks.studies.suite import PUBLISHED_HIGHEST
+
+TABLE = table.RESULTS / "large.jsonl"
+TRANSITIONS = {"medium": 1_000_000, "medium-expert": 2_000_000}
+TASKS = [f"{env}/{quality}" for env in ("walker2d", "hopper", "halfcheetah") for quality in TRANSITIONS]
+# Kostrikov et al. 2022; the rest as `sdw.train_teacher` has it.
+TEACHER: dict[str, Any] = {"algorithm": "iql", "steps": 200_000, "expectile": 0.7, "temperature": 3.0, "seed": 0}
+SETTINGS: dict[str, Any] = {"size": 256, "steps": 2_000, "k": 100, "ess": 0.8}
+OWN: dict[str, dict[str, Any]] = {  # settings of each method besides SETTINGS
+    "av-pbc": {"objective": "av-pbc"},
+    "sdw": {"objective": "sdw"},
+}
+SEEDS = range(5)
+POLICIES, EPISODES = 10, 10
+EPISODES_OF_ONE = 30  # of the teacher and of an ensemble
+# D4RL-normalized, the last scores of CORL's IQL on D4RL v2.
+CORL = {
+    "halfcheetah/medium": 48,
+    "halfcheetah/medium-expert": 95,
+    "hopper/medium": 68,
+    "hopper/medium-expert": 107,
+    "walker2d/medium": 81,
+    "walker2d/medium-expert": 112,
+}
+DISCOUNT, HORIZON = 0.99, 500  # steps after which a reward counts less than a hundredth
+
+Case = tuple[int, str, str]  # seed, task, method
+
+
+def dataset(task: str) -> sdw.TransitionDataset:
+    """The dataset of a task at D4RL's size, collected if it is not there."""
+    sdw.collect(task, steps=TRANSITIONS[task.partition("/")[2]], seed=0, progress=False)
+    return sdw.load_dataset(task)
+
+
+def teacher(task: str) -> sdw.Teacher:
+    """The teacher of a task, trained if it is not there."""
+    name = f"{task.replace('/', '-')}-large.safetensors"
+    path = table.ROOT / "benchmarks/teachers" / name
+    if not path.exists():
+        trained = table.ROOT / "runs/large" / name
+        trained.parent.mkdir(parents=True, exist_ok=True)
+        sdw.train_teacher(dataset(task), out=trained, **TEACHER).save(path, half=True)
+    return sdw.Teacher.load(path)
+
+
+def results() -> dict[Case, table.Entries]:
+    """The newest row with the settings of now of every case that has one."""
+    rows = [row for row in table.read(TABLE) if row["settings"] == {**SETTINGS, "teacher": TEACHER}]
+    return {(row["seed"], row["task"], row["method"]): row for row in rows}
+
+
+def cases() -> list[Case]:
+    teachers = [(SEEDS[0], task, "teacher") for task in TASKS]
+    return teachers + [(seed, task, method) for seed in SEEDS for task in TASKS for method in OWN]
+
+
+def measure(case: Case) -> None:
+    """Distills one set, and runs policies cloned on it; or the teacher."""
+    seed, task, method = case
+    data, trained = dataset(task), teacher(task)
+    began = time.process_time()
+    row: dict[str, Any] = {"task": task, "method": method, "seed": seed}
+    if method == "teacher":
+        row["policies"] = work.mean_returns([trained.actions], data, EPISODES_OF_ONE)
+        row["correlation"] = round(correlation(data, trained), 3)
+        row["mean_of_data"] = round(data.summary()["normalized_return_mean"], 2)
+    else:
+        synthetic = sdw.distill(data, trained, seed=seed, progress=False, **{**SETTINGS, **OWN[method]})
+        row["policies"] = work.mean_returns(work.clones(synthetic, POLICIES), data, EPISODES)
+        ensemble = work.ensemble(synthetic, POLICIES)
+        row["ensemble"] = work.mean_returns([ensemble], data, EPISODES_OF_ONE)[0]
+    row["cpu_seconds"] = round(time.process_time() - began, 1)
+    table.append(TABLE, {**row, "settings": {**SETTINGS, "teacher": TEACHER}, **table.origin()})
+    print(row, flush=True)
+
+
+def correlation(data: sdw.TransitionDataset, trained: sdw.Teacher) -> float:
+    """Of Q on the data's own pairs with the discounted return that followed, where all of it that counts was seen."""
+    following, known = returns_to_go(data.require_rewards(), data.terminations, data.episode_ends)
+    values = trained.values(data.observations[known], data.actions[known])
+    return float(np.corrcoef(values, following[known])[0, 1])
+
+
+def returns_to_go(
+    rewards: np.ndarray, terminations: np.ndarray, episode_ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Discounted return from each row on, (M,); and where it is known, for the episode terminates or goes on long."""
+    following, known = np.zeros(len(rewards)), np.ones(len(rewards), bool)
+    start = 0
+    for end in episode_ends.tolist():
+        rest = 0.0
+        for row in range(end, start - 1, -1):
+            rest = float(rewards[row]) + DISCOUNT * rest
+            following[row] = rest
+        if not terminations[end]:
+            known[max(start, end + 1 - HORIZON) : end + 1] = False
+        start = end + 1
+    return following, known
+
+
+def results_table(found: dict[Case, table.Entries]) -> str:
+    """Means over the seeds ± standard error, of single policies and of ensembles, beside the teacher's return."""
+    lines = []
+    for task in TASKS:
+        row = found.get((SEEDS[0], task, "teacher"))
+        line = [task, *["missing"] * 3]
+        if row:
+            line[1:] = [f"{row['mean_of_data']:.1f}", f"{row['correlation']:.2f}", f"{row['policies'][0]:.1f}"]
+        line.append(str(CORL[task]))
+        for method in OWN:
+            rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
+            line.append(report.mean_and_error([float(np.mean(row["policies"])) for row in rows], len(SEEDS)))
+            line.append(report.mean_and_error([row["ensemble"] for row in rows], len(SEEDS)))
+        lines.append([*line, f"{PUBLISHED_HIGHEST[task]:.1f}"])
+    columns = [f"{cells.METHODS[method]}, {what}" for method in OWN for what in ("one policy", "ensemble of ten")]
+    header = ["task", "the data's mean", "correlation of Q", "teacher", "CORL's IQL", *columns, "highest published"]
+    return report.markdown(header, lines)
+
+
+def write_page(page: Path = report.PAGE) -> None:
+    """Fills the study's table."""
+    report.fill("large", results_table(results()), page)
+
+
+if __name__ == "__main__":
+    work.study(__doc__, cases(), results=results, measure=measure, write_page=write_page)

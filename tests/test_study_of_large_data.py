@@ -1,0 +1,67 @@
+"""The study at D4RL's size: returns-to-go by hand, a teacher trained once and kept, a row of each method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import table
+from benchmarks.studies import large
+
+
+def test_returns_to_go_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "DISCOUNT", 0.5)
+    monkeypatch.setattr(large, "HORIZON", 2)
+    rewards = np.array([1, 2, 4, 8, 16, 32], np.float32)
+    terminations = np.array([0, 0, 1, 0, 0, 0], bool)
+    following, known = large.returns_to_go(rewards, terminations, np.array([2, 5]))
+    assert following.tolist() == [3, 4, 4, 24, 32, 32]
+    assert known.tolist() == [True, True, True, True, False, False]  # the second episode is cut: its last two go on
+
+
+def test_q_correlates_with_what_followed(small_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "HORIZON", 5)
+
+    class Seer:
+        def __init__(self, sign: float) -> None:
+            self.sign = sign
+
+        def values(self, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
+            following, known = large.returns_to_go(data.rewards, data.terminations, data.episode_ends)
+            assert len(observations) == known.sum()
+            return self.sign * following[known] + 7
+
+    data = small_data
+    assert large.correlation(data, Seer(1.0)) == pytest.approx(1)
+    assert large.correlation(data, Seer(-2.0)) == pytest.approx(-1)
+
+
+def test_a_row_of_each_method_and_the_teacher_once(studied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchrl")
+    for name, value in {
+        "TABLE": tmp_path / "large.jsonl",
+        "TEACHER": {**large.TEACHER, "steps": 2},
+        "SETTINGS": {"size": 12, "hidden": [8], "steps": 2, "inner_steps": 2, "batch_size": 32},
+        "HORIZON": 5,
+        "SEEDS": range(1),
+        "POLICIES": 2,
+        "EPISODES": 1,
+        "EPISODES_OF_ONE": 1,
+    }.items():
+        monkeypatch.setattr(large, name, value)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(large, "dataset", lambda task: studied)
+    (tmp_path / "benchmarks/teachers").mkdir(parents=True)
+    cases = [case for case in large.cases() if case[1] == "hopper/medium"]
+    assert [method for _, _, method in cases] == ["teacher", "av-pbc", "sdw"]
+    for case in cases:
+        large.measure(case)
+    assert [path.name for path in (tmp_path / "benchmarks/teachers").iterdir()] == ["hopper-medium-large.safetensors"]
+    found = large.results()
+    assert set(found) == set(cases)
+    assert -1 <= found[cases[0]]["correlation"] <= 1
+    line = next(line for line in large.results_table(found).splitlines() if line.startswith("| hopper/medium |"))
+    assert f"| {found[cases[0]]['policies'][0]:.1f} | 68 |" in line
+    assert f"{np.mean(found[cases[1]]['policies']):.1f} | {found[cases[1]]['ensemble']:.1f} |" in line

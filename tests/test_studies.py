@@ -20,6 +20,7 @@ from benchmarks.studies import (
     diversity,
     generalization,
     histories,
+    large,
     report,
     selection,
     suite,
@@ -234,6 +235,7 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     time_to_return.write_page(report.PAGE)
     histories.write_page(report.PAGE)
     ceilings.write_page(report.PAGE)
+    large.write_page(report.PAGE)
     density_map.write_page(report.PAGE)
     selection.write_page(report.PAGE)
     variance.write_page(report.PAGE)

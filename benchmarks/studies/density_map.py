@@ -19,6 +19,7 @@ above zero.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,17 @@ def error(policy: MLPPolicy, data: TransitionDataset, teacher: sdw.Teacher) -> f
 
 
 def results_table(found: dict[Case, table.Entries]) -> str:
-    """A line a point: returns, the lead seed by seed ± standard error, and the data's diversity."""
+    """A line a point: returns, the lead seed by seed ± standard error, and the data's diversity; then their means."""
     lines = []
     for env in ENVS:
+        leads = []
         for point in points(env):
             both = [seed for seed in SEEDS if all((seed, point, of) in found for of in OBJECTIVES)]
             rows = {of: [found[seed, point, of] for seed in both] for of in OBJECTIVES}
             one = {of: [float(np.mean(row["policies"])) for row in rows[of]] for of in OBJECTIVES}
             lead = np.subtract(one["sdw"], one["av-pbc"]).tolist()
             of_ensembles = [a["ensemble"] - b["ensemble"] for a, b in zip(rows["sdw"], rows["av-pbc"], strict=True)]
+            leads.append((dict(zip(both, lead, strict=True)), dict(zip(both, of_ensembles, strict=True))))
             figures = [one["av-pbc"], lead, of_ensembles]
             line = [
                 env,
@@ -126,8 +129,15 @@ def results_table(found: dict[Case, table.Entries]) -> str:
                 values = [row[name] for row in rows["av-pbc"]]
                 line.append(f"{np.mean(values):.{digits}f}" if values else "missing")
             lines.append(line)
+        lines.append([env, "mean", "", "", *(over_points(of) for of in zip(*leads, strict=True)), "", "", ""])
     header = ["", "expert", "episodes", "Av-PBC", "SDW − Av-PBC", "of ensembles", "error", "coverage", "axes"]
     return report.markdown(header, lines)
+
+
+def over_points(leads: Sequence[dict[int, float]]) -> str:
+    """Mean over the points, of each seed that has all of them; then over the seeds ± standard error."""
+    seeds = set.intersection(*map(set, leads))
+    return report.mean_and_error([float(np.mean([of[seed] for of in leads])) for seed in sorted(seeds)], len(SEEDS))
 
 
 def write_page(page: Path = report.PAGE) -> None:

@@ -24,7 +24,7 @@ def test_variance_compares_policies_of_the_same_seeds(studied, tmp_path: Path, m
         variance.measure((0, "hopper/medium", kind))
     found = variance.results()
     row = found[0, "hopper/medium", "any"]
-    assert [len(found[0, "hopper/medium", kind]["policies"]) for kind in variance.KINDS] == [3, 1, 3]
+    assert [len(found[0, "hopper/medium", kind]["policies"]) for kind in variance.KINDS] == [3, 1, 1, 3]
     returns = variance.returns(found, "hopper/medium")
     assert returns["any"][0] == pytest.approx(np.mean(row["policies"]))
     assert returns["lowest"][0] == row["policies"][np.argmin(row["losses"])]

@@ -26,6 +26,7 @@ TABLE = table.RESULTS / "ceilings.jsonl"
 SETTINGS: dict[str, Any] = {"steps": 20_000, "batch_size": 256, "lr": 1e-3, "held_out": 0.1, "look_every": 500}
 POLICIES, EPISODES = range(3), 20
 SHOWN = ("av-pbc-wide", "sdw-mild")  # methods of the suite whose sets are compared
+COMPARED = ("any", "fixed", "fixed-wide", "ensemble")  # of the comparison of variances
 
 Case = tuple[int, str]  # policy, task
 
@@ -63,10 +64,14 @@ def results_table(found: dict[Case, table.Entries]) -> str:
         on_data = np.mean(cells.seeds_returns(suite, task, "bc"))
         larger = max(on_data, np.mean(ceiling) if ceiling else -np.inf)
         returns = [cells.seeds_returns(suite, task, method) for method in SHOWN]
-        returns += [list(variance.returns(kinds, task)[column].values()) for column in ("any", "fixed", "ensemble")]
+        returns += [list(variance.returns(kinds, task)[column].values()) for column in COMPARED]
         shares = [f"{np.mean(of) / larger:.2f}" if of else "missing" for of in returns]
         lines.append([task, report.mean_and_error(ceiling, len(POLICIES)), f"{on_data:.1f}", *shares])
-    columns = [*(METHODS[method] for method in SHOWN), "SDW, any θ_0", "one θ_0", "ensemble of ten"]
+    columns = [
+        *(METHODS[method] for method in SHOWN),
+        "SDW, any θ_0",
+        *(variance.COLUMNS[name] for name in COMPARED[1:]),
+    ]
     return report.markdown(["task", "ceiling", METHODS["bc"], *columns], lines)
 
 

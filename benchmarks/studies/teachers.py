@@ -28,7 +28,8 @@ Made by `python -m benchmarks.studies.teachers` on {TRANSITIONS:,} collected tra
 over the data's own pairs. hopper/medium's lies in `sdw_fast/assets`.
 
 Steps are few, for two cores are what there was: critics have not converged, and the policies of hopper and walker2d,
-which fall, depend much on the settings. Those of a task were chosen among one to four by these very returns.
+which fall, depend much on the settings. Those of a task were chosen among one to four by these very returns. Teachers
+at D4RL's size, `*-large`, are of `python -m benchmarks.studies.large` (docs/results.md).
 
 | task | algorithm | settings | return | D4RL-normalized | the dataset's mean | Q |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -206,13 +206,8 @@ def _history(
         sac, history = _begin(sizes, checkpoint, provenance)
         with closing(_environment(env_id, recipe["seed"], history)) as envs, bar_from(initial=len(history)) as bar:
             while not _done(history, recipe):
-                if recipe["steps"] is None and len(history) >= most:
-                    best = max(reached for _, reached in history.returns)
-                    raise RuntimeError(
-                        f"after {len(history):,} steps the learner's best return is {best:.0f}, and it was to reach "
-                        f"{recipe['until_return']:.0f}: delete {checkpoint}, and try another seed or say how many "
-                        "steps to keep"
-                    )
+                if recipe["until_return"] is not None and len(history) >= most:
+                    _give_up(history, recipe["until_return"], checkpoint)
                 _step(envs, sac, history)
                 if len(history) % LOOK_EVERY == 0:
                     history.returns.append((len(history), evaluate(sac.policy, env_id, episodes=EPISODES).mean))
@@ -228,6 +223,14 @@ def _history(
                     where = f"stopped after step {len(history)}"
                     raise KeyboardInterrupt(f"{where}; the same call goes on to the same result")
     return history
+
+
+def _give_up(history: History, wanted: float, checkpoint: Path) -> NoReturn:
+    best = max(reached for _, reached in history.returns)
+    raise RuntimeError(
+        f"after {len(history):,} steps the learner's best return is {best:.0f}, and it was to reach {wanted:.0f}: "
+        f"delete {checkpoint}, and try another seed or say how many steps to keep"
+    )
 
 
 def _done(history: History, recipe: dict[str, Any]) -> bool:

@@ -164,13 +164,18 @@ def test_ends_where_the_mean_action_reaches_the_level(folder: Path, monkeypatch:
     assert len(load_dataset(NAME)) == 30
 
 
-def test_a_learner_that_does_not_get_there_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_learner_that_does_not_get_there_is_given_up(
+    folder: Path, at: Callable[[int, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = learner._step
+    at(31, lambda: pytest.fail("it goes on, for ever"))
     monkeypatch.setitem(suite.SUITE, "hopper", Snapshots("Hopper-v5", (1, 2), 3, 110_000, 1e9))
     for _ in range(2):  # the same call again finds the same
         with pytest.raises(RuntimeError, match=r"after 30 steps .* best return is \d+, .* reach 1000000000: del"):
             quick(None)
     assert [path.name for path in folder.iterdir() if "lock" not in path.name] == ["medium-replay-v0.checkpoint"]
     (folder / "medium-replay-v0.checkpoint").unlink()
+    monkeypatch.setattr(learner, "_step", step)
     quick()
     assert len(load_dataset(NAME)) == STEPS
 

@@ -22,7 +22,6 @@ def test_leads_are_taken_seed_by_seed_and_averaged_over_points() -> None:
     lines = density_map.results_table(found).splitlines()
     assert lines[2] == "| hopper | 0% | 3 | 50.0 ± 0.0 (2) | 2.0 ± 1.0 (2) | -2.0 ± 1.0 (2) | 0.0123 | 0.50 | 5.0 |"
     assert lines[13] == "| hopper | 100% | all | 50.0 (1) | 12.0 (1) | -12.0 (1) | 0.0123 | 0.50 | 5.0 |"
-    assert (
-        lines[14] == "| hopper | mean |  |  | 6.5 (1) | -6.5 (1) |  |  |  |"
-    )  # (1 + 12) / 2, of the seed that has all
+    # (1 + 12) / 2, of the seed that has all points
+    assert lines[14] == "| hopper | mean |  |  | 6.5 (1) | -6.5 (1) |  |  |  |"
     assert lines[-1] == "| halfcheetah | mean |  |  | missing | missing |  |  |  |"

@@ -22,6 +22,10 @@ def test_variance_compares_policies_of_the_same_seeds(studied, tmp_path: Path, m
         monkeypatch.setattr(variance, name, value)
     for kind in variance.KINDS:
         variance.measure((0, "hopper/medium", kind))
+    configs = [variance.config((3, "hopper/medium", kind)) for kind in variance.KINDS]
+    assert [config.fixed_initialization for config in configs] == [None, 3, 3, None]
+    assert [config.inner_width for config in configs] == [64, 64, 128, 64]
+    assert [(config.initializations, config.steps) for config in configs] == [(None, 4)] * 3 + [(4, 1)]
     found = variance.results()
     row = found[0, "hopper/medium", "any"]
     assert [len(found[0, "hopper/medium", kind]["policies"]) for kind in variance.KINDS] == [3, 1, 1, 3]

@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,34 +110,45 @@ def results_table(found: dict[Case, table.Entries]) -> str:
     """A line a point: returns, the lead seed by seed ± standard error, and the data's diversity; then their means."""
     lines = []
     for env in ENVS:
-        leads = []
-        for point in points(env):
-            both = [seed for seed in SEEDS if all((seed, point, of) in found for of in OBJECTIVES)]
-            rows = {of: [found[seed, point, of] for seed in both] for of in OBJECTIVES}
-            one = {of: [float(np.mean(row["policies"])) for row in rows[of]] for of in OBJECTIVES}
-            lead = np.subtract(one["sdw"], one["av-pbc"]).tolist()
-            of_ensembles = [a["ensemble"] - b["ensemble"] for a, b in zip(rows["sdw"], rows["av-pbc"], strict=True)]
-            leads.append((dict(zip(both, lead, strict=True)), dict(zip(both, of_ensembles, strict=True))))
-            figures = [one["av-pbc"], lead, of_ensembles]
-            line = [
-                env,
-                f"{point[1]:.0%}",
-                str(point[2] or "all"),
-                *(report.mean_and_error(x, len(SEEDS)) for x in figures),
-            ]
-            for name, digits in (("error", 4), ("coverage", 2), ("participation_ratio", 1)):
-                values = [row[name] for row in rows["av-pbc"]]
-                line.append(f"{np.mean(values):.{digits}f}" if values else "missing")
-            lines.append(line)
-        lines.append([env, "mean", "", "", *(over_points(of) for of in zip(*leads, strict=True)), "", "", ""])
+        every = [leads(found, point) for point in points(env)]
+        for (_, share, episodes), of in zip(points(env), every, strict=True):
+            figures = (report.mean_and_error(list(x.values()), len(SEEDS)) for x in (of.av_pbc, of.single, of.ensemble))
+            lines.append([env, f"{share:.0%}", str(episodes or "all"), *figures, *of.diversity])
+        means = (over_points([of.single for of in every]), over_points([of.ensemble for of in every]))
+        lines.append([env, "mean", "", "", *means, "", "", ""])
     header = ["", "expert", "episodes", "Av-PBC", "SDW − Av-PBC", "of ensembles", "error", "coverage", "axes"]
     return report.markdown(header, lines)
 
 
-def over_points(leads: Sequence[dict[int, float]]) -> str:
+class Leads(NamedTuple):
+    """Of a point by the seeds that have both objectives: Av-PBC's return, and what SDW returns more."""
+
+    av_pbc: dict[int, float]
+    single: dict[int, float]
+    ensemble: dict[int, float]
+    diversity: list[str]
+
+
+def leads(found: dict[Case, table.Entries], point: Point) -> Leads:
+    pairs = {seed: [found.get((seed, point, of)) for of in OBJECTIVES] for seed in SEEDS}
+    both = {seed: (plain, weighted) for seed, (plain, weighted) in pairs.items() if plain and weighted}
+    av_pbc = {seed: float(np.mean(plain["policies"])) for seed, (plain, _) in both.items()}
+    diversity = []
+    for name, digits in (("error", 4), ("coverage", 2), ("participation_ratio", 1)):
+        values = [plain[name] for plain, _ in both.values()]
+        diversity.append(f"{np.mean(values):.{digits}f}" if values else "missing")
+    return Leads(
+        av_pbc,
+        {seed: float(np.mean(weighted["policies"])) - av_pbc[seed] for seed, (_, weighted) in both.items()},
+        {seed: weighted["ensemble"] - plain["ensemble"] for seed, (plain, weighted) in both.items()},
+        diversity,
+    )
+
+
+def over_points(of_points: Sequence[dict[int, float]]) -> str:
     """Mean over the points, of each seed that has all of them; then over the seeds ± standard error."""
-    seeds = set.intersection(*map(set, leads))
-    return report.mean_and_error([float(np.mean([of[seed] for of in leads])) for seed in sorted(seeds)], len(SEEDS))
+    seeds = set.intersection(*map(set, of_points))
+    return report.mean_and_error([float(np.mean([of[seed] for of in of_points])) for seed in sorted(seeds)], len(SEEDS))
 
 
 def write_page(page: Path = report.PAGE) -> None:

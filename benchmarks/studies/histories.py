@@ -108,9 +108,7 @@ def measure(case: Case, folder: Path) -> None:
         row["policies"] = work.mean_returns([teacher.actions], data, EPISODES_OF_ONE)
     else:
         synthetic = sdw.distill(data, teacher, seed=seed, progress=False, **{**SETTINGS, **OWN[method]})
-        row["policies"] = work.mean_returns(work.clones(synthetic, POLICIES), data, EPISODES)
-        ensemble = work.ensemble(synthetic, POLICIES)
-        row["ensemble"] = work.mean_returns([ensemble], data, EPISODES_OF_ONE)[0]
+        row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
     row["cpu_seconds"] = round(time.process_time() - began, 1)
     table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
     print(row, flush=True)
@@ -124,10 +122,9 @@ def results_table(found: dict[Case, table.Entries]) -> str:
         line += ["missing"] * (2 - len(line))
         for method in OWN:
             rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
-            line.append(report.mean_and_error([float(np.mean(row["policies"])) for row in rows], len(SEEDS)))
-            line.append(report.mean_and_error([row["ensemble"] for row in rows], len(SEEDS)))
+            line += report.policy_and_ensemble(rows, len(SEEDS))
         lines.append([*line, f"{PUBLISHED_AV_PBC[task]:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
-    columns = [f"{cells.METHODS[method]}, {what}" for method in OWN for what in ("one policy", "ensemble of ten")]
+    columns = [f"{cells.METHODS[method]}, {what}" for method in OWN for what in report.POLICY_AND_ENSEMBLE]
     return report.markdown(["task", "teacher", *columns, "published Av-PBC", "highest published"], lines)
 
 

@@ -29,10 +29,7 @@ TASKS = [f"{env}/{quality}" for env in ("walker2d", "hopper", "halfcheetah") for
 # Kostrikov et al. 2022; the rest as `sdw.train_teacher` has it.
 TEACHER: dict[str, Any] = {"algorithm": "iql", "steps": 200_000, "expectile": 0.7, "temperature": 3.0, "seed": 0}
 SETTINGS: dict[str, Any] = {"size": 256, "steps": 2_000, "k": 100, "ess": 0.8}
-OWN: dict[str, dict[str, Any]] = {  # settings of each method besides SETTINGS
-    "av-pbc": {"objective": "av-pbc"},
-    "sdw": {"objective": "sdw"},
-}
+OBJECTIVES = ("av-pbc", "sdw")
 SEEDS = range(5)
 POLICIES, EPISODES = 10, 10
 EPISODES_OF_ONE = 30  # of the teacher and of an ensemble
@@ -67,15 +64,20 @@ def teacher(task: str) -> sdw.Teacher:
     return sdw.Teacher.load(path)
 
 
+def settings() -> dict[str, Any]:
+    """Of a row."""
+    return {**SETTINGS, "teacher": TEACHER}
+
+
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == {**SETTINGS, "teacher": TEACHER}]
+    rows = [row for row in table.read(TABLE) if row["settings"] == settings()]
     return {(row["seed"], row["task"], row["method"]): row for row in rows}
 
 
 def cases() -> list[Case]:
     teachers = [(SEEDS[0], task, "teacher") for task in TASKS]
-    return teachers + [(seed, task, method) for seed in SEEDS for task in TASKS for method in OWN]
+    return teachers + [(seed, task, method) for seed in SEEDS for task in TASKS for method in OBJECTIVES]
 
 
 def measure(case: Case) -> None:
@@ -89,12 +91,10 @@ def measure(case: Case) -> None:
         row["correlation"] = round(correlation(data, trained), 3)
         row["mean_of_data"] = round(data.summary()["normalized_return_mean"], 2)
     else:
-        synthetic = sdw.distill(data, trained, seed=seed, progress=False, **{**SETTINGS, **OWN[method]})
-        row["policies"] = work.mean_returns(work.clones(synthetic, POLICIES), data, EPISODES)
-        ensemble = work.ensemble(synthetic, POLICIES)
-        row["ensemble"] = work.mean_returns([ensemble], data, EPISODES_OF_ONE)[0]
+        synthetic = sdw.distill(data, trained, seed=seed, progress=False, objective=method, **SETTINGS)
+        row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
     row["cpu_seconds"] = round(time.process_time() - began, 1)
-    table.append(TABLE, {**row, "settings": {**SETTINGS, "teacher": TEACHER}, **table.origin()})
+    table.append(TABLE, {**row, "settings": settings(), **table.origin()})
     print(row, flush=True)
 
 
@@ -131,12 +131,11 @@ def results_table(found: dict[Case, table.Entries]) -> str:
         if row:
             line[1:] = [f"{row['mean_of_data']:.1f}", f"{row['correlation']:.2f}", f"{row['policies'][0]:.1f}"]
         line.append(str(CORL[task]))
-        for method in OWN:
+        for method in OBJECTIVES:
             rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
-            line.append(report.mean_and_error([float(np.mean(row["policies"])) for row in rows], len(SEEDS)))
-            line.append(report.mean_and_error([row["ensemble"] for row in rows], len(SEEDS)))
+            line += report.policy_and_ensemble(rows, len(SEEDS))
         lines.append([*line, f"{PUBLISHED_HIGHEST[task]:.1f}"])
-    columns = [f"{cells.METHODS[method]}, {what}" for method in OWN for what in ("one policy", "ensemble of ten")]
+    columns = [f"{cells.METHODS[method]}, {what}" for method in OBJECTIVES for what in report.POLICY_AND_ENSEMBLE]
     header = ["task", "the data's mean", "correlation of Q", "teacher", "CORL's IQL", *columns, "highest published"]
     return report.markdown(header, lines)
 

@@ -6,8 +6,9 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -67,6 +68,16 @@ def mean_and_error(values: Sequence[float], expected: int) -> str:
         return "missing"
     error = f" ± {standard_error(values):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{error}" + (f" ({len(values)})" if len(values) < expected else "")
+
+
+# What `policy_and_ensemble` gives.
+POLICY_AND_ENSEMBLE = ("one policy", "ensemble of ten")
+
+
+def policy_and_ensemble(rows: Sequence[Mapping[str, Any]], expected: int) -> list[str]:
+    """Over rows of `work.returns_of_set`, one a seed: returns of single policies, and of ensembles."""
+    of_policies, of_ensembles = [float(np.mean(row["policies"])) for row in rows], [row["ensemble"] for row in rows]
+    return [mean_and_error(of_policies, expected), mean_and_error(of_ensembles, expected)]
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ the held-out states. One thread a process; give several processes different task
 
 The rule, written before the first row: a kind is better than one policy of "any" if its difference, seed by seed over
 the six tasks, is on average more than two standard errors above zero. "fixed-wide" came later, after a run of it with
-Av-PBC on halfcheetah/medium had returned 43.5.
+Av-PBC on halfcheetah/medium that returned more than any before.
 """
 
 from __future__ import annotations

@@ -189,6 +189,16 @@ def ensemble(synthetic: SyntheticDataset, members: int) -> MLPPolicy:
     return sdw.behavior_clone(synthetic, seed=cells.TEST_SEED, ensemble=members)
 
 
+def returns_of_set(
+    synthetic: SyntheticDataset, data: TransitionDataset, *, policies: int, episodes: int, of_ensemble: int
+) -> dict[str, Any]:
+    """What a row says of a set: the returns of policies cloned on it, and that of their mean action."""
+    return {
+        "policies": mean_returns(clones(synthetic, policies), data, episodes),
+        "ensemble": mean_returns([ensemble(synthetic, policies)], data, of_ensemble)[0],
+    }
+
+
 def mean_returns(policies: Iterable[Any], data: TransitionDataset, episodes: int) -> list[float]:
     """D4RL-normalized return of each policy, mean over episodes of its own, whose seeds nothing else uses."""
     every = (

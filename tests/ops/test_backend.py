@@ -70,6 +70,15 @@ def test_a_gpu_that_is_too_old_gets_pytorch_and_one_warning() -> None:
         resolve_backend("unrolled_bc", "cuda", [tensor("cuda:1")])
 
 
+def test_a_workspace_that_is_not_free_is_a_memory_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*size: int, **options: Any) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(MemoryError, match=r"^unrolled_bc: CUDA out of memory\. Tried .* 2\.00 GiB\.; fewer rows$"):
+        _backend.cuda_workspace("unrolled_bc", 2 << 30, torch.device("cuda"), "fewer rows")
+
+
 @pytest.mark.usefixtures("two_gpus")
 def test_neighbors_on_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no FAISS

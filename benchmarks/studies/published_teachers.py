@@ -1,0 +1,134 @@
+"""Sets by teachers that the authors of the papers publish, beside sets by ours, on the same data.
+
+    python -m benchmarks.studies.published_teachers FOLDER HISTORIES   # makes the rows that are missing, fills the page
+    python -m benchmarks.studies.published_teachers --tables           # fills the table, no more
+
+FOLDER holds `calql-<env>-<quality>-v2.pt`, Cal-QL in CORL's format, and `normalization.json`, by "<env>-<quality>-v2"
+the mean and std of the states that they were trained on: D4RL's. HISTORIES is the folder of `histories`. Neither is in
+the repository. The data are ours: the suite's, and for medium-replay a learner's history. Ours are IQL teachers, whose
+sets `variance` distilled ("any"), and for medium-replay the learner, of `histories`; the settings are the same.
+
+A row of results/published_teachers.jsonl is a task, an objective and a seed; the teacher has a row too. One thread a
+process; give several processes different tasks by --only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sdw_fast as sdw
+from benchmarks import table
+from benchmarks.studies import cells, histories, report, tasks, variance, work
+from benchmarks.studies.suite import PUBLISHED_AV_PBC, PUBLISHED_HIGHEST
+
+TABLE = table.RESULTS / "published_teachers.jsonl"
+TASKS = ("halfcheetah/medium", "walker2d/medium-expert", "hopper/medium-replay")
+SETTINGS: dict[str, Any] = {"size": 256, "steps": 1_000, "k": 100, "ess": 0.8}
+OBJECTIVES = ("av-pbc", "sdw")
+SEEDS = range(5)
+POLICIES, EPISODES = 10, 10
+EPISODES_OF_ONE = 30  # of the teacher and of an ensemble
+
+Case = tuple[int, str, str]  # seed, task, method
+
+
+def teacher(folder: Path, task: str) -> sdw.Teacher:
+    """The published teacher of a task."""
+    name = f"{task.replace('/', '-')}-v2"
+    seen = json.loads((folder / "normalization.json").read_text())[name]
+    return sdw.Teacher.from_corl(folder / f"calql-{name}.pt", mean=seen["mean"], std=seen["std"])
+
+
+def dataset(task: str, of_histories: Path) -> sdw.TransitionDataset:
+    """Ours of a task."""
+    if task in histories.TASKS:
+        return histories.history(of_histories / histories.ENVS[task.partition("/")[0]])
+    return tasks.dataset(task)
+
+
+def results() -> dict[Case, table.Entries]:
+    """The newest row with the settings of now of every case that has one."""
+    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
+    return {(row["seed"], row["task"], row["method"]): row for row in rows}
+
+
+def cases() -> list[Case]:
+    teachers = [(SEEDS[0], task, "teacher") for task in TASKS]
+    return teachers + [(seed, task, objective) for seed in SEEDS for task in TASKS for objective in OBJECTIVES]
+
+
+def measure(case: Case, folder: Path, of_histories: Path) -> None:
+    """Distills one set, and runs policies cloned on it; or the teacher."""
+    seed, task, method = case
+    began = time.process_time()
+    data, published = dataset(task, of_histories), teacher(folder, task)
+    row: dict[str, Any] = {"task": task, "method": method, "seed": seed}
+    if method == "teacher":
+        row["policies"] = work.mean_returns([published.actions], data, EPISODES_OF_ONE)
+        row["distance"] = round(distance(published, data), 4)
+    else:
+        synthetic = sdw.distill(data, published, objective=method, seed=seed, progress=False, **SETTINGS)
+        row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
+    row["cpu_seconds"] = round(time.process_time() - began, 1)
+    table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
+    print(row, flush=True)
+
+
+def distance(published: sdw.Teacher, data: sdw.TransitionDataset) -> float:
+    """Mean squared distance, over states and dimensions, of a teacher's actions from the data's."""
+    return float(np.mean(np.square(published.actions(data.observations) - data.actions)))
+
+
+def ours(task: str) -> list[table.Entries]:
+    """The rows of the sets that our teacher gave by SDW with the same settings, a seed each."""
+    if task in histories.TASKS:
+        return [row for (_, of, method), row in histories.results().items() if (of, method) == (task, "sdw")]
+    return [row for (_, of, kind), row in variance.results().items() if (of, kind) == (task, "any")]
+
+
+def results_table(found: dict[Case, table.Entries]) -> str:
+    """Means over the seeds ± standard error, of single policies and of ensembles, beside those of our teachers."""
+    lines = []
+    for task in TASKS:
+        row = found.get((SEEDS[0], task, "teacher"))
+        line = [task, f"{row['policies'][0]:.1f}", f"{row['distance']:.2f}"] if row else [task, "missing", "missing"]
+        for objective in OBJECTIVES:
+            rows = [found[seed, task, objective] for seed in SEEDS if (seed, task, objective) in found]
+            line += report.policy_and_ensemble(rows, len(SEEDS))
+        line += report.policy_and_ensemble(ours(task), len(SEEDS))
+        lines.append([*line, f"{PUBLISHED_AV_PBC[task]:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
+    methods = [*(cells.METHODS[objective] for objective in OBJECTIVES), "SDW by our teacher"]
+    columns = [f"{method}, {what}" for method in methods for what in report.POLICY_AND_ENSEMBLE]
+    header = ["task", "teacher", "its distance", *columns, "published Av-PBC", "highest published"]
+    return report.markdown(header, lines)
+
+
+def write_page(page: Path = report.PAGE) -> None:
+    """Fills the study's table."""
+    report.fill("published teachers", results_table(results()), page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="of the teachers")
+    parser.add_argument("histories", nargs="?", type=Path, metavar="HISTORIES", help="of the histories")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only the tasks whose name matches")
+    parser.add_argument("--tables", action="store_true", help="fill the table and stop")
+    options = parser.parse_args()
+    if not options.tables:
+        if options.histories is None:
+            parser.error("say where the teachers and the histories are, or --tables")
+        one = partial(measure, folder=options.folder, of_histories=options.histories)
+        work.make_missing(cases(), options.only, results, one)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()

@@ -38,8 +38,10 @@ VERSIONS += ("quitefastmst", "pynanoflann", "fast_hdbscan")
 Entries = dict[str, Any]  # a row, or a line that defines something
 
 
-def read(path: Path) -> list[Entries]:
-    """All rows of a table, the oldest first, settings and machine in full; none where there is no file.
+def read(path: Path, settings: Any = None) -> list[Entries]:
+    """All rows of a table, or those with some settings, the oldest first; settings and machine in full.
+
+    There are none where there is no file.
 
     Raises:
         ValueError: a line is damaged (a half-written last one is not: it is left out).
@@ -52,7 +54,7 @@ def read(path: Path) -> list[Entries]:
             values[line["define"], line["id"]] = line["value"]
         else:
             rows.append({key: values[key, value] if key in SHARED else value for key, value in line.items()})
-    return rows
+    return [row for row in rows if settings is None or row["settings"] == settings]
 
 
 def append(path: Path, row: Entries) -> None:

@@ -27,6 +27,8 @@ def test_rows_come_back_as_they_went_in(path: Path) -> None:
         table.append(path, row)
     assert table.read(path) == [FIRST, SECOND, THIRD]
     assert list(table.read(path)[0]) == list(FIRST)  # in the order given
+    assert table.read(path, {"hidden": [8, 8], "lr": 0.1}) == [FIRST, SECOND]
+    assert table.read(path, {"lr": 0.3}) == []
     assert table.latest(table.read(path), "task") == {"α": FIRST, "b": THIRD}
     pairs = table.latest([{"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 2, "c": 4}, {"a": 1, "b": 0}], "a", "b")
     assert pairs == {(1, 2): {"a": 1, "b": 2, "c": 4}, (1, 0): {"a": 1, "b": 0}}

@@ -33,8 +33,7 @@ Case = tuple[int, str]  # policy, task
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
-    return {(row["policy"], row["task"]): row for row in rows}
+    return table.latest(table.read(TABLE, SETTINGS), "policy", "task")
 
 
 def cases() -> list[Case]:
@@ -50,9 +49,7 @@ def measure(case: Case) -> None:
     policy = work.clone_on_all(labeled, TEST_SEED + number, **SETTINGS)
     row: dict[str, Any] = {"task": task, "policy": number}
     row["return"] = work.mean_returns([policy], data, EPISODES)[0]
-    row["cpu_seconds"] = round(time.process_time() - began, 1)
-    table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
-    print(row, flush=True)
+    work.record(TABLE, row, SETTINGS, began)
 
 
 def results_table(found: dict[Case, table.Entries]) -> str:

@@ -64,7 +64,7 @@ def data_of(point: Point, seed: int) -> TransitionDataset:
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
+    rows = table.read(TABLE, SETTINGS)
     return {(row["seed"], (row["env"], row["share"], row["episodes"]), row["objective"]): row for row in rows}
 
 
@@ -93,9 +93,7 @@ def measure(case: Case) -> None:
     row["states"] = len(data)
     row["participation_ratio"] = round(spread.participation_ratio, 3)
     row["intrinsic_dimension"] = round(spread.intrinsic_dimension, 3)
-    row["cpu_seconds"] = round(time.process_time() - began, 1)
-    table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
-    print(row, flush=True)
+    work.record(TABLE, row, SETTINGS, began)
 
 
 def error(policy: MLPPolicy, data: TransitionDataset, teacher: sdw.Teacher) -> float:

@@ -88,8 +88,7 @@ def of_task(folder: Path, task: str) -> tuple[sdw.TransitionDataset, sdw.Teacher
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
-    return {(row["seed"], row["task"], row["method"]): row for row in rows}
+    return table.latest(table.read(TABLE, SETTINGS), "seed", "task", "method")
 
 
 def cases() -> list[Case]:
@@ -109,9 +108,7 @@ def measure(case: Case, folder: Path) -> None:
     else:
         synthetic = sdw.distill(data, teacher, seed=seed, progress=False, **{**SETTINGS, **OWN[method]})
         row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
-    row["cpu_seconds"] = round(time.process_time() - began, 1)
-    table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
-    print(row, flush=True)
+    work.record(TABLE, row, SETTINGS, began)
 
 
 def results_table(found: dict[Case, table.Entries]) -> str:

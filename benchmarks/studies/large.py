@@ -71,8 +71,7 @@ def settings() -> dict[str, Any]:
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == settings()]
-    return {(row["seed"], row["task"], row["method"]): row for row in rows}
+    return table.latest(table.read(TABLE, settings()), "seed", "task", "method")
 
 
 def cases() -> list[Case]:
@@ -93,9 +92,7 @@ def measure(case: Case) -> None:
     else:
         synthetic = sdw.distill(data, trained, seed=seed, progress=False, objective=method, **SETTINGS)
         row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
-    row["cpu_seconds"] = round(time.process_time() - began, 1)
-    table.append(TABLE, {**row, "settings": settings(), **table.origin()})
-    print(row, flush=True)
+    work.record(TABLE, row, settings(), began)
 
 
 def correlation(data: sdw.TransitionDataset, trained: sdw.Teacher) -> float:

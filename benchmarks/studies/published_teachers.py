@@ -55,8 +55,7 @@ def dataset(task: str, of_histories: Path) -> sdw.TransitionDataset:
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
-    return {(row["seed"], row["task"], row["method"]): row for row in rows}
+    return table.latest(table.read(TABLE, SETTINGS), "seed", "task", "method")
 
 
 def cases() -> list[Case]:
@@ -76,9 +75,7 @@ def measure(case: Case, folder: Path, of_histories: Path) -> None:
     else:
         synthetic = sdw.distill(data, published, objective=method, seed=seed, progress=False, **SETTINGS)
         row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
-    row["cpu_seconds"] = round(time.process_time() - began, 1)
-    table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
-    print(row, flush=True)
+    work.record(TABLE, row, SETTINGS, began)
 
 
 def distance(published: sdw.Teacher, data: sdw.TransitionDataset) -> float:

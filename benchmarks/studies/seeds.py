@@ -36,8 +36,7 @@ Case = tuple[int, int]  # seed, threads
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
-    return {(row["seed"], row["threads"]): row for row in rows}
+    return table.latest(table.read(TABLE, SETTINGS), "seed", "threads")
 
 
 def dataset() -> sdw.TransitionDataset:

@@ -64,7 +64,7 @@ def _best(rows: NDArray[np.int64], values: np.ndarray, densities: np.ndarray, qu
 
 def results() -> dict[Case, table.Entries]:
     """The newest row of every case that has one."""
-    return {(row["seed"], row["task"], row["method"], row["size"]): row for row in table.read(TABLE)}
+    return table.latest(table.read(TABLE), "seed", "task", "method", "size")
 
 
 def cases() -> list[Case]:

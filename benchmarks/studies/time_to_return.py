@@ -35,8 +35,7 @@ Case = tuple[int, str, int]  # seed, task, outer steps
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
-    return {(row["seed"], row["task"], row["steps"]): row for row in rows}
+    return table.latest(table.read(TABLE, SETTINGS), "seed", "task", "steps")
 
 
 def measure(case: Case) -> None:

@@ -31,8 +31,7 @@ Case = tuple[int, str, str]  # seed, task, kind of weights
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
-    return {(row["seed"], row["task"], row["weights"]): row for row in rows}
+    return table.latest(table.read(TABLE, SETTINGS), "seed", "task", "weights")
 
 
 def cases() -> list[Case]:
@@ -46,9 +45,7 @@ def measure(case: Case) -> None:
     synthetic = sdw.distill(data, tasks.teacher(task), value_weights=kind, seed=seed, progress=False, **SETTINGS)
     policies = work.mean_returns(work.clones(synthetic, POLICIES), data, EPISODES)
     row = {"task": task, "weights": kind, "seed": seed, "policies": policies}
-    row["cpu_seconds"] = round(time.process_time() - began, 1)
-    table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
-    print(row, flush=True)
+    work.record(TABLE, row, SETTINGS, began)
 
 
 def results_table(found: dict[Case, table.Entries]) -> str:

@@ -62,8 +62,7 @@ def config(case: Case) -> DistillConfig:
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    rows = [row for row in table.read(TABLE) if row["settings"] == SETTINGS]
-    return {(row["seed"], row["task"], row["kind"]): row for row in rows}
+    return table.latest(table.read(TABLE, SETTINGS), "seed", "task", "kind")
 
 
 def cases() -> list[Case]:
@@ -87,9 +86,7 @@ def measure(case: Case) -> None:
     if chosen.fixed_initialization is None:
         ensemble = work.ensemble(synthetic, POLICIES)
         row["ensemble"] = work.mean_returns([ensemble], data, EPISODES_OF_ONE)[0]
-    row["cpu_seconds"] = round(time.process_time() - began, 1)
-    table.append(TABLE, {**row, "settings": SETTINGS, **table.origin()})
-    print(row, flush=True)
+    work.record(TABLE, row, SETTINGS, began)
 
 
 def held_out_loss(policy: MLPPolicy, distiller: Distiller) -> float:

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 import sdw_fast as sdw
+from benchmarks import table
 from benchmarks.studies import cells, tasks
 from benchmarks.studies.cells import Cell
 from sdw_fast import MLPPolicy, SyntheticDataset, TransitionDataset
@@ -187,6 +190,13 @@ def clones(synthetic: SyntheticDataset, count: int) -> Iterator[MLPPolicy]:
 def ensemble(synthetic: SyntheticDataset, members: int) -> MLPPolicy:
     """The mean action of the policies that `clones` gives."""
     return sdw.behavior_clone(synthetic, seed=cells.TEST_SEED, ensemble=members)
+
+
+def record(path: Path, row: table.Entries, settings: Any, began: float) -> None:
+    """Adds a row to a study's table, with the CPU seconds since `began` (`time.process_time`), and prints it."""
+    row = {**row, "cpu_seconds": round(time.process_time() - began, 1)}
+    table.append(path, {**row, "settings": settings, **table.origin()})
+    print(row, flush=True)
 
 
 def returns_of_set(

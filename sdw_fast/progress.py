@@ -49,5 +49,3 @@ class _Silent:
 
     def set_postfix(self, *_: Any, **__: Any) -> None:
         pass
-
-    set_postfix_str = set_postfix

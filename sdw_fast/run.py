@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable
@@ -32,6 +31,13 @@ Callback = Callable[[Distiller, Metrics], None]
 
 # Outer steps between two looks at what another device computed: the host runs ahead of it in between.
 FETCH_EVERY = 32
+# Metrics that stand beside the progress bar, each from its first value on: title and format.
+_SHOWN = {
+    "loss": ("loss", ".4f"),
+    "gradient_norm": ("‖∇‖", ".3g"),
+    "held_out_loss": ("held out", ".4f"),
+    "score": ("return", ".1f"),
+}
 
 
 @overload
@@ -148,7 +154,8 @@ def run(
 
         env = check_environment(distiller.problem.units, env)
     pending: list[Tensor] = []  # figures not looked at yet
-    last_return, seconds = math.nan, 0.0
+    shown: dict[str, str] = {}  # beside the bar: what was measured last
+    seconds = 0.0
 
     with contextlib.ExitStack() as opened:
         interrupted = opened.enter_context(deferred_interrupt())
@@ -188,11 +195,12 @@ def run(
                 steps[-1] |= best.look()
             if evaluating:
                 steps[-1] |= best.evaluate(env)
-                last_return = float(np.mean(steps[-1]["score"]))
             if folder:
                 folder.log(distiller.iteration, steps)
-            loss, norm = (np.mean(steps[-1][name]) for name in ("loss", "gradient_norm"))
-            bar.set_postfix_str(f"loss {loss:.4f}, ‖∇‖ {norm:.3g}, return {last_return:.1f}", refresh=False)
+            for name, (title, form) in _SHOWN.items():
+                if name in steps[-1]:
+                    shown[title] = format(np.mean(steps[-1][name]), form)
+            bar.set_postfix(shown, refresh=False)
             bar.update(len(steps))
             if callback:
                 callback(distiller, steps[-1])

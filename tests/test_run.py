@@ -21,6 +21,7 @@ from sdw_fast import run as module
 from sdw_fast import selection
 from sdw_fast.evaluation import SELECTION_SEED, Evaluation
 from sdw_fast.folder import RunFolder, load_checkpoint, metrics_line, read_metrics, read_run
+from sdw_fast.progress import _Silent
 from sdw_fast.run import new_distiller
 
 TINY = {"size": 12, "hidden": (16, 16), "inner_steps": 5, "batch_size": 64, "steps": 30, "checkpoint_every": 7}
@@ -237,6 +238,21 @@ def test_the_best_set_is_the_one_of_the_best_score(any_data, small_teacher, tmp_
         assert seen[0, 16] != seen[0, 30]
         kept = {m["step"]: m["score"] for m in read_metrics(tmp_path) if "score" in m}
         assert kept == {8: 20, 16: 50, 24: 30, 30: 40}
+
+
+def test_the_progress_bar_shows_what_was_measured(any_data, small_teacher, seen, monkeypatch) -> None:
+    shown: list[list[str]] = []
+    monkeypatch.setattr(_Silent, "set_postfix", lambda bar, figures, refresh: shown.append([*figures.values()]))
+    options = {**EVALUATED, "select": "last"}
+    metrics: list[dict[str, Any]] = []
+    sdw.distill(any_data, small_teacher, **options, callback=lambda d, m: metrics.append(m))
+    assert shown[6] == [f"{metrics[6]['loss']:.4f}", f"{metrics[6]['gradient_norm']:.3g}"]  # no return is known yet
+    assert [figures[2:] for figures in shown[7:16:8]] == [["20.0"], ["50.0"]]
+    assert shown[17][2:] == ["50.0"]  # the last one stays
+    shown.clear()
+    sdw.distill(any_data, small_teacher, **{**options, "eval_every": 0, "select": "held-out"})
+    assert {len(figures) for figures in shown[:-1]} == {2}
+    assert len(shown[-1]) == 3  # the held-out loss
 
 
 def test_every_run_has_a_best_set_of_its_own(any_data, small_teacher, tmp_path, seen) -> None:

@@ -164,8 +164,8 @@ def behavior_clone(
     """Trains a fresh policy on a synthetic set by full-batch gradient descent, as the distillation's inner loop did.
 
     L_BC(θ) = 1/(N·A) Σ_i ‖π_θ(s_i) − a_i‖², of discrete actions −1/N Σ_i Σ_j a_ij log π_θ(j | s_i), `inner_steps` steps
-    of SGD with momentum. What is not given is taken from
-    the configuration that the set was distilled with, and what that lacks from `DistillConfig`'s defaults.
+    of SGD with momentum. What is not given is taken from the configuration that the set was distilled with, and what
+    that lacks from `DistillConfig`'s defaults.
 
     A set that was distilled for one initialization (`DistillConfig.fixed_initialization`) gives one policy, of the
     width that was unrolled: cloned from any other it is worth nothing.

@@ -61,7 +61,8 @@ def test_a_row_of_each_method(folder: Path, studied, monkeypatch: pytest.MonkeyP
         "EPISODES_OF_ONE": 1,
     }.items():
         monkeypatch.setattr(published_teachers, name, value)
-    monkeypatch.setattr(histories, "history", lambda of_env: studied)
+    near = sdw.Teacher(actor=lambda states: states[:, :A].sign() / 2)
+    monkeypatch.setattr(histories, "of_task", lambda of_histories, task: (studied, near))
     monkeypatch.setattr(
         variance, "results", lambda: {(0, "walker2d/medium-expert", "any"): {"policies": [1.0, 4.0], "ensemble": 3.0}}
     )
@@ -75,7 +76,9 @@ def test_a_row_of_each_method(folder: Path, studied, monkeypatch: pytest.MonkeyP
     found = published_teachers.results()
     assert set(found) == set(cases)
     _, _, halfcheetah, walker2d, hopper = published_teachers.results_table(found).splitlines()
-    assert halfcheetah.count("missing") == 8
+    assert halfcheetah.count("missing") == 9
+    ours = found[0, "hopper/medium-replay", "teacher"]["distances"][1]
+    assert ours == pytest.approx(published_teachers.distance(near, studied), abs=1e-3)
     row = found[0, "walker2d/medium-expert", "sdw"]
     assert f"| {np.mean(row['policies']):.1f} | {row['ensemble']:.1f} | 2.5 | 3.0 | 42.1 | 73.7 |" in walker2d
     assert hopper.endswith("| 7.0 | 8.0 | 40.9 | 40.9 |")

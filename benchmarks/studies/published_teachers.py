@@ -46,11 +46,11 @@ def teacher(folder: Path, task: str) -> sdw.Teacher:
     return sdw.Teacher.from_corl(folder / f"calql-{name}.pt", mean=seen["mean"], std=seen["std"])
 
 
-def dataset(task: str, of_histories: Path) -> sdw.TransitionDataset:
-    """Ours of a task."""
+def ours(task: str, of_histories: Path) -> tuple[sdw.TransitionDataset, sdw.Teacher]:
+    """Our dataset and our teacher of a task."""
     if task in histories.TASKS:
-        return histories.history(of_histories / histories.ENVS[task.partition("/")[0]])
-    return tasks.dataset(task)
+        return histories.of_task(of_histories, task)
+    return tasks.dataset(task), tasks.teacher(task)
 
 
 def results() -> dict[Case, table.Entries]:
@@ -67,23 +67,23 @@ def measure(case: Case, folder: Path, of_histories: Path) -> None:
     """Distills one set, and runs policies cloned on it; or the teacher."""
     seed, task, method = case
     began = time.process_time()
-    data, published = dataset(task, of_histories), teacher(folder, task)
+    (data, own), published = ours(task, of_histories), teacher(folder, task)
     row: dict[str, Any] = {"task": task, "method": method, "seed": seed}
     if method == "teacher":
         row["policies"] = work.mean_returns([published.actions], data, EPISODES_OF_ONE)
-        row["distance"] = round(distance(published, data), 4)
+        row["distances"] = [round(distance(one, data), 3) for one in (published, own)]
     else:
         synthetic = sdw.distill(data, published, objective=method, seed=seed, progress=False, **SETTINGS)
         row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
     work.record(TABLE, row, SETTINGS, began)
 
 
-def distance(published: sdw.Teacher, data: sdw.TransitionDataset) -> float:
+def distance(of: sdw.Teacher, data: sdw.TransitionDataset) -> float:
     """Mean squared distance, over states and dimensions, of a teacher's actions from the data's."""
-    return float(np.mean(np.square(published.actions(data.observations) - data.actions)))
+    return float(np.mean(np.square(of.actions(data.observations) - data.actions)))
 
 
-def ours(task: str) -> list[table.Entries]:
+def rows_of_ours(task: str) -> list[table.Entries]:
     """The rows of the sets that our teacher gave by SDW with the same settings, a seed each."""
     if task in histories.TASKS:
         return [row for (_, of, method), row in histories.results().items() if (of, method) == (task, "sdw")]
@@ -95,15 +95,17 @@ def results_table(found: dict[Case, table.Entries]) -> str:
     lines = []
     for task in TASKS:
         row = found.get((SEEDS[0], task, "teacher"))
-        line = [task, f"{row['policies'][0]:.1f}", f"{row['distance']:.2f}"] if row else [task, "missing", "missing"]
+        line = [task, *["missing"] * 3]
+        if row:
+            line[1:] = [f"{row['policies'][0]:.1f}", *(f"{value:.2f}" for value in row["distances"])]
         for objective in OBJECTIVES:
             rows = [found[seed, task, objective] for seed in SEEDS if (seed, task, objective) in found]
             line += report.policy_and_ensemble(rows, len(SEEDS))
-        line += report.policy_and_ensemble(ours(task), len(SEEDS))
+        line += report.policy_and_ensemble(rows_of_ours(task), len(SEEDS))
         lines.append([*line, f"{PUBLISHED_AV_PBC[task]:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
     methods = [*(cells.METHODS[objective] for objective in OBJECTIVES), "SDW by our teacher"]
     columns = [f"{method}, {what}" for method in methods for what in report.POLICY_AND_ENSEMBLE]
-    header = ["task", "teacher", "its distance", *columns, "published Av-PBC", "highest published"]
+    header = ["task", "teacher", "its distance", "our teacher's", *columns, "published Av-PBC", "highest published"]
     return report.markdown(header, lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sdw_fast.config import DistillConfig
-from sdw_fast.objectives import MANY_FLOORED, SMALL_SAMPLE
+from sdw_fast.objectives import LEAST_AGREEMENT, MANY_FLOORED, SMALL_SAMPLE
 
 # Beyond these a figure is worth a sentence. Growth of single hypergradients by orders of magnitude is the sign of
 # chaotic inner training (docs/method.md, conditioning).
@@ -39,7 +39,8 @@ def diagnose(
     Returns:
         What is wrong, and what to do; one good finding where nothing is.
     """
-    findings = [*_progress(config, metrics), *_stability(metrics), *_weights(objective), *_scores(config, metrics)]
+    findings = [*_progress(config, metrics), *_stability(metrics)]
+    findings += [*_teacher(objective), *_weights(objective), *_scores(config, metrics)]
     if not any(finding.bad for finding in findings):
         findings.insert(0, Finding("Nothing looks wrong.", bad=False))
     return findings
@@ -81,6 +82,19 @@ def _stability(metrics: Sequence[Mapping[str, float]]) -> list[Finding]:
             )
         )
     return findings
+
+
+def _teacher(objective: Mapping[str, Any]) -> list[Finding]:
+    agreement = objective.get("teacher_agreement")
+    if not isinstance(agreement, (int, float)) or agreement >= LEAST_AGREEMENT:
+        return []
+    return [
+        Finding(
+            f"The teacher acts unlike the dataset (R² = {agreement:.2f} of its actions for the data's): its policies "
+            "leave the states of the data. Train a teacher on this dataset, or see whether states and actions are in "
+            "its order and units."
+        )
+    ]
 
 
 def _weights(objective: Mapping[str, Any]) -> list[Finding]:

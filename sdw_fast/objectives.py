@@ -36,6 +36,10 @@ BETA = 0.02  # the papers'
 # A problem is told of where its weights are 0 on more than this share of the states, or where as few of them count.
 MANY_FLOORED = 0.25
 SMALL_SAMPLE = 0.1
+# It is told of too where its teacher's actions are farther from the data's than their mean is: R² below this.
+LEAST_AGREEMENT = 0.0
+AGREEMENT_ROWS = 40_000  # that are looked at, and of them the share whose episodes return most
+AGREEMENT_SHARE = 0.25
 _ROUNDING = 8 * float(np.finfo(np.float32).eps)  # of a network's values, relative
 
 
@@ -66,7 +70,8 @@ class OuterProblem:
         targets: Actions to match, scaled so that the action bounds are −1 and 1, (M, A) float32.
         weights: w(s) ≥ 0, (M,) float32.
         units: The dataset's, with known action bounds.
-        report: Figures worth showing: effective sample size, weights floored, mean Q, the density weights' own.
+        report: Figures worth showing: effective sample size, weights floored, mean Q, the teacher's agreement with the
+            data, the density weights' own.
     """
 
     observations: NDArray[np.float32]
@@ -142,8 +147,8 @@ def outer_problem(
             positive.
 
     Warns:
-        UserWarning: more than a quarter of the states have weight 0, or the effective sample size is below a tenth of
-            the states.
+        UserWarning: more than a quarter of the states have weight 0, the effective sample size is below a tenth of
+            the states, or the teacher acts unlike the data (see `teacher_agreement`).
     """
     config = config or DistillConfig()
     kind = OBJECTIVES[config.objective]
@@ -170,13 +175,42 @@ def outer_problem(
         )
         weights = weights * factor.weights
         report["density"] = factor.to_dict()
+    if kind.teacher_actions and data.units.head != "softmax":
+        report["teacher_agreement"] = teacher_agreement(targets, data)
     report |= {
         "effective_sample_size": float(effective_sample_size(weights)),
         "mean_weight": float(weights.mean()),
         "largest_weight": float(weights.max()),
     }
     _tell_of(report)
+    _tell_of_teacher(report)
     return OuterProblem(data.observations, targets, weights.astype(np.float32), data.units, report)
+
+
+def teacher_agreement(targets: NDArray[np.float32], data: TransitionDataset) -> float | None:
+    """How well a teacher's actions y(s) explain the data's a(s) where the data are good.
+
+        R² = 1 − E ‖y(s) − a(s)‖² / E ‖a(s) − ā‖²
+
+    over the quarter of the transitions whose episodes return most, for a learner begins with actions that its teacher
+    would not take; over all of them where there are no rewards. Teachers that were trained on the data reach 0.3 to
+    0.95. Below 0 a policy that acts as the teacher does will leave the states that the data hold, and what is distilled
+    from them is worth little there (docs/results.md, "With the papers' own teachers").
+
+    Args:
+        targets: (M, A) float32, the teacher's actions in normalized units.
+        data: The dataset; continuous actions. Some 40,000 of its rows are looked at.
+
+    Returns:
+        R², at most 1; None where all actions of the data are the same.
+    """
+    rows = np.arange(0, len(data), max(1, len(data) // AGREEMENT_ROWS))
+    if data.rewards is not None:
+        returns = data.episode_returns[np.searchsorted(data.episode_ends, rows)]
+        rows = rows[returns >= np.quantile(returns, 1 - AGREEMENT_SHARE)]
+    actions = data.units.require_actions().normalize(data.actions[rows]).astype(np.float64)
+    spread = float(np.square(actions - actions.mean(0)).mean())
+    return 1 - float(np.square(targets[rows] - actions).mean()) / spread if spread else None
 
 
 def _of_values(values: NDArray[np.float32], config: DistillConfig) -> tuple[NDArray[np.float64], dict[str, Any]]:
@@ -209,3 +243,16 @@ def _tell_of(report: dict[str, Any]) -> None:
         f"of them: the set will hardly learn from the others; {advice}",
         stacklevel=3,
     )
+
+
+def _tell_of_teacher(report: dict[str, Any]) -> None:
+    """Warns of a teacher that acts unlike the data."""
+    agreement = report.get("teacher_agreement")
+    if agreement is not None and agreement < LEAST_AGREEMENT:
+        warnings.warn(
+            "the teacher acts unlike the dataset: its actions are farther from the data's than the mean of those is "
+            f"(R² = {agreement:.2f}; trained on the data, teachers reach 0.3 to 0.95). Policies that act like it leave "
+            "the states of the data, and their returns are poor: train a teacher on this dataset, or see whether "
+            "states and actions are in the teacher's order and units",
+            stacklevel=3,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import sdw_fast as sdw
 from sdw_fast.config import DistillConfig
 from sdw_fast.density import density_weights, effective_sample_size, knn_log_density
 from sdw_fast.networks import MLP, MinCritic
-from sdw_fast.objectives import OuterProblem, outer_problem, value_weights
+from sdw_fast.objectives import OuterProblem, outer_problem, teacher_agreement, value_weights
 from sdw_fast.units import Affine, Units
 
 
@@ -155,6 +156,45 @@ def test_negative_values_are_floored_counted_and_told_by_the_papers_rule(small_d
 def test_a_tiny_effective_sample_size_is_told(small_data, small_teacher) -> None:
     with pytest.warns(UserWarning, match=r"0% of the 400 states .*sample size is [0-9.]+% of them: .*; raise ess"):
         make(small_data, small_teacher, objective="sdw", tau=3.0, clip=1.0)
+
+
+def episodes(actions: list[list[float]], rewards: list[float] | None) -> sdw.TransitionDataset:
+    """Episodes of two steps each, one action a step."""
+    flat = np.array(actions, np.float32).reshape(-1, 1)
+    columns: dict[str, np.ndarray] = {"observations": flat + np.float32(0.5), "actions": flat}
+    if rewards is not None:
+        columns["rewards"] = np.repeat(np.array(rewards, np.float32), 2)
+    columns["terminations"] = np.arange(len(flat)) % 2 == 1
+    columns["truncations"] = np.zeros(len(flat), bool)
+    return sdw.load_dataset(columns)
+
+
+def test_agreement_of_a_teacher_with_the_best_quarter_by_hand() -> None:
+    bad = [[1.0, -1.0]] * 3
+    data = episodes([*bad, [0.2, 0.6]], [1, 2, 3, 4])  # the best episode's mean is 0.4, its spread 0.04
+    targets = np.array([[0.9]] * 6 + [[0.2], [0.4]], np.float32)
+    assert teacher_agreement(targets, data) == pytest.approx(1 - 0.04 / 2 / 0.04, abs=1e-5)
+    assert teacher_agreement(data.actions, data) == pytest.approx(1)
+    without = episodes([*bad, [0.2, 0.6]], None)  # all of them count: mean 0.1, spread 0.79 - 0.01 + 0.01
+    spread = np.mean([0.9**2, 1.1**2] * 3 + [0.1**2, 0.5**2])
+    error = np.mean([0.1**2, 1.9**2] * 3 + [0, 0.2**2])
+    assert teacher_agreement(targets, without) == pytest.approx(1 - error / spread, abs=1e-5)
+    assert teacher_agreement(targets, episodes([[0.5, 0.5]] * 4, None)) is None
+
+
+@pytest.mark.parametrize("objective", ["pbc", "av-pbc", "sdw"])
+def test_a_teacher_that_acts_unlike_the_data_is_told(small_data, objective: str) -> None:
+    other = sdw.Teacher(actor=lambda s: -(3 * s[:, :3]).tanh(), critic=lambda s, a: s[:, 0])
+    data = dataclasses.replace(small_data, actions=np.tanh(small_data.observations[:, :3]))
+    with pytest.warns(UserWarning, match=r"acts unlike the dataset: .* \(R² = -\d\.\d\d; "):
+        problem = make(data, other, objective=objective, k=10)
+    assert problem.report["teacher_agreement"] < -1
+    near = sdw.Teacher(actor=lambda s: (0.5 * s[:, :3]).tanh(), critic=lambda s, a: s[:, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem = make(data, near, objective=objective, k=10)
+        assert 0.3 < problem.report["teacher_agreement"] < 1
+        assert "teacher_agreement" not in make(data, objective="dbc").report
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -174,6 +174,8 @@ def steps(n: int = 100, **columns: Any) -> list[dict[str, float]]:
         ({}, steps(adjoint_growth=[1.0] * 80 + [2000.0] * 20), "Diverging: the unroll amplifies", True),
         ({"states": 1000, "weights_floored": 400}, steps(), "40% of the states have weight 0", True),
         ({"effective_sample_size": 0.05}, steps(), "effective sample size is 5%", True),
+        ({"teacher_agreement": -0.2}, steps(), "acts unlike the dataset (R² = -0.20", True),
+        ({"teacher_agreement": 0.2}, steps(), "Nothing looks wrong", False),
         ({}, steps(score=[90.0] * 50 + [40.0] * 50), "The return fell from 90.0 at step 1 to 40.0", True),
         ({}, steps(score=[50.0] * 100, score_std=[30.0] * 100), "Episodes differ by 30 points", False),
     ],

@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import cells, histories, report, tasks, variance, work
@@ -71,16 +69,16 @@ def measure(case: Case, folder: Path, of_histories: Path) -> None:
     row: dict[str, Any] = {"task": task, "method": method, "seed": seed}
     if method == "teacher":
         row["policies"] = work.mean_returns([published.actions], data, EPISODES_OF_ONE)
-        row["distances"] = [round(distance(one, data), 3) for one in (published, own)]
+        row["agreements"] = [agreement(one, data) for one in (published, own)]
     else:
         synthetic = sdw.distill(data, published, objective=method, seed=seed, progress=False, **SETTINGS)
         row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
     work.record(TABLE, row, SETTINGS, began)
 
 
-def distance(of: sdw.Teacher, data: sdw.TransitionDataset) -> float:
-    """Mean squared distance, over states and dimensions, of a teacher's actions from the data's."""
-    return float(np.mean(np.square(of.actions(data.observations) - data.actions)))
+def agreement(of: sdw.Teacher, data: sdw.TransitionDataset) -> float:
+    """R² of a teacher's actions for the data's, where the data are good."""
+    return round(sdw.outer_problem(data, of, sdw.DistillConfig(objective="pbc")).report["teacher_agreement"], 3)
 
 
 def rows_of_ours(task: str) -> list[table.Entries]:
@@ -97,7 +95,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
         row = found.get((SEEDS[0], task, "teacher"))
         line = [task, *["missing"] * 3]
         if row:
-            line[1:] = [f"{row['policies'][0]:.1f}", *(f"{value:.2f}" for value in row["distances"])]
+            line[1:] = [f"{row['policies'][0]:.1f}", *(f"{value:.2f}" for value in row["agreements"])]
         for objective in OBJECTIVES:
             rows = [found[seed, task, objective] for seed in SEEDS if (seed, task, objective) in found]
             line += report.policy_and_ensemble(rows, len(SEEDS))
@@ -105,7 +103,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
         lines.append([*line, f"{PUBLISHED_AV_PBC[task]:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
     methods = [*(cells.METHODS[objective] for objective in OBJECTIVES), "SDW by our teacher"]
     columns = [f"{method}, {what}" for method in methods for what in report.POLICY_AND_ENSEMBLE]
-    header = ["task", "teacher", "its distance", "our teacher's", *columns, "published Av-PBC", "highest published"]
+    header = ["task", "teacher", "its R²", "our teacher's", *columns, "published Av-PBC", "highest published"]
     return report.markdown(header, lines)
 
 

@@ -66,3 +66,5 @@ def test_a_row_of_each_method_and_the_teacher_once(studied, tmp_path: Path, monk
     line = next(line for line in large.results_table(found).splitlines() if line.startswith("| hopper/medium |"))
     assert f"| {found[cases[0]]['policies'][0]:.1f} | 68 |" in line
     assert f"{np.mean(found[cases[1]]['policies']):.1f} | {found[cases[1]]['ensemble']:.1f} |" in line
+    lead = np.mean(found[cases[2]]["policies"]) - np.mean(found[cases[1]]["policies"])
+    assert line.endswith(f"| {lead:.1f} | 44.9 |")

@@ -120,7 +120,7 @@ def returns_to_go(
 
 
 def results_table(found: dict[Case, table.Entries]) -> str:
-    """Means over the seeds ± standard error, of single policies and of ensembles, beside the teacher's return."""
+    """Means over the seeds ± standard error: single policies, ensembles and SDW's lead, beside the teacher's return."""
     lines = []
     for task in TASKS:
         row = found.get((SEEDS[0], task, "teacher"))
@@ -131,10 +131,20 @@ def results_table(found: dict[Case, table.Entries]) -> str:
         for method in OBJECTIVES:
             rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
             line += report.policy_and_ensemble(rows, len(SEEDS))
+        line.append(report.mean_and_error(leads(found, task), len(SEEDS)))
         lines.append([*line, f"{PUBLISHED_HIGHEST[task]:.1f}"])
     columns = [f"{cells.METHODS[method]}, {what}" for method in OBJECTIVES for what in report.POLICY_AND_ENSEMBLE]
-    header = ["task", "the data's mean", "correlation of Q", "teacher", "CORL's IQL", *columns, "highest published"]
+    header = ["task", "the data's mean", "correlation of Q", "teacher", "CORL's IQL"]
+    header += [*columns, "SDW − Av-PBC, one policy", "highest published"]
     return report.markdown(header, lines)
+
+
+def leads(found: dict[Case, table.Entries], task: str) -> list[float]:
+    """SDW minus Av-PBC, single policies, of every seed that has both."""
+    both = [[found.get((seed, task, method)) for method in OBJECTIVES] for seed in SEEDS]
+    return [
+        float(np.mean(second["policies"]) - np.mean(first["policies"])) for first, second in both if first and second
+    ]
 
 
 def write_page(page: Path = report.PAGE) -> None:

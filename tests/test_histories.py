@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.studies import histories
+from benchmarks.studies import histories, work
 
 ROWS, ENDS = 60, [19, 39, 59]
 
@@ -71,6 +71,25 @@ def test_learner_acts_by_its_mean_and_values_by_the_lower_critic(folder: Path) -
     values = (x @ c["w3"] + c["b3"]).amin(0)[:, 0]
     assert teacher.critic is not None
     np.testing.assert_allclose(teacher.critic(states, actions).detach(), values, rtol=1e-4)
+
+
+def test_the_command_asks_for_its_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["histories"])
+    with pytest.raises(SystemExit):
+        work.options("help", ("folder", "histories"))
+    assert "say where FOLDER and HISTORIES are, or --tables" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["histories", "here", "there", "--only", "hopper"])
+    made: list[tuple] = []
+    monkeypatch.setattr(work, "one_thread", lambda: None)
+    work.study(
+        "help",
+        [(0, "hopper/medium"), (0, "walker2d/medium")],
+        results=dict,
+        measure=lambda *given: made.append(given),
+        write_page=lambda: made.append(()),
+        folders=("folder", "histories"),
+    )
+    assert made == [((0, "hopper/medium"), Path("here"), Path("there")), ()]
 
 
 def test_a_row_of_each_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

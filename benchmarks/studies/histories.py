@@ -14,10 +14,8 @@ give several processes different tasks by --only.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +119,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
             rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
             line += report.policy_and_ensemble(rows, len(SEEDS))
         lines.append([*line, f"{PUBLISHED_AV_PBC[task]:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
-    columns = [f"{cells.METHODS[method]}, {what}" for method in OWN for what in report.POLICY_AND_ENSEMBLE]
+    columns = report.of_methods(cells.METHODS[method] for method in OWN)
     return report.markdown(["task", "teacher", *columns, "published Av-PBC", "highest published"], lines)
 
 
@@ -130,18 +128,5 @@ def write_page(page: Path = report.PAGE) -> None:
     report.fill("histories", results_table(results()), page)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="of the histories")
-    parser.add_argument("--only", default="", metavar="REGEX", help="only the tasks whose name matches")
-    parser.add_argument("--tables", action="store_true", help="fill the table and stop")
-    options = parser.parse_args()
-    if not options.tables:
-        if options.folder is None:
-            parser.error("say where the histories are, or --tables")
-        work.make_missing(cases(), options.only, results, partial(measure, folder=options.folder))
-    write_page()
-
-
 if __name__ == "__main__":
-    main()
+    work.study(__doc__, cases(), results=results, measure=measure, write_page=write_page, folders=["folder"])

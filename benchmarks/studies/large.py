@@ -133,7 +133,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
             line += report.policy_and_ensemble(rows, len(SEEDS))
         line.append(report.mean_and_error(leads(found, task), len(SEEDS)))
         lines.append([*line, f"{PUBLISHED_HIGHEST[task]:.1f}"])
-    columns = [f"{cells.METHODS[method]}, {what}" for method in OBJECTIVES for what in report.POLICY_AND_ENSEMBLE]
+    columns = report.of_methods(cells.METHODS[method] for method in OBJECTIVES)
     header = ["task", "the data's mean", "correlation of Q", "teacher", "CORL's IQL"]
     header += [*columns, "SDW − Av-PBC, one policy", "highest published"]
     return report.markdown(header, lines)
@@ -142,9 +142,8 @@ def results_table(found: dict[Case, table.Entries]) -> str:
 def leads(found: dict[Case, table.Entries], task: str) -> list[float]:
     """SDW minus Av-PBC, single policies, of every seed that has both."""
     both = [[found.get((seed, task, method)) for method in OBJECTIVES] for seed in SEEDS]
-    return [
-        float(np.mean(second["policies"]) - np.mean(first["policies"])) for first, second in both if first and second
-    ]
+    returns = [[float(np.mean(row["policies"])) for row in rows if row] for rows in both if all(rows)]
+    return [weighted - plain for plain, weighted in returns]
 
 
 def write_page(page: Path = report.PAGE) -> None:

@@ -14,10 +14,8 @@ process; give several processes different tasks by --only.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +99,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
             line += report.policy_and_ensemble(rows, len(SEEDS))
         line += report.policy_and_ensemble(rows_of_ours(task), len(SEEDS))
         lines.append([*line, f"{PUBLISHED_AV_PBC[task]:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
-    methods = [*(cells.METHODS[objective] for objective in OBJECTIVES), "SDW by our teacher"]
-    columns = [f"{method}, {what}" for method in methods for what in report.POLICY_AND_ENSEMBLE]
+    columns = report.of_methods([*(cells.METHODS[objective] for objective in OBJECTIVES), "SDW by our teacher"])
     header = ["task", "teacher", "its R²", "our teacher's", *columns, "published Av-PBC", "highest published"]
     return report.markdown(header, lines)
 
@@ -112,20 +109,7 @@ def write_page(page: Path = report.PAGE) -> None:
     report.fill("published teachers", results_table(results()), page)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="of the teachers")
-    parser.add_argument("histories", nargs="?", type=Path, metavar="HISTORIES", help="of the histories")
-    parser.add_argument("--only", default="", metavar="REGEX", help="only the tasks whose name matches")
-    parser.add_argument("--tables", action="store_true", help="fill the table and stop")
-    options = parser.parse_args()
-    if not options.tables:
-        if options.histories is None:
-            parser.error("say where the teachers and the histories are, or --tables")
-        one = partial(measure, folder=options.folder, of_histories=options.histories)
-        work.make_missing(cases(), options.only, results, one)
-    write_page()
-
-
 if __name__ == "__main__":
-    main()
+    work.study(
+        __doc__, cases(), results=results, measure=measure, write_page=write_page, folders=["folder", "histories"]
+    )

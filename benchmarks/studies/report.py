@@ -6,7 +6,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ def mean_and_error(values: Sequence[float], expected: int) -> str:
 
 # What `policy_and_ensemble` gives.
 POLICY_AND_ENSEMBLE = ("one policy", "ensemble of ten")
+
+
+def of_methods(names: Iterable[str]) -> list[str]:
+    """The titles of the columns that `policy_and_ensemble` fills for methods of these names."""
+    return [f"{name}, {what}" for name in names for what in POLICY_AND_ENSEMBLE]
 
 
 def policy_and_ensemble(rows: Sequence[Mapping[str, Any]], expected: int) -> list[str]:

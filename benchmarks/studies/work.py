@@ -26,12 +26,18 @@ from sdw_fast.run import new_distiller, run
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def options(doc: str | None) -> argparse.Namespace:
-    """What a study is asked for, `doc` its help: the tasks that match `only`, or `tables` alone."""
+def options(doc: str | None, folders: Sequence[str] = ()) -> argparse.Namespace:
+    """What a study is asked for, `doc` its help: the tasks that match `only`, or `tables` alone; and its folders."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in folders:
+        parser.add_argument(name, nargs="?", type=Path, metavar=name.upper(), help="see above")
     parser.add_argument("--only", default="", metavar="REGEX", help="only the tasks whose name matches")
     parser.add_argument("--tables", action="store_true", help="fill the table and stop")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    asked.folders = [getattr(asked, name) for name in folders]
+    if None in asked.folders and not asked.tables:
+        parser.error(f"say where {' and '.join(map(str.upper, folders))} are, or --tables")
+    return asked
 
 
 def study(
@@ -39,13 +45,17 @@ def study(
     cases: Iterable[Any],
     *,
     results: Callable[[], Container[Any]],
-    measure: Callable[[Any], None],
+    measure: Callable[..., None],
     write_page: Callable[[], None],
+    folders: Sequence[str] = (),
 ) -> None:
-    """The command of a study that has a row a case: makes those that are missing, and fills its page."""
-    asked = options(doc)
+    """The command of a study that has a row a case: makes those that are missing, and fills its page.
+
+    `folders` are what the command is to be given; `measure` takes their paths after the case.
+    """
+    asked = options(doc, folders)
     if not asked.tables:
-        make_missing(cases, asked.only, results, measure)
+        make_missing(cases, asked.only, results, lambda case: measure(case, *asked.folders))
     write_page()
 
 

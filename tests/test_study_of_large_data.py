@@ -68,3 +68,10 @@ def test_a_row_of_each_method_and_the_teacher_once(studied, tmp_path: Path, monk
     assert f"{np.mean(found[cases[1]]['policies']):.1f} | {found[cases[1]]['ensemble']:.1f} |" in line
     lead = np.mean(found[cases[2]]["policies"]) - np.mean(found[cases[1]]["policies"])
     assert line.endswith(f"| {lead:.1f} | 44.9 |")
+
+
+def test_leads_are_taken_seed_by_seed() -> None:
+    returns = {(0, "av-pbc"): [1.0, 3.0], (0, "sdw"): [7.0], (1, "av-pbc"): [4.0], (2, "sdw"): [9.0]}
+    found = {(seed, "hopper/medium", method): {"policies": of} for (seed, method), of in returns.items()}
+    assert large.leads(found, "hopper/medium") == [5.0]
+    assert large.leads(found, "walker2d/medium") == []

@@ -55,13 +55,13 @@ def test_a_row_of_each_method_and_the_teacher_once(studied, tmp_path: Path, monk
     monkeypatch.setattr(large, "dataset", lambda task: studied)
     (tmp_path / "benchmarks/teachers").mkdir(parents=True)
     cases = [case for case in large.cases() if case[1] == "hopper/medium"]
-    assert [method for _, _, method in cases] == ["teacher", "av-pbc", "sdw"]
+    assert [method for _, _, method in cases] == ["teacher", *large.METHODS]
     for case in cases:
         large.measure(case)
     assert [path.name for path in (tmp_path / "benchmarks/teachers").iterdir()] == ["hopper-medium-large.safetensors"]
     found = large.results()
     assert set(found) == set(cases)
-    assert [len(found[case]["policies"]) for case in cases] == [1, 2, 2]
+    assert [len(found[case]["policies"]) for case in cases] == [1, 2, 2, 2, 2]
     assert -1 <= found[cases[0]]["correlation"] <= 1
     line = next(line for line in large.results_table(found).splitlines() if line.startswith("| hopper/medium |"))
     assert f"| {found[cases[0]]['policies'][0]:.1f} | 68 |" in line
@@ -73,5 +73,16 @@ def test_a_row_of_each_method_and_the_teacher_once(studied, tmp_path: Path, monk
 def test_leads_are_taken_seed_by_seed() -> None:
     returns = {(0, "av-pbc"): [1.0, 3.0], (0, "sdw"): [7.0], (1, "av-pbc"): [4.0], (2, "sdw"): [9.0]}
     found = {(seed, "hopper/medium", method): {"policies": of} for (seed, method), of in returns.items()}
-    assert large.leads(found, "hopper/medium") == [5.0]
-    assert large.leads(found, "walker2d/medium") == []
+    assert large.leads(found, "hopper/medium", "sdw", "av-pbc") == [5.0]
+    assert large.leads(found, "hopper/medium", "av-pbc", "sdw") == [-5.0]
+    assert large.leads(found, "walker2d/medium", "sdw", "av-pbc") == []
+
+
+def test_stronger_weights_stand_beside_those_of_the_settings() -> None:
+    rows = {"sdw": (1.0, 2.0), "sdw,ess=0.4": (4.0, 8.0), "sdw,ess=0.2": (3.0, 7.0)}
+    found = {(0, "hopper/medium", method): {"policies": [one], "ensemble": ten} for method, (one, ten) in rows.items()}
+    found[0, "walker2d/medium", "sdw"] = {"policies": [5.0], "ensemble": 6.0}  # has no other: no line
+    header, _, *lines = large.weights_table(found).splitlines()
+    assert "| one policy, 0.8 | one policy, 0.4 | one policy, 0.2 | ensemble of ten, 0.8 |" in header
+    numbers = (1, 4, 3, 2, 8, 7, 3, 2)
+    assert lines == [f"| hopper/medium | {' | '.join(f'{number:.1f} (1)' for number in numbers)} |"]

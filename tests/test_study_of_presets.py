@@ -1,4 +1,4 @@
-"""The study behind the README's table: a row of each objective, single policies and the ensemble, both pages filled."""
+"""The study behind the README's table: a row of each method, single policies and the ensemble, both pages filled."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 
 from benchmarks import table
-from benchmarks.studies import published_preset, report
+from benchmarks.studies import presets, report
 
-PAGES = {"README.md": "returns", "results.md": "published preset"}
+PAGES = {"README.md": "returns", "results.md": "presets"}
 
 
 @pytest.fixture
 def tiny(studied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The study with its files in a folder of the test, few steps, two policies and one seed."""
     for name, value in {
-        "TABLE": tmp_path / "published_preset.jsonl",
+        "TABLE": tmp_path / "presets.jsonl",
         "SETTINGS": {"size": 12, "hidden": [8], "inner_width": 8, "steps": 2, "inner_steps": 2, "batch_size": 32},
         "SEEDS": range(1),
         "POLICIES": 2,
         "EPISODES": 1,
         "EPISODES_OF_ONE": 1,
     }.items():
-        monkeypatch.setattr(published_preset, name, value)
+        monkeypatch.setattr(presets, name, value)
     for page, name in PAGES.items():
         (tmp_path / page).write_text(f"<!-- {name} -->\n\nold\n\n<!-- /{name} -->\n")
     monkeypatch.setattr(table, "ROOT", tmp_path)
@@ -32,16 +32,20 @@ def tiny(studied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_row_of_each_objective_fills_both_pages(tiny: Path) -> None:
-    cases = [case for case in published_preset.cases() if case[1] == "hopper/medium"]
-    assert cases == [(0, "hopper/medium", "sdw"), (0, "hopper/medium", "av-pbc")]
+def test_a_row_of_each_method_fills_both_pages(tiny: Path) -> None:
+    cases = [case for case in presets.cases() if case[1] == "hopper/medium"]
+    assert [method for _, _, method in cases] == list(presets.METHODS)
     for case in cases:
-        published_preset.measure(case)
-    found = published_preset.results()
+        presets.measure(case)
+    found = presets.results()
     assert set(found) == set(cases)
-    settings = found[cases[0]]["settings"]
-    assert (settings["ess"], settings["clip"], settings["value_weights"], settings["steps"]) == (0.95, 0.9, "paper", 2)
-    published_preset.write_page()
+    chosen = [
+        {name: found[case]["settings"][name] for name in ("objective", "value_weights", "k", "ess")} for case in cases
+    ]
+    published = {"objective": "sdw", "value_weights": "paper", "k": 100, "ess": 0.95}
+    defaults = {"objective": "sdw", "value_weights": "shifted", "k": 10, "ess": 0.5}
+    assert chosen == [published, defaults, {**published, "objective": "av-pbc"}]
+    presets.write_page()
     figures = [f"{np.mean(found[c]['policies']):.1f} | {found[c]['ensemble']:.1f}" for c in cases]
     for page, shown in {"README.md": figures[:1], "results.md": figures}.items():
         text = (tiny / page).read_text()
@@ -50,7 +54,6 @@ def test_a_row_of_each_objective_fills_both_pages(tiny: Path) -> None:
 
 
 def test_a_row_of_other_settings_does_not_count(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = (0, "hopper/medium", "sdw")
-    published_preset.measure(case)
-    monkeypatch.setitem(published_preset.SETTINGS, "steps", 3)
-    assert published_preset.results() == {}
+    presets.measure((0, "hopper/medium", "default"))
+    monkeypatch.setitem(presets.SETTINGS, "steps", 3)
+    assert presets.results() == {}

@@ -1,0 +1,87 @@
+"""The README's table: what a set of each preset gives on the six published tasks, single policies and ensembles of ten.
+
+    python -m benchmarks.studies.presets             # makes the rows that are missing, then fills the tables
+    python -m benchmarks.studies.presets --tables    # fills those of README.md and docs/results.md, no more
+
+A row of results/presets.jsonl is a task, a method and a seed: one set of 2,000 outer steps, ten policies cloned on it,
+and their mean action. One thread a process; give several processes different tasks by --only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import sdw_fast as sdw
+from benchmarks import table
+from benchmarks.studies import report, tasks, work
+from benchmarks.studies.cells import PUBLISHED
+from benchmarks.studies.suite import PUBLISHED_HIGHEST
+
+TABLE = table.RESULTS / "presets.jsonl"
+SETTINGS: dict[str, Any] = {"steps": 2_000}
+METHODS: dict[str, dict[str, Any]] = {
+    "published": {"name": "published"},
+    "default": {"name": "default"},
+    "published, Av-PBC": {"name": "published", "objective": "av-pbc"},
+}
+SEEDS = range(5)
+POLICIES, EPISODES = 10, 10
+EPISODES_OF_ONE = 30  # of an ensemble
+
+Case = tuple[int, str, str]  # seed, task, method
+
+
+def config(case: Case) -> sdw.DistillConfig:
+    """What a case's set is distilled with."""
+    seed, _, method = case
+    return sdw.DistillConfig.preset(**{**SETTINGS, **METHODS[method], "seed": seed})
+
+
+def settings(case: Case) -> dict[str, Any]:
+    """Of a row: all but the seed."""
+    return {name: value for name, value in config(case).to_dict().items() if name != "seed"}
+
+
+def results() -> dict[Case, table.Entries]:
+    """The newest row with the settings of now of every case that has one."""
+    found = table.latest(table.read(TABLE), "seed", "task", "method")
+    return {case: row for case, row in found.items() if case in cases() and row["settings"] == settings(case)}
+
+
+def cases() -> list[Case]:
+    return [(seed, task, method) for method in METHODS for seed in SEEDS for task in PUBLISHED]
+
+
+def measure(case: Case) -> None:
+    """Distills one set, and runs policies cloned on it."""
+    seed, task, method = case
+    began, data, chosen = time.process_time(), tasks.dataset(task), config(case)
+    synthetic = sdw.distill(data, tasks.teacher(task), progress=False, **chosen.to_dict())
+    row: dict[str, Any] = {"task": task, "method": method, "seed": seed}
+    row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
+    work.record(TABLE, row, settings(case), began)
+
+
+def results_table(found: dict[Case, table.Entries], methods: Sequence[str]) -> str:
+    """Means over the seeds ± standard error, beside what was published."""
+    lines = []
+    for task, published in PUBLISHED.items():
+        line = [task]
+        for method in methods:
+            rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
+            line += report.policy_and_ensemble(rows, len(SEEDS))
+        lines.append([*line, f"{published:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
+    return report.markdown(["task", *report.of_methods(methods), "published SDW", "highest published"], lines)
+
+
+def write_page() -> None:
+    """Fills the tables of the README and of the page."""
+    found = results()
+    report.fill("returns", results_table(found, ["published"]), table.ROOT / "README.md")
+    report.fill("presets", results_table(found, list(METHODS)))
+
+
+if __name__ == "__main__":
+    work.study(__doc__, cases(), results=results, measure=measure, write_page=write_page)

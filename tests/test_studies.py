@@ -21,6 +21,7 @@ from benchmarks.studies import (
     generalization,
     histories,
     large,
+    presets,
     report,
     selection,
     suite,
@@ -232,6 +233,7 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     generalization.write_page()
     diversity.write_page()
     value_weights.write_page(report.PAGE)
+    presets.write_page(report.PAGE)
     time_to_return.write_page(report.PAGE)
     histories.write_page(report.PAGE)
     ceilings.write_page(report.PAGE)

@@ -1,7 +1,7 @@
-"""The README's table: what a set of each preset gives on the six published tasks, single policies and ensembles of ten.
+"""What a set of each preset gives on the six published tasks, single policies and ensembles of ten.
 
-    python -m benchmarks.studies.presets             # makes the rows that are missing, then fills the tables
-    python -m benchmarks.studies.presets --tables    # fills those of README.md and docs/results.md, no more
+    python -m benchmarks.studies.presets             # makes the rows that are missing, then fills docs/results.md
+    python -m benchmarks.studies.presets --tables    # fills the table, no more
 
 A row of results/presets.jsonl is a task, a method and a seed: one set of 2,000 outer steps, ten policies cloned on it,
 and their mean action. One thread a process; give several processes different tasks by --only.
@@ -10,11 +10,12 @@ and their mean action. One thread a process; give several processes different ta
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import sdw_fast as sdw
 from benchmarks import table
-from benchmarks.studies import cells, report, tasks, work
+from benchmarks.studies import report, tasks, work
 from benchmarks.studies.cells import PUBLISHED
 from benchmarks.studies.suite import PUBLISHED_HIGHEST
 
@@ -73,26 +74,15 @@ def results_table(found: dict[Case, table.Entries]) -> str:
     return report.markdown(header, lines)
 
 
-def readme_table(found: dict[Case, table.Entries], suite: cells.Results) -> str:
-    """The defaults here, `preset="published"` in the suite, and what was published."""
-    lines = []
-    for task, published in PUBLISHED.items():
-        preset = report.mean_and_error(cells.seeds_returns(suite, task, "sdw-mild"), len(cells.seeds("sdw-mild")))
-        lines.append([task, *returns(found, task, "default"), preset, f"{published:.1f}"])
-    defaults = report.of_methods(["defaults"])
-    return report.markdown(["", *defaults, '`preset="published"`, one policy', "published SDW"], lines)
-
-
 def returns(found: dict[Case, table.Entries], task: str, method: str) -> list[str]:
     """Single policies, and ensembles."""
     rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
     return report.policy_and_ensemble(rows, len(SEEDS))
 
 
-def write_page() -> None:
-    """Fills the tables of the README and of the page."""
-    report.fill("returns", readme_table(results(), cells.results()), table.ROOT / "README.md")
-    report.fill("presets", results_table(results()))
+def write_page(page: Path = report.PAGE) -> None:
+    """Fills the study's table."""
+    report.fill("presets", results_table(results()), page)
 
 
 if __name__ == "__main__":

@@ -162,15 +162,14 @@ def weights_table(found: dict[Case, table.Entries]) -> str:
 
 def leads(found: dict[Case, table.Entries], task: str, method: str, rival: str) -> list[float]:
     """A method's single policies minus its rival's, of every seed that has both."""
-    both = [[found.get((seed, task, name)) for name in (method, rival)] for seed in SEEDS]
-    returns = [[float(np.mean(row["policies"])) for row in rows if row] for rows in both if all(rows)]
-    return [ours - theirs for ours, theirs in returns]
+    return report.seed_by_seed(*(report.of_each_seed(found, SEEDS, task, name) for name in (method, rival)))
 
 
 def write_page(page: Path = report.PAGE) -> None:
     """Fills the study's tables."""
-    report.fill("large", results_table(results()), page)
-    report.fill("large weights", weights_table(results()), page)
+    found = results()
+    report.fill("large", results_table(found), page)
+    report.fill("large weights", weights_table(found), page)
 
 
 if __name__ == "__main__":

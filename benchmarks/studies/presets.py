@@ -46,8 +46,8 @@ def settings(case: Case) -> dict[str, Any]:
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    found = table.latest(table.read(TABLE), "seed", "task", "method")
-    return {case: row for case, row in found.items() if case in cases() and row["settings"] == settings(case)}
+    found, planned = table.latest(table.read(TABLE), "seed", "task", "method"), set(cases())
+    return {case: row for case, row in found.items() if case in planned and row["settings"] == settings(case)}
 
 
 def cases() -> list[Case]:

@@ -85,6 +85,19 @@ def policy_and_ensemble(rows: Sequence[Mapping[str, Any]], expected: int) -> lis
     return [mean_and_error(of_policies, expected), mean_and_error(of_ensembles, expected)]
 
 
+def of_each_seed(
+    found: Mapping[tuple[int, str, str], Mapping[str, Any]], seeds: Iterable[int], task: str, kind: str
+) -> dict[int, float]:
+    """What single policies of a kind return on average, of every seed that has a row; keys are (seed, task, kind)."""
+    rows = {seed: found.get((seed, task, kind)) for seed in seeds}
+    return {seed: float(np.mean(row["policies"])) for seed, row in rows.items() if row}
+
+
+def seed_by_seed(values: Mapping[int, float], others: Mapping[int, float]) -> list[float]:
+    """One minus the other, of every seed that has both."""
+    return [value - others[seed] for seed, value in values.items() if seed in others]
+
+
 def difference(values: Sequence[float], others: Sequence[float]) -> str:
     """Difference of two means ± its standard error, where both have one."""
     return mean_difference([(values, others)])

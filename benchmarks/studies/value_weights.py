@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import report, tasks, work
@@ -64,21 +62,15 @@ def results_table(found: dict[Case, table.Entries]) -> str:
     """Means over the seeds ± standard error, and those of the differences, seed by seed."""
     lines, differences = [], {of: list[float]() for of in DIFFERENCES}
     for task in PUBLISHED:
-        returns = {kind: of_task(found, task, kind) for kind in KINDS}
+        returns = {kind: report.of_each_seed(found, SEEDS, task, kind) for kind in KINDS}
         line = [task, *(report.mean_and_error(list(of.values()), len(SEEDS)) for of in returns.values())]
         for (kind, rival), of in differences.items():
-            both = [value - returns[rival][seed] for seed, value in returns[kind].items() if seed in returns[rival]]
+            both = report.seed_by_seed(returns[kind], returns[rival])
             line.append(report.mean_and_error(both, len(SEEDS)))
             of += both
         lines.append(line)
     last = [report.mean_and_error(of, len(SEEDS) * len(PUBLISHED)) for of in differences.values()]
     return report.markdown(["task", *COLUMNS, *DIFFERENCES.values()], [*lines, ["all", *[""] * len(KINDS), *last]])
-
-
-def of_task(found: dict[Case, table.Entries], task: str, kind: str) -> dict[int, float]:
-    """The return of each seed that has a row."""
-    rows = {seed: found.get((seed, task, kind)) for seed in SEEDS}
-    return {seed: float(np.mean(row["policies"])) for seed, row in rows.items() if row}
 
 
 def write_page(page: Path = report.PAGE) -> None:

@@ -109,10 +109,8 @@ def ranking(row: table.Entries) -> float:
 def returns(found: dict[Case, table.Entries], task: str) -> dict[str, dict[int, float]]:
     """The return of each seed: one policy of a kind, on average or the one of lowest loss, or the ensemble."""
     every: dict[str, dict[int, float]] = {column: {} for column in COLUMNS}
+    every |= {kind: report.of_each_seed(found, SEEDS, task, kind) for kind in KINDS}
     for seed in SEEDS:
-        for kind in KINDS:
-            if row := found.get((seed, task, kind)):
-                every[kind][seed] = float(np.mean(row["policies"]))
         if row := found.get((seed, task, "any")):
             every["lowest"][seed] = row["policies"][int(np.argmin(row["losses"]))]
             every["ensemble"][seed] = row["ensemble"]
@@ -125,7 +123,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
     for task in PUBLISHED:
         every = returns(found, task)
         for column, of in every.items():
-            differences[column] += [value - every["any"][seed] for seed, value in of.items() if seed in every["any"]]
+            differences[column] += report.seed_by_seed(of, every["any"])
         lines.append([task, *(report.mean_and_error(list(of.values()), len(SEEDS)) for of in every.values())])
     expected = len(SEEDS) * len(PUBLISHED)
     last = [report.mean_and_error(of, expected) for column, of in differences.items() if column != "any"]

@@ -301,9 +301,9 @@ def test_diversity(tiny: Path, small_teacher, monkeypatch: pytest.MonkeyPatch) -
         "EPISODES": 1,
         "COVERED": 300,
         "SCALES": (3, 5),
-        "STAGES": (0, 3, 1000),
     }.items():
         monkeypatch.setattr(diversity, name, value)
+    monkeypatch.setattr(work, "STAGES", (0, 3, 1000))
     monkeypatch.setattr(tasks, "TASKS", ["hopper/medium"])
     monkeypatch.setattr(cells, "ABLATED", ("hopper/medium",))
     for method, seed in (("sdw", 0), ("av-pbc", 0), ("av-pbc", 1)):

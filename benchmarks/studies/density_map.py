@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import report, tasks, work
-from sdw_fast import MLPPolicy, TransitionDataset, diversity
+from sdw_fast import TransitionDataset, diversity
 
 TABLE = table.RESULTS / "density_map.jsonl"
 ENVS = ("hopper", "halfcheetah")
@@ -88,20 +87,13 @@ def measure(case: Case) -> None:
     row: dict[str, Any] = {"env": env, "share": share, "episodes": episodes, "objective": objective, "seed": seed}
     row["policies"] = work.mean_returns(policies, data, EPISODES)
     row["ensemble"] = work.mean_returns([ensemble], data, EPISODES_OF_ENSEMBLE)[0]
-    row["error"] = float(f"{np.mean([error(policy, data, teacher) for policy in policies]):.4g}")
+    targets, _ = teacher.label(data.observations, data.units, values=False)
+    row["error"] = float(f"{work.errors(policies, data, targets).mean():.4g}")
     row["coverage"] = round(diversity.coverage(tasks.dataset(f"{env}/medium-expert"), data), 4)
     row["states"] = len(data)
     row["participation_ratio"] = round(spread.participation_ratio, 3)
     row["intrinsic_dimension"] = round(spread.intrinsic_dimension, 3)
     work.record(TABLE, row, SETTINGS, began)
-
-
-def error(policy: MLPPolicy, data: TransitionDataset, teacher: sdw.Teacher) -> float:
-    """Mean squared distance of a policy from the teacher's actions on the data, in units of the action bounds."""
-    targets, _ = teacher.label(data.observations, data.units, values=False)
-    with torch.no_grad():
-        actions = policy(torch.from_numpy(data.observations)).numpy()
-    return float(np.square(data.units.require_actions().normalize(actions) - targets).mean())
 
 
 def results_table(found: dict[Case, table.Entries]) -> str:

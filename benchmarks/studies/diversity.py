@@ -16,7 +16,6 @@ the others what differs is added), prints the tables, fills docs/results.md and 
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 import os
 from typing import Any
@@ -37,7 +36,6 @@ ENVS = ("hopper", "walker2d")
 QUALITIES = ("mixture", "medium", "medium-expert", "expert")  # rising quality
 STOPS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)  # gradient steps after which a policy is looked at
 POLICIES, EPISODES = 3, 8
-STAGES = (0, 1, 10, 40, 100, 200, 400, 1000)  # steps into an episode, from each to the next
 SCALES = (10, 100, 500)  # k of the density
 COVERED, NEIGHBORHOOD = 20_000, 80  # states of a dataset, and how many of them a neighborhood holds: 256 cover it
 
@@ -155,29 +153,20 @@ cloned on the suite's sets, {POLICIES} a set, mean over seeds.
 def stages_table(task: str) -> str:
     """Weights and errors of a task along an episode."""
     columns = rows("stages", "task")[task]["columns"]
-    lines = [
-        [f"{first} to {last - 1}", *(f"{values[i]:.3f}" for values in columns.values())]
-        for i, (first, last) in enumerate(itertools.pairwise(STAGES))
-    ]
-    return markdown(["steps into the episode", *columns], lines)
+    return report.stages_table(columns, work.STAGES)
 
 
 def _along_an_episode(task: str) -> dict[str, list[float]]:
     """The columns of a task's table, a number a stage."""
     data = tasks.dataset(task)
-    stage = np.searchsorted(STAGES, work.steps_into_episode(data), side="right") - 1
-    count = np.bincount(stage, minlength=len(STAGES) - 1)
-
-    def mean(values: np.ndarray) -> list[float]:
-        return (np.bincount(stage, values, minlength=len(count)) / np.maximum(count, 1)).tolist()
-
+    count = np.bincount(work.stages(data), minlength=len(work.STAGES) - 1)
     columns = {"share": (count / len(data)).tolist()}
     for k in SCALES:
-        columns[f"weight, k = {k}"] = mean(_weights(data, k).weights)
+        columns[f"weight, k = {k}"] = work.mean_of_stages(_weights(data, k).weights, data)
     targets, _ = tasks.teacher(task).label(data.observations, data.units, values=False)
     for method in ("av-pbc", "sdw"):
         if errors := [_errors(pairs, data, targets) for pairs in _sets(task, method)]:
-            columns[f"error, {cells.METHODS[method]}"] = mean(np.mean(errors, axis=0))
+            columns[f"error, {cells.METHODS[method]}"] = work.mean_of_stages(np.mean(errors, axis=0), data)
     return columns
 
 
@@ -187,14 +176,8 @@ def _weights(data: TransitionDataset, k: int) -> DensityWeights:
 
 
 def _errors(pairs: SyntheticDataset, data: TransitionDataset, targets: np.ndarray) -> np.ndarray:
-    """Squared distance from the targets, mean over actions and over policies cloned on a set: (M,)."""
-    observations, units = torch.from_numpy(data.observations), data.units.require_actions()
-    errors = []
-    for seed in range(POLICIES):
-        with torch.no_grad():
-            actions = units.normalize(sdw.behavior_clone(pairs, seed=seed)(observations).numpy())
-        errors.append(((actions - targets) ** 2).mean(1))
-    return np.mean(errors, axis=0)
+    """Of policies cloned on a set: (M,)."""
+    return work.errors((sdw.behavior_clone(pairs, seed=seed) for seed in range(POLICIES)), data, targets)
 
 
 def _sets(task: str, method: str) -> list[SyntheticDataset]:

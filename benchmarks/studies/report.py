@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import re
@@ -45,6 +46,15 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def stages_table(columns: Mapping[str, Sequence[float]], stages: Sequence[int]) -> str:
+    """Numbers along an episode: a line a stage, which is from each of `stages` to the next."""
+    lines = [
+        [f"{first} to {last - 1}", *(f"{values[number]:.3f}" for values in columns.values())]
+        for number, (first, last) in enumerate(itertools.pairwise(stages))
+    ]
+    return markdown(["steps into the episode", *columns], lines)
 
 
 def save_picture(figure: Figure, path: Path, dpi: int = 120, colors: int = 128) -> None:

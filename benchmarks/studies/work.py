@@ -24,6 +24,7 @@ from sdw_fast.networks import orthogonal_parameters
 from sdw_fast.run import new_distiller, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STAGES = (0, 1, 10, 40, 100, 200, 400, 1000)  # steps into an episode, from each to the next
 
 
 def options(doc: str | None, folders: Sequence[str] = ()) -> argparse.Namespace:
@@ -189,6 +190,28 @@ def normalized_pairs(pairs: TransitionDataset | SyntheticDataset) -> tuple[Tenso
 def steps_into_episode(data: TransitionDataset) -> np.ndarray:
     """How many steps of its episode came before each row, (M,)."""
     return np.concatenate([np.arange(length) for length in np.diff(data.episode_ends, prepend=-1)])
+
+
+def stages(data: TransitionDataset) -> np.ndarray:
+    """The number of the stage of its episode that each row is in, (M,)."""
+    return np.searchsorted(STAGES, steps_into_episode(data), side="right") - 1
+
+
+def mean_of_stages(values: np.ndarray, data: TransitionDataset) -> list[float]:
+    """Mean of a value a row, (M,), over the rows of each stage; 0 of a stage without rows."""
+    of, number = stages(data), len(STAGES) - 1
+    return (np.bincount(of, values, minlength=number) / np.maximum(np.bincount(of, minlength=number), 1)).tolist()
+
+
+def errors(policies: Iterable[MLPPolicy], data: TransitionDataset, targets: np.ndarray) -> np.ndarray:
+    """Squared distance from normalized actions (M, A), mean over the actions and the policies, of each row: (M,)."""
+    observations, units = torch.from_numpy(data.observations), data.units.require_actions()
+    every = []
+    for policy in policies:
+        with torch.no_grad():
+            actions = units.normalize(policy(observations).numpy())
+        every.append(((actions - targets) ** 2).mean(1))
+    return np.mean(every, axis=0)
 
 
 def clones(synthetic: SyntheticDataset, count: int) -> Iterator[MLPPolicy]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import sdw_fast as sdw
 from benchmarks import table
-from benchmarks.studies import large
+from benchmarks.studies import large, work
 
 
 def test_returns_to_go_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +65,8 @@ def test_a_row_of_each_method_and_the_teacher_once(studied, tmp_path: Path, monk
     assert set(found) == set(cases)
     assert [len(found[case]["policies"]) for case in cases] == [1] + [2] * len(large.METHODS)
     assert -1 <= found[cases[0]]["correlation"] <= 1
+    assert 4 * 0.2 / 1.2**2 <= found[cases[0]]["value_ess"] <= 1
+    assert all(len(found[case]["errors"]) == len(work.STAGES) - 1 for case in cases[1:])
     line = next(line for line in large.results_table(found).splitlines() if line.startswith("| hopper/medium |"))
     assert f"| {found[cases[0]]['policies'][0]:.1f} | 68 |" in line
     assert f"{np.mean(found[cases[1]]['policies']):.1f} | {found[cases[1]]['ensemble']:.1f} |" in line
@@ -86,3 +90,43 @@ def test_stronger_weights_stand_beside_those_of_the_settings() -> None:
     assert "| one policy, 0.8 | one policy, 0.4 | one policy, 0.2 | ensemble of ten, 0.8 |" in header
     numbers = (1, 4, 3, 2, 8, 7, 3, 2)
     assert lines == [f"| hopper/medium | {' | '.join(f'{number:.1f} (1)' for number in numbers)} |"]
+
+
+def test_value_weights_beside_none() -> None:
+    rows = {"pbc": 1.0, "av-pbc": 3.0, "pbc,density": 7.0, "sdw": 13.0}
+    found = {(0, "hopper/medium", method): {"policies": [one]} for method, one in rows.items()}
+    found[0, "hopper/medium", "teacher"] = {"value_ess": 0.987}
+    found[0, "walker2d/medium", "sdw"] = {"policies": [5.0]}  # has no PBC: no line
+    *_, line = large.values_table(found).splitlines()
+    assert line == f"| hopper/medium | 0.99 | {' | '.join(f'{x:.1f} (1)' for x in (1, 3, 7, 13, 2, 6, 10))} |"
+    assert len(large.values_table(found).splitlines()) == 3
+
+
+def test_errors_along_an_episode_by_hand(small_data, small_teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's error is over its rows of every second episode, and over the policies of the set."""
+    monkeypatch.setattr(work, "STAGES", (0, 1, 1000))
+    monkeypatch.setattr(large, "EPISODES_LOOKED_AT", -(-len(small_data.episode_ends) // 2))
+    monkeypatch.setattr(large, "POLICIES", 2)
+    pairs = sdw.real_pairs(small_data, 12)
+    starts = np.append(0, small_data.episode_ends[:-1] + 1)
+    first, later = [], []
+    for start, end in list(zip(starts, small_data.episode_ends, strict=True))[::2]:
+        states = small_data.observations[start : end + 1]
+        for policy in work.clones(pairs, 2):
+            apart = policy(torch.from_numpy(states)).detach().numpy() - small_teacher.actions(states)
+            squared = ((apart / small_data.units.require_actions().scale) ** 2).mean(1)
+            first.append(squared[0])
+            later.extend(squared[1:])
+    assert len(first) == 2 * len(starts[::2])
+    found = large.errors(pairs, small_data, small_teacher)
+    assert found == pytest.approx([np.mean(first), np.mean(later)], rel=1e-3)
+
+
+def test_errors_are_means_over_the_seeds() -> None:
+    errors = {(0, "pbc"): [0.1] * 7, (3, "pbc"): [0.3] * 7, (0, "sdw"): [0.05] * 6 + [0.25]}
+    found = {(seed, "hopper/medium", method): {"errors": of} for (seed, method), of in errors.items()}
+    found[1, "hopper/medium", "av-pbc"] = {"policies": [1.0]}  # older than the errors: no column
+    header, _, *lines = large.errors_table(found).splitlines()
+    assert header == "| steps into the episode | hopper/medium, PBC | hopper/medium, SDW |"
+    assert lines[0] == "| 0 to 0 | 0.200 | 0.050 |"
+    assert lines[-1] == "| 400 to 999 | 0.200 | 0.250 |"

@@ -15,7 +15,7 @@ where it returns, seed by seed, more than two standard errors above it, single p
 
 The methods without value weights came after the leads on walker2d/medium-expert and hopper/medium, to see what these
 owe to. Predicted before any of their rows: PBC is level with Av-PBC, and density weights alone, on PBC, lead as they do
-in SDW; for the value weights by these teachers have effective sample sizes of 0.95 and more. Predicted before any
+in SDW; for the value weights by these teachers are nearly equal. Predicted before any
 row of the last three tasks: SDW leads on hopper/medium-expert by more than two standard errors, on neither HalfCheetah,
 whose episodes do not end by a fall.
 """
@@ -33,6 +33,8 @@ import sdw_fast as sdw
 from benchmarks import table
 from benchmarks.studies import cells, report, work
 from benchmarks.studies.suite import PUBLISHED_HIGHEST
+from sdw_fast.density import effective_sample_size
+from sdw_fast.objectives import value_weights
 
 TABLE = table.RESULTS / "large.jsonl"
 TRANSITIONS = {"medium": 1_000_000, "medium-expert": 2_000_000}
@@ -51,6 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
     **STRONGER,
     **WITHOUT_VALUES,
 }
+# Of the methods with value weights and without, in the tables that compare them.
+NAMES = {method: cells.METHODS[method] for method in ("pbc", *OBJECTIVES)} | {"pbc,density": "PBC, density weights"}
 SEEDS = range(5)
 POLICIES, EPISODES = 10, 10
 EPISODES_OF_ONE = 30  # of the teacher and of an ensemble
@@ -110,12 +114,20 @@ def measure(case: Case) -> None:
     if method == "teacher":
         row["policies"] = work.mean_returns([trained.actions], data, EPISODES_OF_ONE)
         row["correlation"] = round(correlation(data, trained), 3)
+        row["value_ess"] = round(value_ess(data, trained), 3)
         row["mean_of_data"] = round(data.summary()["normalized_return_mean"], 2)
     else:
         synthetic = sdw.distill(data, trained, seed=seed, progress=False, **{**SETTINGS, **METHODS[method]})
         row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
         row["errors"] = errors(synthetic, data, trained)
     work.record(TABLE, row, settings(), began)
+
+
+def value_ess(data: sdw.TransitionDataset, trained: sdw.Teacher) -> float:
+    """Effective sample size of the value weights, a share of the states."""
+    _, values = trained.label(data.observations, data.units, values=True)
+    assert values is not None
+    return float(effective_sample_size(value_weights(values)))
 
 
 def errors(synthetic: sdw.SyntheticDataset, data: sdw.TransitionDataset, trained: sdw.Teacher) -> list[float]:
@@ -187,6 +199,35 @@ def weights_table(found: dict[Case, table.Entries]) -> str:
     return report.markdown([*header, *(f"one policy, {size} − {sizes[0]}" for size in sizes[1:])], lines)
 
 
+def values_table(found: dict[Case, table.Entries]) -> str:
+    """With value weights and without, where a task has rows of both; and what each factor adds, seed by seed."""
+    shown = ("pbc", "av-pbc", "pbc,density", "sdw")
+    added = (("av-pbc", "pbc"), ("pbc,density", "pbc"), ("sdw", "av-pbc"))
+    lines = []
+    for task in TASKS:
+        every = {method: list(report.of_each_seed(found, SEEDS, task, method).values()) for method in shown}
+        if every["pbc"]:
+            teacher_row = found.get((SEEDS[0], task, "teacher"), {})
+            line = [f"{teacher_row['value_ess']:.2f}" if "value_ess" in teacher_row else "missing"]
+            line += [report.mean_and_error(every[method], len(SEEDS)) for method in shown]
+            line += [report.mean_and_error(leads(found, task, *pair), len(SEEDS)) for pair in added]
+            lines.append([task, *line])
+    header = ["effective sample size of the value weights", *(NAMES[method] for method in shown)]
+    header += [" − ".join(NAMES[method] for method in pair) for pair in added]
+    return report.markdown(["task", *header], lines)
+
+
+def errors_table(found: dict[Case, table.Entries]) -> str:
+    """Errors along an episode, mean over the seeds, of every task and method that has rows with them."""
+    columns = {}
+    for task in TASKS:
+        for method in NAMES:
+            rows = [found[case] for case in cases() if case[1:] == (task, method) and "errors" in found.get(case, {})]
+            if rows:
+                columns[f"{task}, {NAMES[method]}"] = np.mean([row["errors"] for row in rows], axis=0).tolist()
+    return report.stages_table(columns, work.STAGES)
+
+
 def leads(found: dict[Case, table.Entries], task: str, method: str, rival: str) -> list[float]:
     """A method's single policies minus its rival's, of every seed that has both."""
     return report.seed_by_seed(*(report.of_each_seed(found, SEEDS, task, name) for name in (method, rival)))
@@ -197,6 +238,8 @@ def write_page(page: Path = report.PAGE) -> None:
     found = results()
     report.fill("large", results_table(found), page)
     report.fill("large weights", weights_table(found), page)
+    report.fill("large values", values_table(found), page)
+    report.fill("large errors", errors_table(found), page)
 
 
 if __name__ == "__main__":

@@ -82,14 +82,16 @@ def test_leads_are_taken_seed_by_seed() -> None:
     assert large.leads(found, "walker2d/medium", "sdw", "av-pbc") == []
 
 
-def test_stronger_weights_stand_beside_those_of_the_settings() -> None:
+def test_variants_stand_below_the_settings() -> None:
     rows = {"sdw": (1.0, 2.0), "sdw,ess=0.4": (4.0, 8.0), "sdw,ess=0.2": (3.0, 7.0)}
     found = {(0, "hopper/medium", method): {"policies": [one], "ensemble": ten} for method, (one, ten) in rows.items()}
-    found[0, "walker2d/medium", "sdw"] = {"policies": [5.0], "ensemble": 6.0}  # has no other: no line
-    header, _, *lines = large.weights_table(found).splitlines()
-    assert "| one policy, 0.8 | one policy, 0.4 | one policy, 0.2 | ensemble of ten, 0.8 |" in header
-    numbers = (1, 4, 3, 2, 8, 7, 3, 2)
-    assert lines == [f"| hopper/medium | {' | '.join(f'{number:.1f} (1)' for number in numbers)} |"]
+    found[0, "walker2d/medium", "sdw"] = {"policies": [5.0], "ensemble": 6.0}  # has no variant: no line
+    assert large.variants_table(found).splitlines()[2:] == [
+        "| hopper/medium | as above | 1.0 (1) | 2.0 (1) |  |",
+        "| hopper/medium | ess=0.4 | 4.0 (1) | 8.0 (1) | 3.0 (1) |",
+        "| hopper/medium | ess=0.2 | 3.0 (1) | 7.0 (1) | 2.0 (1) |",
+        "| hopper/medium | inner_width=128 | missing | missing | missing |",
+    ]
 
 
 def test_value_weights_beside_none() -> None:

@@ -34,6 +34,7 @@ SAME = {"size": 256, "k": 100, "ess": 0.8, "seed": 3}
                 "sdw": {"objective": "sdw"},
                 "sdw,ess=0.4": {"objective": "sdw", "ess": 0.4},
                 "sdw,ess=0.2": {"objective": "sdw", "ess": 0.2},
+                "sdw,inner_width=128": {"objective": "sdw", "inner_width": 128},
                 "pbc": {"objective": "pbc"},
                 "pbc,density": {"objective": "pbc", "density": True},
             },

@@ -45,7 +45,7 @@ def test_a_row_of_each_method_and_the_teacher_once(studied, tmp_path: Path, monk
     for name, value in {
         "TABLE": tmp_path / "large.jsonl",
         "TEACHER": {**large.TEACHER, "steps": 2},
-        "SETTINGS": {"size": 12, "hidden": [8], "steps": 2, "inner_steps": 2, "batch_size": 32},
+        "SETTINGS": {"size": 12, "hidden": [8], "steps": 2, "inner_steps": 2, "batch_size": 32, "k": 3},
         "HORIZON": 5,
         "SEEDS": range(1),
         "POLICIES": 2,
@@ -67,6 +67,7 @@ def test_a_row_of_each_method_and_the_teacher_once(studied, tmp_path: Path, monk
     assert -1 <= found[cases[0]]["correlation"] <= 1
     assert 4 * 0.2 / 1.2**2 <= found[cases[0]]["value_ess"] <= 1
     assert all(len(found[case]["errors"]) == len(work.STAGES) - 1 for case in cases[1:])
+    assert all(len(found[case]["errors_by_density"]) == 10 for case in cases[1:])
     line = next(line for line in large.results_table(found).splitlines() if line.startswith("| hopper/medium |"))
     assert f"| {found[cases[0]]['policies'][0]:.1f} | 68 |" in line
     assert f"{np.mean(found[cases[1]]['policies']):.1f} | {found[cases[1]]['ensemble']:.1f} |" in line
@@ -104,24 +105,33 @@ def test_value_weights_beside_none() -> None:
     assert len(large.values_table(found).splitlines()) == 3
 
 
-def test_errors_along_an_episode_by_hand(small_data, small_teacher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage's error is over its rows of every second episode, and over the policies of the set."""
+def test_errors_by_hand(small_data, small_teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the rows of every second episode and the policies of the set: by stage, and by density among all rows."""
+    for name, value in {
+        "EPISODES_LOOKED_AT": -(-len(small_data.episode_ends) // 2),
+        "POLICIES": 2,
+        "TENTHS": 2,
+        "SETTINGS": {"k": 3},
+    }.items():
+        monkeypatch.setattr(large, name, value)
     monkeypatch.setattr(work, "STAGES", (0, 1, 1000))
-    monkeypatch.setattr(large, "EPISODES_LOOKED_AT", -(-len(small_data.episode_ends) // 2))
-    monkeypatch.setattr(large, "POLICIES", 2)
     pairs = sdw.real_pairs(small_data, 12)
+    rare = sdw.log_density(small_data, k=3) < np.median(sdw.log_density(small_data, k=3))
     starts = np.append(0, small_data.episode_ends[:-1] + 1)
-    first, later = [], []
+    first, squared, of_rare = [], [], []
     for start, end in list(zip(starts, small_data.episode_ends, strict=True))[::2]:
         states = small_data.observations[start : end + 1]
         for policy in work.clones(pairs, 2):
             apart = policy(torch.from_numpy(states)).detach().numpy() - small_teacher.actions(states)
-            squared = ((apart / small_data.units.require_actions().scale) ** 2).mean(1)
-            first.append(squared[0])
-            later.extend(squared[1:])
-    assert len(first) == 2 * len(starts[::2])
+            squared.extend(((apart / small_data.units.require_actions().scale) ** 2).mean(1))
+            first.extend([True] + [False] * (end - start))
+            of_rare.extend(rare[start : end + 1])
+    assert 0 < sum(of_rare) < len(of_rare)
+    assert sum(first) == 2 * len(starts[::2])
+    expected = {"errors": ~np.array(first), "errors_by_density": ~np.array(of_rare)}  # False first
     found = large.errors(pairs, small_data, small_teacher)
-    assert found == pytest.approx([np.mean(first), np.mean(later)], rel=1e-3)
+    for name, group in expected.items():
+        assert found[name] == pytest.approx([np.mean(np.array(squared)[group == one]) for one in (0, 1)], rel=1e-3)
 
 
 def test_errors_are_means_over_the_seeds() -> None:
@@ -132,3 +142,9 @@ def test_errors_are_means_over_the_seeds() -> None:
     assert header == "| steps into the episode | hopper/medium, PBC | hopper/medium, SDW |"
     assert lines[0] == "| 0 to 0 | 0.200 | 0.050 |"
     assert lines[-1] == "| 400 to 999 | 0.200 | 0.250 |"
+    found[0, "hopper/medium", "sdw"]["errors_by_density"] = [0.5, *[0.25] * 9]
+    header, _, *lines = large.density_table(found).splitlines()
+    assert header == "| states | hopper/medium, SDW |"
+    assert lines[:2] == ["| rarest tenth | 0.500 |", "| 2 | 0.250 |"]
+    assert len(lines) == 10
+    assert lines[-1] == "| densest tenth | 0.250 |"

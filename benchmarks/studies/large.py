@@ -63,7 +63,8 @@ NAMES = {method: cells.METHODS[method] for method in ("pbc", *OBJECTIVES)} | {"p
 SEEDS = range(5)
 POLICIES, EPISODES = 10, 10
 EPISODES_OF_ONE = 30  # of the teacher and of an ensemble
-EPISODES_LOOKED_AT = 200  # at most, of the data, for the errors along an episode
+EPISODES_LOOKED_AT = 200  # at most, of the data, for the errors
+TENTHS = 10  # of the data by density
 # D4RL-normalized, the last scores of CORL's IQL on D4RL v2.
 CORL = {
     "halfcheetah/medium": 48,
@@ -124,7 +125,7 @@ def measure(case: Case) -> None:
     else:
         synthetic = sdw.distill(data, trained, seed=seed, progress=False, **{**SETTINGS, **METHODS[method]})
         row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
-        row["errors"] = errors(synthetic, data, trained)
+        row |= errors(synthetic, data, trained)
     work.record(TABLE, row, settings(), began)
 
 
@@ -135,14 +136,27 @@ def value_ess(data: sdw.TransitionDataset, trained: sdw.Teacher) -> float:
     return float(effective_sample_size(value_weights(values)))
 
 
-def errors(synthetic: sdw.SyntheticDataset, data: sdw.TransitionDataset, trained: sdw.Teacher) -> list[float]:
-    """Squared distance of policies cloned on a set from the teacher's actions, along an episode: a number a stage."""
+def errors(
+    synthetic: sdw.SyntheticDataset, data: sdw.TransitionDataset, trained: sdw.Teacher
+) -> dict[str, list[float]]:
+    """Squared distance of policies cloned on a set from the teacher's actions, by where the states are.
+
+    "errors" are along an episode, a number a stage; "errors_by_density" a number for each tenth of the data's states,
+    the rarest first.
+    """
     episodes = np.split(np.arange(len(data)), data.episode_ends[:-1] + 1)
     step = math.ceil(len(episodes) / EPISODES_LOOKED_AT)  # over all of the data, whose second half may be an expert's
-    some = data.subset(np.concatenate(episodes[::step]))
+    rows = np.concatenate(episodes[::step])
+    some = data.subset(rows)
     targets, _ = trained.label(some.observations, data.units, values=False)
     squared = work.errors(work.clones(synthetic, POLICIES), some, targets)
-    return [float(f"{error:.4g}") for error in work.mean_of_stages(squared, some)]
+    densities = sdw.log_density(data, k=SETTINGS["k"])
+    tenths = np.searchsorted(np.quantile(densities, np.arange(1, TENTHS) / TENTHS), densities[rows], side="right")
+    every = {
+        "errors": work.mean_of_stages(squared, some),
+        "errors_by_density": work.group_means(squared, tenths, TENTHS),
+    }
+    return {name: [float(f"{error:.4g}") for error in of] for name, of in every.items()}
 
 
 def correlation(data: sdw.TransitionDataset, trained: sdw.Teacher) -> float:
@@ -226,13 +240,26 @@ def values_table(found: dict[Case, table.Entries]) -> str:
 
 def errors_table(found: dict[Case, table.Entries]) -> str:
     """Errors along an episode, mean over the seeds, of every task and method that has rows with them."""
+    return report.stages_table(mean_errors(found, "errors"), work.STAGES)
+
+
+def density_table(found: dict[Case, table.Entries]) -> str:
+    """The same by density: the rarest tenth of the states, and so on."""
+    columns = mean_errors(found, "errors_by_density")
+    names = ["rarest tenth", *map(str, range(2, TENTHS)), "densest tenth"]
+    lines = [[name, *(f"{values[number]:.3f}" for values in columns.values())] for number, name in enumerate(names)]
+    return report.markdown(["states", *columns], lines)
+
+
+def mean_errors(found: dict[Case, table.Entries], entry: str) -> dict[str, list[float]]:
+    """Of every task and method that has rows with that entry, its mean over the seeds."""
     columns = {}
     for task in TASKS:
         for method in NAMES:
-            rows = [found[case] for case in cases() if case[1:] == (task, method) and "errors" in found.get(case, {})]
+            rows = [found[case] for case in cases() if case[1:] == (task, method) and entry in found.get(case, {})]
             if rows:
-                columns[f"{task}, {NAMES[method]}"] = np.mean([row["errors"] for row in rows], axis=0).tolist()
-    return report.stages_table(columns, work.STAGES)
+                columns[f"{task}, {NAMES[method]}"] = np.mean([row[entry] for row in rows], axis=0).tolist()
+    return columns
 
 
 def leads(found: dict[Case, table.Entries], task: str, method: str, rival: str) -> list[float]:
@@ -247,6 +274,7 @@ def write_page(page: Path = report.PAGE) -> None:
     report.fill("large variants", variants_table(found), page)
     report.fill("large values", values_table(found), page)
     report.fill("large errors", errors_table(found), page)
+    report.fill("large density", density_table(found), page)
 
 
 if __name__ == "__main__":

@@ -199,8 +199,13 @@ def stages(data: TransitionDataset) -> np.ndarray:
 
 def mean_of_stages(values: np.ndarray, data: TransitionDataset) -> list[float]:
     """Mean of a value a row, (M,), over the rows of each stage; 0 of a stage without rows."""
-    of, number = stages(data), len(STAGES) - 1
-    return (np.bincount(of, values, minlength=number) / np.maximum(np.bincount(of, minlength=number), 1)).tolist()
+    return group_means(values, stages(data), len(STAGES) - 1)
+
+
+def group_means(values: np.ndarray, groups: np.ndarray, number: int) -> list[float]:
+    """Mean of the values, (M,), of each of so many groups, whose numbers are given, (M,); 0 of one without values."""
+    sums, counts = np.bincount(groups, values, minlength=number), np.bincount(groups, minlength=number)
+    return (sums / np.maximum(counts, 1)).tolist()
 
 
 def errors(policies: Iterable[MLPPolicy], data: TransitionDataset, targets: np.ndarray) -> np.ndarray:

@@ -148,3 +148,12 @@ def test_errors_are_means_over_the_seeds() -> None:
     assert lines[:2] == ["| rarest tenth | 0.500 |", "| 2 | 0.250 |"]
     assert len(lines) == 10
     assert lines[-1] == "| densest tenth | 0.250 |"
+
+
+def test_effective_sample_size_of_value_weights_by_hand(small_data) -> None:
+    class TwoValues:
+        def label(self, observations: np.ndarray, units: sdw.Units, *, values: bool) -> tuple[np.ndarray, np.ndarray]:
+            return observations, np.arange(len(observations)) % 2 * 3.0 - 7.0  # half of them -7, half -4
+
+    assert len(small_data) % 2 == 0
+    assert large.value_ess(small_data, TwoValues()) == pytest.approx((0.2 + 1) ** 2 / (2 * (0.2**2 + 1**2)))

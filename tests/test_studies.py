@@ -233,7 +233,10 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     generalization.write_page()
     diversity.write_page()
     value_weights.write_page(report.PAGE)
-    presets.write_page(report.PAGE)
+    readme = tmp_path / "README.md"
+    readme.write_text(report.README.read_text())
+    presets.write_page(report.PAGE, readme)
+    assert readme.read_text() == report.README.read_text()
     time_to_return.write_page(report.PAGE)
     histories.write_page(report.PAGE)
     ceilings.write_page(report.PAGE)

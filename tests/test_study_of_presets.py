@@ -47,3 +47,12 @@ def test_a_row_of_other_settings_does_not_count(tiny, monkeypatch: pytest.Monkey
     presets.measure((0, "hopper/medium", "default"))
     monkeypatch.setitem(presets.SETTINGS, "steps", 3)
     assert presets.results() == {}
+
+
+def test_the_readme_has_the_defaults_beside_the_published_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {(0, "hopper/medium", "default"): {"policies": [1.0, 3.0], "ensemble": 7.0}}
+    suite = {("hopper/medium", "sdw-mild", seed): {"normalized_return": 10.0 + seed} for seed in range(5)}
+    monkeypatch.setattr(presets.cells, "results", lambda: suite)
+    assert (
+        "| hopper/medium | 2.0 (1) | 7.0 (1) | 12.0 ± 0.7 | 38.4 | 44.9 |" in presets.readme_table(found).splitlines()
+    )

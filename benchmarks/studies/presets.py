@@ -1,7 +1,7 @@
 """What a set of each preset gives on the six published tasks, single policies and ensembles of ten.
 
-    python -m benchmarks.studies.presets             # makes the rows that are missing, then fills docs/results.md
-    python -m benchmarks.studies.presets --tables    # fills the table, no more
+    python -m benchmarks.studies.presets             # makes the rows that are missing, then fills the tables
+    python -m benchmarks.studies.presets --tables    # fills the tables of docs/results.md and README.md, no more
 
 A row of results/presets.jsonl is a task, a method and a seed: one set of 2,000 outer steps, ten policies cloned on it,
 and their mean action. One thread a process; give several processes different tasks by --only.
@@ -15,7 +15,7 @@ from typing import Any
 
 import sdw_fast as sdw
 from benchmarks import table
-from benchmarks.studies import report, tasks, work
+from benchmarks.studies import cells, report, tasks, work
 from benchmarks.studies.cells import PUBLISHED
 from benchmarks.studies.suite import PUBLISHED_HIGHEST
 
@@ -80,9 +80,21 @@ def returns(found: dict[Case, table.Entries], task: str, method: str) -> list[st
     return report.policy_and_ensemble(rows, len(SEEDS))
 
 
-def write_page(page: Path = report.PAGE) -> None:
-    """Fills the study's table."""
+def readme_table(found: dict[Case, table.Entries]) -> str:
+    """The defaults beside `preset="published"`, whose single policies are the suite's of the same settings."""
+    lines, suite = [], cells.results()
+    for task, published in PUBLISHED.items():
+        mild = cells.seeds_returns(suite, task, "sdw-mild")
+        figures = [*returns(found, task, "default"), report.mean_and_error(mild, len(SEEDS))]
+        lines.append([task, *figures, f"{published:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
+    header = ["", *report.POLICY_AND_ENSEMBLE, '`preset="published"`, one policy', "published SDW", "highest published"]
+    return report.markdown(header, lines)
+
+
+def write_page(page: Path = report.PAGE, readme: Path = report.README) -> None:
+    """Fills the study's tables."""
     report.fill("presets", results_table(results()), page)
+    report.fill("returns", readme_table(results()), readme)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.table import ROOT
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "results.md"
+README = ROOT / "README.md"
 
 Pair = tuple[Sequence[float], Sequence[float]]  # returns of a method's seeds, and of its rival's
 

@@ -39,7 +39,9 @@ def test_a_row_of_each_method_and_its_line(tiny) -> None:
     assert chosen == [defaults, published, {**published, "objective": "av-pbc"}]
     figures = [f"{np.mean(found[c]['policies']):.1f} | {found[c]['ensemble']:.1f}" for c in cases]
     lines = presets.results_table(found).splitlines()
-    assert f"| hopper/medium | {' | '.join(figures)} | 38.4 | 44.9 |" in lines
+    gain = f"{found[cases[0]]['ensemble'] - np.mean(found[cases[0]]['policies']):.1f}"
+    assert f"| hopper/medium | {' | '.join(figures)} | {gain} | 38.4 | 44.9 |" in lines
+    assert f"| all |  |  |  |  |  |  | {gain} (1) |  |  |" in lines
     assert any(line.startswith("| walker2d/medium | missing | missing |") for line in lines)
 
 

@@ -139,12 +139,12 @@ def test_errors_are_means_over_the_seeds() -> None:
     found = {(seed, "hopper/medium", method): {"errors": of} for (seed, method), of in errors.items()}
     found[1, "hopper/medium", "av-pbc"] = {"policies": [1.0]}  # older than the errors: no column
     header, _, *lines = large.errors_table(found).splitlines()
-    assert header == "| steps into the episode | hopper/medium, PBC | hopper/medium, SDW |"
+    assert header == "| steps into the episode | hopper/medium, PBC (2) | hopper/medium, SDW (1) |"
     assert lines[0] == "| 0 to 0 | 0.200 | 0.050 |"
     assert lines[-1] == "| 400 to 999 | 0.200 | 0.250 |"
     found[0, "hopper/medium", "sdw"]["errors_by_density"] = [0.5, *[0.25] * 9]
     header, _, *lines = large.density_table(found).splitlines()
-    assert header == "| states | hopper/medium, SDW |"
+    assert header == "| states | hopper/medium, SDW (1) |"
     assert lines[:2] == ["| rarest tenth | 0.500 |", "| 2 | 0.250 |"]
     assert len(lines) == 10
     assert lines[-1] == "| densest tenth | 0.250 |"

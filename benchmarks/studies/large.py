@@ -252,13 +252,14 @@ def density_table(found: dict[Case, table.Entries]) -> str:
 
 
 def mean_errors(found: dict[Case, table.Entries], entry: str) -> dict[str, list[float]]:
-    """Of every task and method that has rows with that entry, its mean over the seeds."""
+    """Of every task and method that has rows with that entry, its mean over the seeds; how many, if not all have it."""
     columns = {}
     for task in TASKS:
         for method in NAMES:
             rows = [found[case] for case in cases() if case[1:] == (task, method) and entry in found.get(case, {})]
             if rows:
-                columns[f"{task}, {NAMES[method]}"] = np.mean([row[entry] for row in rows], axis=0).tolist()
+                number = f" ({len(rows)})" if len(rows) < len(SEEDS) else ""
+                columns[f"{task}, {NAMES[method]}{number}"] = np.mean([row[entry] for row in rows], axis=0).tolist()
     return columns
 
 

@@ -116,7 +116,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
         line = [task, *(f"{row['policies'][0]:.1f}" for row in [found.get((0, task, "teacher"))] if row)]
         line += ["missing"] * (2 - len(line))
         for method in OWN:
-            rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
+            rows = report.rows_of(found, SEEDS, task, method)
             line += report.policy_and_ensemble(rows, len(SEEDS))
         lines.append([*line, f"{PUBLISHED_AV_PBC[task]:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
     columns = report.of_methods(cells.METHODS[method] for method in OWN)

@@ -17,9 +17,10 @@ by PBC, which are two to three times those of policies by the suite's teacher on
 
 The methods without value weights came after the leads on walker2d/medium-expert and hopper/medium, to see what these
 owe to. Predicted before any of their rows: PBC is level with Av-PBC, and density weights alone, on PBC, lead as they do
-in SDW; for the value weights by these teachers are nearly equal. Predicted before any
-row of the last three tasks: SDW leads on hopper/medium-expert by more than two standard errors, on neither HalfCheetah,
-whose episodes do not end by a fall.
+in SDW; for the value weights by these teachers are nearly equal.
+
+Predicted before any row of the last three tasks: SDW leads on hopper/medium-expert by more than two standard errors, on
+neither HalfCheetah, whose episodes do not end by a fall.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
             line[1:] = [f"{row['mean_of_data']:.1f}", f"{row['correlation']:.2f}", f"{row['policies'][0]:.1f}"]
         line.append(str(CORL[task]))
         for method in OBJECTIVES:
-            rows = [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
+            rows = report.rows_of(found, SEEDS, task, method)
             line += report.policy_and_ensemble(rows, len(SEEDS))
         line.append(report.mean_and_error(leads(found, task, "sdw", "av-pbc"), len(SEEDS)))
         lines.append([*line, f"{PUBLISHED_HIGHEST[task]:.1f}"])
@@ -207,10 +208,7 @@ def variants_table(found: dict[Case, table.Entries]) -> str:
     """SDW and its variants, a line each, of every task that has rows of a variant."""
     lines = []
     for task in TASKS:
-        every = {
-            method: [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
-            for method in ("sdw", *VARIANTS)
-        }
+        every = {method: report.rows_of(found, SEEDS, task, method) for method in ("sdw", *VARIANTS)}
         if not any(every[method] for method in VARIANTS):
             continue
         for method, rows in every.items():
@@ -256,7 +254,7 @@ def mean_errors(found: dict[Case, table.Entries], entry: str) -> dict[str, list[
     columns = {}
     for task in TASKS:
         for method in NAMES:
-            rows = [found[case] for case in cases() if case[1:] == (task, method) and entry in found.get(case, {})]
+            rows = [row for row in report.rows_of(found, SEEDS, task, method) if entry in row]
             if rows:
                 number = f" ({len(rows)})" if len(rows) < len(SEEDS) else ""
                 columns[f"{task}, {NAMES[method]}{number}"] = np.mean([row[entry] for row in rows], axis=0).tolist()

@@ -71,7 +71,9 @@ def results_table(found: dict[Case, table.Entries]) -> str:
     lines, every = [], []
     for task, published in PUBLISHED.items():
         figures = [text for method in METHODS for text in returns(found, task, method)]
-        gains = [row["ensemble"] - float(np.mean(row["policies"])) for row in rows_of(found, task, "default")]
+        gains = [
+            row["ensemble"] - float(np.mean(row["policies"])) for row in report.rows_of(found, SEEDS, task, "default")
+        ]
         every += gains
         gain = report.mean_and_error(gains, len(SEEDS))
         lines.append([task, *figures, gain, f"{published:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])
@@ -84,12 +86,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
 
 def returns(found: dict[Case, table.Entries], task: str, method: str) -> list[str]:
     """Single policies, and ensembles."""
-    return report.policy_and_ensemble(rows_of(found, task, method), len(SEEDS))
-
-
-def rows_of(found: dict[Case, table.Entries], task: str, method: str) -> list[table.Entries]:
-    """A row for each seed that there is."""
-    return [found[seed, task, method] for seed in SEEDS if (seed, task, method) in found]
+    return report.policy_and_ensemble(report.rows_of(found, SEEDS, task, method), len(SEEDS))
 
 
 def readme_table(found: dict[Case, table.Entries]) -> str:

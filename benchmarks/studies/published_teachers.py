@@ -95,7 +95,7 @@ def results_table(found: dict[Case, table.Entries]) -> str:
         if row:
             line[1:] = [f"{row['policies'][0]:.1f}", *(f"{value:.2f}" for value in row["agreements"])]
         for objective in OBJECTIVES:
-            rows = [found[seed, task, objective] for seed in SEEDS if (seed, task, objective) in found]
+            rows = report.rows_of(found, SEEDS, task, objective)
             line += report.policy_and_ensemble(rows, len(SEEDS))
         line += report.policy_and_ensemble(rows_of_ours(task), len(SEEDS))
         lines.append([*line, f"{PUBLISHED_AV_PBC[task]:.1f}", f"{PUBLISHED_HIGHEST[task]:.1f}"])

@@ -104,6 +104,13 @@ def of_each_seed(
     return {seed: float(np.mean(row["policies"])) for seed, row in rows.items() if row}
 
 
+def rows_of(
+    found: Mapping[tuple[int, str, str], Mapping[str, Any]], seeds: Iterable[int], task: str, kind: str
+) -> list[Mapping[str, Any]]:
+    """The row of every seed that has one; keys are (seed, task, kind)."""
+    return [found[seed, task, kind] for seed in seeds if (seed, task, kind) in found]
+
+
 def seed_by_seed(values: Mapping[int, float], others: Mapping[int, float]) -> list[float]:
     """One minus the other, of every seed that has both."""
     return [value - others[seed] for seed, value in values.items() if seed in others]

@@ -134,7 +134,7 @@ def deviations_table(found: dict[Case, table.Entries]) -> str:
     """Standard deviation of one policy of one set, over sets and policies, and how well the loss ranks policies."""
     lines = []
     for task in PUBLISHED:
-        rows = [found[seed, task, "any"] for seed in SEEDS if (seed, task, "any") in found]
+        rows = report.rows_of(found, SEEDS, task, "any")
         every = returns(found, task)
         samples = [np.concatenate([row["policies"] for row in rows]) if rows else np.array([])]
         samples += [np.array(list(every[column].values())) for column in ("fixed", "fixed-wide", "lowest", "ensemble")]

@@ -163,7 +163,7 @@ class DistillConfig(Shown):
         Args:
             name: "default": those of this class, two minutes of one core for 2,000 steps.
                 "published": one setting whose policies pass all six numbers published for SDW (docs/results.md); four
-                to seven minutes a set.
+                to nine minutes a set.
                 "paper": those of the papers' public code: 50,000 outer steps of SGD at 0.1 with momentum 0.9 on
                 256-unit policies; hours.
             **settings: Fields to replace.

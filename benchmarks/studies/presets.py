@@ -90,7 +90,10 @@ def returns(found: dict[Case, table.Entries], task: str, method: str) -> list[st
 
 
 def readme_table(found: dict[Case, table.Entries]) -> str:
-    """The defaults beside `preset="published"`, whose single policies are the suite's of the same settings."""
+    """The defaults beside `preset="published"`.
+
+    The latter's single policies are the suite's "sdw-mild", which has its settings but for adapt_inner_lr.
+    """
     lines, suite = [], cells.results()
     for task, published in PUBLISHED.items():
         mild = cells.seeds_returns(suite, task, "sdw-mild")

@@ -13,9 +13,9 @@ The methods of stronger density weights came after a first look at one seed of w
 poor. The rule, written before any of their rows: an effective sample size is better than that of SETTINGS on a task
 where it returns, seed by seed, more than two standard errors above it, single policies, five seeds. The same rule,
 written before its first row, for 128 units unrolled, in three times the seconds: it came after the errors of policies
-by PBC, which are two to three times those of policies by the suite's teacher on hopper/medium. Predicted before any row of
-walker2d's: more by this rule on medium-expert, where sets err most; ensembles above the highest published on medium, not on
-medium-expert.
+by PBC, which are two to three times those of policies by the suite's teacher on hopper/medium. Predicted before any row
+of walker2d's: more by this rule on medium-expert, where sets err most; ensembles above the highest published on medium,
+not on medium-expert.
 
 The methods without value weights came after the leads on walker2d/medium-expert and hopper/medium, to see what these
 owe to. Predicted before any of their rows: PBC is level with Av-PBC, and density weights alone, on PBC, lead as they do

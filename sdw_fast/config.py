@@ -53,6 +53,11 @@ class DistillConfig(Shown):
     tau: Annotated[float | None, "Exponent of the density; default: set by ess."] = None
     ess: Annotated[float, "Effective sample size of the density weights, a share of the dataset, if tau is none."] = 0.5
     clip: Annotated[float, "Quantile at which the density weights are clipped."] = 0.99
+    state_noise: Annotated[
+        float,
+        "Noise on a second copy of the states, of which the teacher is asked too: its standard deviation, a share of "
+        "each dimension's; 0: no copy.",
+    ] = 0.0
 
     # the synthetic set
     size: Annotated[int, "Synthetic pairs, N."] = 256
@@ -125,6 +130,10 @@ class DistillConfig(Shown):
                 raise ValueError(f"beta={self.beta} is the scale of value_weights='paper' and means nothing without it")
         if self.tau is not None and not 0 <= self.tau < math.inf:
             raise ValueError(f"tau must be 0 or more and finite, or None to be set by ess, got {self.tau}")
+        if not 0 <= self.state_noise < math.inf:
+            raise ValueError(f"state_noise must be 0 (none) or more and finite, got {self.state_noise}")
+        if self.state_noise and self.objective == "dbc":
+            raise ValueError("state_noise asks the teacher about states beside the data's, and objective dbc has none")
         for name in ("ess", "clip"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")

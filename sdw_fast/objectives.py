@@ -10,6 +10,10 @@
 v turns values into weights of mean 1, see `value_weights`; the papers' v(Q) = β · Q is an option. Any objective can
 carry the density factor d(s)^(−τ), which is scaled to mean 1 (Lei, Zhang, Tao 2024 for the first three; Lei, Cheng,
 Tao 2025, arXiv 2512.06692, for the last).
+
+With state noise the problem holds every state twice: as it is, and at s' = s + σ·std(s)·ε, ε ~ N(0, 1), with the
+target π*(s') and the weight v(Q(s', π*(s'))) · d(s)^(−τ). A policy that has left the data's states is then told how to
+come back (DART, Laskey et al. 2017, adds noise to a teacher's actions in the environment for this).
 """
 
 from __future__ import annotations
@@ -62,11 +66,11 @@ OBJECTIVES = {
 
 @dataclass(frozen=True, eq=False)
 class OuterProblem:
-    """What the outer loop samples from: one row a state of the dataset.
+    """What the outer loop samples from: one row a state of the dataset, two with state noise.
 
     Attributes:
-        observations: (M, D) float32 in environment units: the dataset's own array. A batch is normalized when it is
-            gathered.
+        observations: (M, D) float32 in environment units: the dataset's own array, where there is no state noise. A
+            batch is normalized when it is gathered.
         targets: Actions to match, scaled so that the action bounds are −1 and 1, (M, A) float32.
         weights: w(s) ≥ 0, (M,) float32.
         units: The dataset's, with known action bounds.
@@ -136,7 +140,7 @@ def outer_problem(
     Args:
         data: The offline dataset.
         teacher: π* and Q; "dbc" needs none, "pbc" no critic.
-        config: objective, value_weights, beta, density, density_method, k, tau, ess and clip are read.
+        config: objective, value_weights, beta, density, density_method, k, tau, ess, clip and state_noise are read.
 
     Returns:
         The outer problem. With value_weights="paper", states of negative value, which would reward error, get weight 0
@@ -152,8 +156,11 @@ def outer_problem(
     """
     config = config or DistillConfig()
     kind = OBJECTIVES[config.objective]
-    report: dict[str, Any] = {"objective": config.objective, "states": len(data)}
-    weights = np.ones(len(data), dtype=np.float64)
+    observations = data.observations
+    if config.state_noise:
+        observations = _with_noise(observations, config.state_noise)
+    report: dict[str, Any] = {"objective": config.objective, "states": len(observations)}
+    weights = np.ones(len(observations), dtype=np.float64)
     if not kind.teacher_actions:
         targets = data.units.require_actions().normalize(data.actions)
     elif teacher is None:
@@ -161,7 +168,7 @@ def outer_problem(
             f"objective {config.objective!r} matches a teacher's actions: pass a teacher, or use objective='dbc'"
         )
     else:
-        targets, values = teacher.label(data.observations, data.units, values=kind.action_values)
+        targets, values = teacher.label(observations, data.units, values=kind.action_values)
         if values is not None:
             weights, figures = _of_values(values, config)
             report |= figures
@@ -173,10 +180,10 @@ def outer_problem(
             ess=config.ess if config.tau is None else None,
             clip=config.clip,
         )
-        weights = weights * factor.weights
+        weights = weights * np.tile(factor.weights, len(observations) // len(data))
         report["density"] = factor.to_dict()
     if kind.teacher_actions and data.units.head != "softmax":
-        report["teacher_agreement"] = teacher_agreement(targets, data)
+        report["teacher_agreement"] = teacher_agreement(targets[: len(data)], data)
     report |= {
         "effective_sample_size": float(effective_sample_size(weights)),
         "mean_weight": float(weights.mean()),
@@ -184,7 +191,19 @@ def outer_problem(
     }
     _tell_of(report)
     _tell_of_teacher(report)
-    return OuterProblem(data.observations, targets, weights.astype(np.float32), data.units, report)
+    return OuterProblem(observations, targets, weights.astype(np.float32), data.units, report)
+
+
+def _with_noise(observations: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """The states, and below them the states with noise: (2M, D) float32, the same for every seed of a run.
+
+    A dimension that does not vary gets no noise.
+    """
+    both = np.concatenate([observations, observations])
+    noise = np.random.default_rng(len(observations)).standard_normal(observations.shape, dtype=np.float32)
+    noise *= (share * observations.std(axis=0, dtype=np.float64)).astype(np.float32)
+    both[len(observations) :] += noise
+    return both
 
 
 def teacher_agreement(targets: NDArray[np.float32], data: TransitionDataset) -> float | None:

@@ -182,8 +182,8 @@ def test_a_state_goes_on_with_what_does_not_matter(small_data, small_teacher) ->
 
 OTHER: dict[str, Any] = {
     "objective": "av-pbc", "value_weights": "paper", "beta": 0.04, "density": True, "density_method": "flow", "k": 11,
-    "tau": 0.1, "ess": 0.9, "clip": 0.8, "size": 13, "init": "kmeans++", "hidden": (16, 8), "inner_width": 8,
-    "gain": 1.3, "fixed_initialization": 3, "inner_steps": 6, "inner_lr": 0.2, "inner_momentum": 0.5,
+    "tau": 0.1, "ess": 0.9, "clip": 0.8, "state_noise": 0.5, "size": 13, "init": "kmeans++", "hidden": (16, 8),
+    "inner_width": 8, "gain": 1.3, "fixed_initialization": 3, "inner_steps": 6, "inner_lr": 0.2, "inner_momentum": 0.5,
     "adapt_inner_lr": False, "window": 2,
     "precision": "ieee", "steps": 21, "batch_size": 65, "initializations": 2, "optimizer": "sgd", "lr": 0.02,
     "schedule": "constant", "momentum": 0.5, "average": 0.5, "clip_norm": 1e-3, "select": "last", "seed": 1,

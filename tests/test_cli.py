@@ -97,6 +97,7 @@ OTHER = {
     "tau": 0.25,
     "ess": 0.6,
     "clip": 0.8,
+    "state_noise": 1.0,
     "size": 9,
     "init": "kmeans++",
     "hidden": [32, 16],

@@ -23,6 +23,7 @@ DEFAULTS = {
     "tau": None,
     "ess": 0.5,
     "clip": 0.99,
+    "state_noise": 0.0,
     "size": 256,
     "init": "random",
     "hidden": (256, 256, 256),
@@ -161,6 +162,10 @@ NAN, INF = float("nan"), float("inf")
         ],
         *[
             (DistillConfig, "tau", value, f"tau must be 0 or more and finite.*got {value}")
+            for value in (-0.1, NAN, INF)
+        ],
+        *[
+            (DistillConfig, "state_noise", value, f"state_noise must be 0 .* or more and finite, got {value}")
             for value in (-0.1, NAN, INF)
         ],
         (

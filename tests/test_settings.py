@@ -24,6 +24,7 @@ OTHER: dict[str, Any] = {
     "tau": 0.1,
     "ess": 0.9,
     "clip": 0.8,
+    "state_noise": 0.5,
     "beta": 0.04,
     "size": 13,
     "init": "kmeans++",

@@ -49,7 +49,13 @@ def settings(case: Case) -> dict[str, Any]:
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
     found, planned = table.latest(table.read(TABLE), "seed", "task", "method"), set(cases())
-    return {case: row for case, row in found.items() if case in planned and row["settings"] == settings(case)}
+    return {case: row for case, row in found.items() if case in planned and made_with(row, settings(case))}
+
+
+def made_with(row: table.Entries, settings: dict[str, Any]) -> bool:
+    """Whether a row has these settings; one that it does not name was not there yet, and is at its default."""
+    defaults = sdw.DistillConfig().to_dict()
+    return {name: row["settings"].get(name, defaults[name]) for name in settings} == settings
 
 
 def cases() -> list[Case]:

@@ -147,8 +147,8 @@ def outer_problem(
         and are counted in the report.
 
     Raises:
-        ValueError: the objective needs a teacher that is missing, the action bounds are not known, or no weight is
-            positive.
+        ValueError: the objective needs a teacher that is missing, the action bounds are not known, no weight is
+            positive, or state_noise is beyond all bounds.
 
     Warns:
         UserWarning: more than a quarter of the states have weight 0, the effective sample size is below a tenth of
@@ -197,12 +197,15 @@ def outer_problem(
 def _with_noise(observations: NDArray[np.float32], share: float) -> NDArray[np.float32]:
     """The states, and below them the states with noise: (2M, D) float32, the same for every seed of a run.
 
-    A dimension that does not vary gets no noise.
+    A dimension that does not vary gets no noise. Raises ValueError where a state leaves the range of float32.
     """
     both = np.concatenate([observations, observations])
     noise = np.random.default_rng(len(observations)).standard_normal(observations.shape, dtype=np.float32)
-    noise *= (share * observations.std(axis=0, dtype=np.float64)).astype(np.float32)
-    both[len(observations) :] += noise
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        noise *= (share * observations.std(axis=0, dtype=np.float64)).astype(np.float32)
+        both[len(observations) :] += noise
+    if not np.isfinite(both).all():
+        raise ValueError(f"state_noise={share} takes states beyond the range of float32; 1 is much already")
     return both
 
 

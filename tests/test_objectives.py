@@ -94,46 +94,6 @@ def test_any_objective_can_carry_the_density(small_data, small_teacher) -> None:
     np.testing.assert_array_equal(plain.weights, reference.weights)
 
 
-# --- state noise ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("objective", ["pbc", "av-pbc", "sdw"])
-def test_state_noise_adds_states_beside_the_datas(small_data, small_teacher, objective) -> None:
-    """By the definition: s + σ·std(s)·ε, the teacher's action there, the weight of the state that it came from."""
-    plain = make(small_data, small_teacher, objective=objective)
-    problem = make(small_data, small_teacher, objective=objective, state_noise=0.5)
-    assert len(problem) == 800
-    for name in ("observations", "targets", "weights"):
-        np.testing.assert_array_equal(getattr(problem, name)[:400], getattr(plain, name))
-    np.testing.assert_array_equal(problem.weights[400:], plain.weights)
-    beside = problem.observations[400:]
-    np.testing.assert_allclose(problem.targets[400:], np.tanh(beside[:, :3]), rtol=1e-5, atol=1e-6)
-    noise = (beside - small_data.observations) / small_data.observations.std(axis=0)
-    assert noise.std(axis=0) == pytest.approx(0.5, rel=0.15)
-    assert abs(noise.mean()) < 0.05
-    assert abs(np.corrcoef(noise.T) - np.eye(noise.shape[1])).max() < 0.25
-    assert problem.report == plain.report  # its figures are those of the dataset
-
-
-def test_state_noise_does_not_depend_on_the_seed(small_data, small_teacher) -> None:
-    first, second = (make(small_data, small_teacher, state_noise=1.0, seed=seed) for seed in (0, 1))
-    np.testing.assert_array_equal(first.observations, second.observations)
-
-
-def test_state_noise_leaves_alone_what_does_not_vary(small_data, small_teacher) -> None:
-    observations = small_data.observations.copy()
-    observations[:, -1] = 0.1
-    data = dataclasses.replace(small_data, observations=observations)
-    beside = make(data, small_teacher, state_noise=1.0).observations[400:]
-    np.testing.assert_array_equal(beside[:, -1], observations[:, -1])
-    assert (beside[:, :-1] != observations[:, :-1]).all()
-
-
-def test_state_noise_wants_a_teacher(small_data) -> None:
-    with pytest.raises(ValueError, match=r"state_noise asks the teacher .* objective dbc has none"):
-        make(small_data, objective="dbc", state_noise=0.5)
-
-
 # --- rewards of any scale ---------------------------------------------------------------------------------------------
 
 

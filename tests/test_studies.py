@@ -24,6 +24,7 @@ from benchmarks.studies import (
     presets,
     report,
     selection,
+    state_noise,
     suite,
     tasks,
     time_to_return,
@@ -244,6 +245,7 @@ def test_the_page_shows_what_the_committed_tables_say(tmp_path: Path, monkeypatc
     density_map.write_page(report.PAGE)
     selection.write_page(report.PAGE)
     variance.write_page(report.PAGE)
+    state_noise.write_page(report.PAGE)
     assert report.PAGE.read_text() == before
 
 

@@ -37,6 +37,7 @@ SAME = {"size": 256, "k": 100, "ess": 0.8, "seed": 3}
                 "sdw,inner_width=128": {"objective": "sdw", "inner_width": 128},
                 "pbc": {"objective": "pbc"},
                 "pbc,density": {"objective": "pbc", "density": True},
+                "av-pbc,state_noise=1": {"objective": "av-pbc", "state_noise": 1.0},
             },
         ),
     ],

@@ -105,6 +105,13 @@ def test_value_weights_beside_none() -> None:
     assert len(large.values_table(found).splitlines()) == 3
 
 
+def test_noise_beside_the_objectives_without() -> None:
+    rows = {"av-pbc": (1.0, 2.0), "sdw": (3.0, 5.0), "av-pbc,state_noise=1": (7.0, 9.0)}
+    found = {(0, "hopper/medium", method): {"policies": [one], "ensemble": ten} for method, (one, ten) in rows.items()}
+    found[0, "walker2d/medium", "sdw"] = {"policies": [5.0], "ensemble": 6.0}  # has none with noise: no line
+    assert large.noise_table(found).splitlines()[2:] == ["| hopper/medium | 7.0 (1) | 9.0 (1) | 6.0 (1) | 4.0 (1) |"]
+
+
 def test_errors_by_hand(small_data, small_teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the rows of every second episode and the policies of the set: by stage, and by density among all rows."""
     for name, value in {

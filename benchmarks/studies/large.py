@@ -67,8 +67,9 @@ METHODS: dict[str, dict[str, Any]] = {
     **WITHOUT_VALUES,
     **WITH_NOISE,
 }
-# Of the methods with value weights and without, in the tables that compare them.
-NAMES = {method: cells.METHODS[method] for method in ("pbc", *OBJECTIVES)} | {"pbc,density": "PBC, density weights"}
+# Of the methods in the tables that compare them.
+NAMES = {method: cells.METHODS[method] for method in ("pbc", *OBJECTIVES)}
+NAMES |= {"pbc,density": "PBC, density weights", "av-pbc,state_noise=1": "Av-PBC, noise"}
 SEEDS = range(5)
 POLICIES, EPISODES = 10, 10
 EPISODES_OF_ONE = 30  # of the teacher and of an ensemble
@@ -252,7 +253,7 @@ def noise_table(found: dict[Case, table.Entries]) -> str:
         if rows := report.rows_of(found, SEEDS, task, noisy):
             line = [report.mean_and_error(leads(found, task, noisy, method), len(SEEDS)) for method in OBJECTIVES]
             lines.append([task, *report.policy_and_ensemble(rows, len(SEEDS)), *line])
-    header = ["task", *report.of_methods(["Av-PBC, noise"])]
+    header = ["task", *report.of_methods([NAMES[noisy]])]
     return report.markdown([*header, *(f"one policy, minus {NAMES[method]}" for method in OBJECTIVES)], lines)
 
 

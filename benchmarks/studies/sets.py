@@ -41,10 +41,11 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="a dataset of D4RL's size, and its teacher")
     width = sdw.DistillConfig().inner_width
     parser.add_argument("--inner-width", type=int, default=width, metavar="UNITS", help="unrolled a layer")
+    parser.add_argument("--state-noise", type=float, default=0.0, metavar="SHARE", help="of the states' deviation")
     parser.add_argument("--steps", type=int, default=2_000, help="outer steps")
     options = parser.parse_args()
     settings: dict[str, Any] = {**large.SETTINGS} if options.large else {}
-    settings |= {"objective": options.objective, "steps": options.steps, "inner_width": options.inner_width, "seed": 0}
+    settings |= {name: getattr(options, name) for name in ("objective", "steps", "inner_width", "state_noise")}
     for task in options.tasks or PUBLISHED:
         if options.large:
             data, teacher = large.dataset(task), large.teacher(task)
@@ -54,7 +55,7 @@ def main() -> None:
             data, teacher = histories.of_task(options.histories, task)
         else:
             data, teacher = tasks.dataset(task), tasks.teacher(task)
-        synthetic = sdw.distill(data, teacher, **settings)
+        synthetic = sdw.distill(data, teacher, **settings, seed=0)
         new = evaluated(synthetic).evaluation
         assert new is not None
         known = task in shipped.names("set")

@@ -199,11 +199,11 @@ def _with_noise(observations: NDArray[np.float32], share: float) -> NDArray[np.f
 
     A dimension that does not vary gets no noise. Raises ValueError where a state leaves the range of float32.
     """
-    deviation = share * observations.std(axis=0, dtype=np.float64)
+    deviation = observations.std(axis=0, dtype=np.float64)
     both = np.concatenate([observations, observations])
     noise = np.random.default_rng(len(observations)).standard_normal(observations.shape, dtype=np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # told below
-        noise *= deviation.astype(np.float32)
+        noise *= (share * deviation).astype(np.float32)
         both[len(observations) :] += noise
     if not np.isfinite(both).all():
         raise ValueError(f"state_noise={share} takes states beyond the range of float32; 1 is much already")

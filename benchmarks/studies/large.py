@@ -69,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # Of the methods in the tables that compare them.
 NAMES = {method: cells.METHODS[method] for method in ("pbc", *OBJECTIVES)}
-NAMES |= {"pbc,density": "PBC, density weights", "av-pbc,state_noise=1": "Av-PBC, noise"}
+NAMES |= {"pbc,density": "PBC, density weights", **dict.fromkeys(WITH_NOISE, "Av-PBC, noise")}
 SEEDS = range(5)
 POLICIES, EPISODES = 10, 10
 EPISODES_OF_ONE = 30  # of the teacher and of an ensemble

@@ -41,15 +41,20 @@ def config(case: Case) -> sdw.DistillConfig:
     return sdw.DistillConfig.preset(**{**SETTINGS, **METHODS[method], "seed": seed})
 
 
-def settings(case: Case) -> dict[str, Any]:
+def settings(chosen: sdw.DistillConfig) -> dict[str, Any]:
     """Of a row: all but the seed."""
-    return {name: value for name, value in config(case).to_dict().items() if name != "seed"}
+    return {name: value for name, value in chosen.to_dict().items() if name != "seed"}
 
 
 def results() -> dict[Case, table.Entries]:
     """The newest row with the settings of now of every case that has one."""
-    found, planned = table.latest(table.read(TABLE), "seed", "task", "method"), set(cases())
-    return {case: row for case, row in found.items() if case in planned and made_with(row, settings(case))}
+    return results_in(TABLE, {case: config(case) for case in cases()})
+
+
+def results_in(path: Path, planned: dict[Case, sdw.DistillConfig]) -> dict[Case, table.Entries]:
+    """The newest row in a table, with its settings, of every planned case that has one."""
+    found = table.latest(table.read(path), "seed", "task", "method")
+    return {case: found[case] for case in planned if case in found and made_with(found[case], settings(planned[case]))}
 
 
 def made_with(row: table.Entries, settings: dict[str, Any]) -> bool:
@@ -64,12 +69,17 @@ def cases() -> list[Case]:
 
 def measure(case: Case) -> None:
     """Distills one set, and runs policies cloned on it."""
+    measure_into(TABLE, case, config(case))
+
+
+def measure_into(path: Path, case: Case, chosen: sdw.DistillConfig) -> None:
+    """The same with these settings, as a row of that table."""
     seed, task, method = case
-    began, data, chosen = time.process_time(), tasks.dataset(task), config(case)
+    began, data = time.process_time(), tasks.dataset(task)
     synthetic = sdw.distill(data, tasks.teacher(task), progress=False, **chosen.to_dict())
     row: dict[str, Any] = {"task": task, "method": method, "seed": seed}
     row |= work.returns_of_set(synthetic, data, policies=POLICIES, episodes=EPISODES, of_ensemble=EPISODES_OF_ONE)
-    work.record(TABLE, row, settings(case), began)
+    work.record(path, row, settings(chosen), began)
 
 
 def results_table(found: dict[Case, table.Entries]) -> str:

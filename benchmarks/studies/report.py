@@ -73,6 +73,11 @@ def standard_error(values: Sequence[float] | np.ndarray) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
+def deviation(values: Sequence[float] | np.ndarray) -> str:
+    """Standard deviation; of fewer than two values it is missing."""
+    return f"{np.std(values, ddof=1):.1f}" if len(values) > 1 else "missing"
+
+
 def mean_and_error(values: Sequence[float], expected: int) -> str:
     """Mean ± standard error; in brackets the number of values where it is not the expected one."""
     if not values:

@@ -138,7 +138,7 @@ def deviations_table(found: dict[Case, table.Entries]) -> str:
         every = returns(found, task)
         samples = [np.concatenate([row["policies"] for row in rows]) if rows else np.array([])]
         samples += [np.array(list(every[column].values())) for column in ("fixed", "fixed-wide", "lowest", "ensemble")]
-        deviations = [f"{values.std(ddof=1):.1f}" if len(values) > 1 else "missing" for values in samples]
+        deviations = [report.deviation(values) for values in samples]
         lines.append([task, *deviations, report.mean_and_error([ranking(row) for row in rows], len(SEEDS))])
     columns = ["one of any", "one θ_0", "one θ_0, 128 units", "lowest loss of ten", "ensemble of ten"]
     return report.markdown(["task", *columns, "rank correlation"], lines)

@@ -63,6 +63,7 @@ EMULATED_CASES = [
     ((11, 31, 7, 3), 17, 5, None),
     ((5, 8, 19, 8, 2), 50, 4, None),
     ((40, 300, 100), 20, 2, 1),
+    ((9, 12, 20), 9, 2, None),  # the last tile of 32 rows half used, outputs in both of its halves
 ]
 
 

@@ -104,6 +104,11 @@ build() { # by CMake alone: needs neither setuptools nor what pyproject.toml ask
 tests() { # a file's: none that is emulated, and none that outlasts 30 seconds
     SDW_EMULATOR=0 SDW_TEST_SECONDS=$((30 * patience / 100)) "$PYTHON" -m pytest -v -m gpu --capture=sys --durations=5 \
         -p no:cacheprovider "$1"
+    case $? in
+        0) ;;
+        5) echo "no test in it is for a GPU" ;; # pytest found none
+        *) return 1 ;;
+    esac
 }
 
 touch_ops() { # tool of compute-sanitizer, ops
@@ -129,8 +134,6 @@ stage_build() {
 stage_tests() {
     local file commands=()
     for file in tests/ops/test_*.py tests/test_density.py tests/test_distiller_gpu.py; do
-        # No test of these needs a GPU, and pytest fails where it finds none.
-        case $file in *_isa.py | *_backend.py | *_refusals.py) continue ;; esac
         commands+=("tests: $file" "tests $file")
     done
     together 90 "${commands[@]}"
@@ -144,7 +147,7 @@ stage_ops() {
     local table
     python 20 "every op once" benchmarks.gpu touch
     for table in outer_step:30 unrolled_bc:50 behavior_matching:25 behavior_matching_million:25 initialization:20 \
-        weighted_bc_loss:25 weighted_bc_loss_16_million:25 ceilings:20; do
+        weighted_bc_loss:40 weighted_bc_loss_16_million:40 ceilings:20; do
         python "${table#*:}" "table: ${table%:*}" benchmarks.gpu table "${table%:*}"
     done
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ class Draws:
         # Drawn ahead: `state` before it, θ_0, and the generators that draw its rows.
         self._ahead: tuple[list[Tensor], list[Tensor], list[torch.Generator]] | None = None
         self._in_use: list[Tensor] = []
+        self._offset = 0  # how far a captured step draws ahead, in the generators' random numbers
 
     def draw_ahead(self, initializations: Iterable[int], step: int) -> None:
         """Draws the θ_0 of the next call of `draw`, which must be given the same."""
@@ -97,8 +98,55 @@ class Draws:
             self._ahead = None
         if self._stream:
             self._hand_over(initial, torch.cuda.current_stream(self._device), self._stream)
+        return initial, self._batch(generators)
+
+    def capture(self, work: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Callable[[], Tensor]:
+        """One CUDA graph of `work` on what `draw` gives, and of all that is drawn for it.
+
+        For one initialization a step, and rows that lie on the device. θ_0 of the step to come is drawn beside `work`
+        here too, and put where the next one reads it.
+
+        Args:
+            work: From θ_0 and a batch to a tensor; asks nothing back from the device.
+
+        Returns:
+            What takes the next step: it enqueues the graph, and returns the tensor, which the one after overwrites.
+
+        Raises:
+            RuntimeError: something in it cannot be captured.
+        """
+        assert self._ahead is not None
+        assert self._stream is not None
+        before, initial, generators = self._ahead
+        own_stream = torch.cuda.current_stream(self._device)
+        own_stream.wait_stream(self._stream)
+        initial = [parameter.clone() for parameter in initial]
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        # Where a capture fails, PyTorch does not put the caller's stream back.
+        with torch.cuda.stream(own_stream), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            current = torch.cuda.current_stream()
+            batch = self._batch(generators)
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                drawn = self._loop.initial(generators)
+            result = work(initial, batch)
+            current.wait_stream(self._stream)
+            torch._foreach_copy_(initial, drawn)
+        self._offset = generators[0].get_offset() - _with_state(self._device, before[0][0]).get_offset()
+        self._ahead, self._in_use = None, initial
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    def _batch(self, generators: Iterable[torch.Generator]) -> list[Tensor]:
+        """A batch of each generator, side by side."""
         batches = [self._batches.draw(self._size, generator) for generator in generators]
-        return initial, [torch.stack(parts) for parts in zip(*batches, strict=True)]
+        return [torch.stack(parts) for parts in zip(*batches, strict=True)]
 
     def _initial(self, initializations: Iterable[int], step: int) -> tuple[list[Tensor], list[torch.Generator]]:
         """θ_0 of J initializations, and their J·R generators of rows."""
@@ -140,14 +188,29 @@ class Draws:
         """
         if self._ahead:
             return [states.clone() for states in self._ahead[0]]
+        if self._offset:
+            return [torch.stack([_earlier(generator, self._offset) for generator in self._generators[0]])]
         return [torch.stack([generator.get_state() for generator in group]) for group in self._kept()]
 
     def load(self, states: Sequence[Tensor]) -> None:
         """Puts the generators where those of `state` were."""
-        self._ahead = None
+        self._ahead, self._offset = None, 0
         for group, kept in zip(self._kept(), states, strict=True):
             for generator, state in zip(group, kept.cpu(), strict=True):
                 generator.set_state(state.clone())  # a view into other states is misaligned
+
+
+def _with_state(device: torch.device, state: Tensor) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(state.clone())  # a view into other states is misaligned
+    return generator
+
+
+def _earlier(generator: torch.Generator, offset: int) -> Tensor:
+    """The state of a GPU's generator so many random numbers ago."""
+    copy = _with_state(generator.device, generator.get_state())
+    copy.set_offset(copy.get_offset() - offset)
+    return copy.get_state()
 
 
 def _stream(seed: int, number: int, step: int) -> int:

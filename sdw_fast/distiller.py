@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sdw_fast.batches import Draws, OuterBatches
 from sdw_fast.config import DistillConfig
+from sdw_fast.descent import clip, norms_of, outer_lr, outer_optimizer
 from sdw_fast.files import damage_named
 from sdw_fast.identity import identity, refuse_other, tell_of_rounding
 from sdw_fast.inner import InnerLoop
@@ -33,6 +34,8 @@ Metrics = dict[str, Any]  # a float each; of several sets an array (R,) each
 
 # A step whose hypergradient is not finite is left out; as many in a row end the run.
 MAX_LEFT_OUT = 10
+# Steps launched kernel by kernel before one is captured: libraries make ready in them, which no graph can hold.
+WARM_UP = 2
 
 
 class Distiller:
@@ -47,8 +50,9 @@ class Distiller:
     `torch.distributed` its ranks share them out, with one all-reduce a step; every rank holds the same set, and the
     draws do not depend on the number of ranks.
 
-    On a GPU everything that a step needs lies there; a problem beyond 8 GiB stays in host memory, where each batch is
-    gathered and sent ahead.
+    On a GPU everything that a step needs lies there, and a step is one CUDA graph, so that the host does not launch
+    some 200 kernels. A problem beyond 8 GiB stays in host memory, where each batch is gathered and sent ahead; its
+    steps, those of several initializations and those of ranks are launched kernel by kernel, to the same bits.
 
     Args:
         problem: What to match.
@@ -73,7 +77,8 @@ class Distiller:
             neither that nor the CPU; or behavior cloning on a set is unstable whatever the step size.
 
     Warns:
-        UserWarning: inner_lr was lowered (see `sdw_fast.stability`), now or in a later step.
+        UserWarning: inner_lr was lowered (see `sdw_fast.stability`), now or in a later step; or CUDA or PyTorch did not
+            capture a step as a graph, so that steps are slower.
     """
 
     def __init__(
@@ -111,8 +116,20 @@ class Distiller:
             rates = self.ranks.gather(rates)[0] if self.ranks else rates
             tell_of(usual, rates, "cloning on the starting pairs is unstable with more", batched=self.batched)
         self._watch = Watch(rates, LEAST * config.inner_lr, self.device, batched=self.batched)
-        self._draws = Draws(self.inner_loop, self.batches, self.device, self.seeds, config.batch_size)
-        self._optimizer = _optimizer(config, self._leaves, fused=self.runs_ahead)
+        self._draws = self._new_draws()
+        # On a GPU what changes from step to step is read there.
+        self._lr: Any = torch.tensor(config.lr, device=self.device) if self.runs_ahead else config.lr
+        self._share: Any = torch.ones((), device=self.device) if self.runs_ahead else 1.0  # see _follow_schedule
+        self._optimizer = outer_optimizer(config, self._leaves, self._lr, fused=self.runs_ahead)
+        rank, ranks = (self.ranks.rank, self.ranks.size) if self.ranks else (0, 1)
+        self._own_share = range(rank, config.initializations or 1, ranks)
+        self._capturable = (
+            self.device.type == self.batches.device.type == "cuda"
+            and self.ranks is None
+            and (config.initializations or 1) == 1
+        )
+        self._launched = 0  # steps kernel by kernel, since a state was loaded
+        self._replay: Callable[[], Tensor] | None = None
         self._left_out = 0  # steps in a row, up to the last fetched
         self.iteration = 0
         self.rounding: list[dict[str, Any]] = []
@@ -155,12 +172,65 @@ class Distiller:
     @one_thread()
     def advance(self) -> Tensor:
         """Takes one outer step and hardly waits; returns its figures (5, R), to be given to `fetch`."""
-        rank, ranks = (self.ranks.rank, self.ranks.size) if self.ranks else (0, 1)
-        own_share = range(rank, self.config.initializations or 1, ranks)
-        initial, batch = self._draws.draw(own_share, self.iteration)
+        self._follow_schedule()
+        if self._replay is None and self._capturable and self._launched >= WARM_UP:
+            self._capture()
+        if self._replay is not None:
+            figures = self._replay().clone()
+        else:
+            figures = self._take(*self._draws.draw(self._own_share, self.iteration))
+            self._launched += 1
+            if self.runs_ahead:
+                self._draws.draw_ahead(self._own_share, self.iteration + 1)
+        self.iteration += 1
+        if self.config.adapt_inner_lr:
+            self._watch.see(figures[-1] != 0, self.iteration)
+        return figures[:-1]
+
+    def _follow_schedule(self) -> None:
+        """The outer learning rate of the step to come, and its iterate's share of the moving average."""
+        step = self.iteration + 1
+        lr = outer_lr(self.config, step)
+        # A plain mean of the iterates at first, so that the average forgets where it started.
+        share = max(1 - self.config.average, 1 / step)
+        if self.runs_ahead:
+            self._lr.fill_(lr)
+            self._share.fill_(share)
+            return
+        self._share = share
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def _capture(self) -> None:
+        """Makes one CUDA graph of all kernels of a step, its draws included; no more than a warning if that fails."""
+        state = self._draws.state()
+        for group in self._optimizer.param_groups:
+            group["capturable"] = True  # PyTorch asks for it; the fused kernels are the same
+        try:
+            self._replay = self._draws.capture(self._take)
+        except RuntimeError as error:
+            self._capturable = False
+            self._draws = self._new_draws()  # those that a failed capture has used are of no more use
+            self._draws.load(state)
+            warnings.warn(
+                f"an outer step was not captured as a CUDA graph ({error}): its kernels are launched one by one, which "
+                "is slower",
+                stacklevel=4,
+            )
+        finally:
+            for group in self._optimizer.param_groups:
+                group["capturable"] = False
+
+    def _new_draws(self) -> Draws:
+        return Draws(self.inner_loop, self.batches, self.device, self.seeds, self.config.batch_size)
+
+    def _take(self, initial: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor:
+        """The step from these θ_0 (J·R, …) and batches; its figures and whether it was rough, (6, R).
+
+        On a GPU it asks nothing back, and reads nothing of the host that changes from step to step.
+        """
         count = len(batch[0]) // self.n_runs
-        for parameter in initial:
-            parameter.requires_grad_()
+        initial = [parameter.detach().requires_grad_() for parameter in initial]
         rates = self._watch.tensor.repeat(count)
         states, actions = (x.repeat(count, 1, 1) for x in (self.observations, self.inner_loop.targets(self.actions)))
         final = self.inner_loop.unroll(states, actions, initial, rates)
@@ -170,27 +240,19 @@ class Distiller:
         self._optimizer.zero_grad()
         losses.sum().backward()
         before, after = (self.inner_loop.loss(params, states, actions) for params in (initial, final))
-        own = torch.stack([losses.detach(), _norms(initial) / _norms(final), before, after])
+        own = torch.stack([losses.detach(), norms_of(initial) / norms_of(final), before, after])
         losses, growths, before, after = self._averaged(own)
-        norms = _clip(self._leaves, self.config.clip_norm)
-        figures = torch.stack([losses, norms, growths, after, self._watch.tensor])
-        self.iteration += 1
-        if self.config.adapt_inner_lr:
-            self._watch.see(rough(losses, norms, growths, (before, after)), self.iteration)
+        norms = clip(self._leaves, self.config.clip_norm)
+        was_rough = rough(losses, norms, growths, (before, after))
+        figures = torch.stack([losses, norms, growths, after, self._watch.tensor, was_rough.to(losses)])
         finite = figures[:2].isfinite().all()
         if self.runs_ahead:
             self._optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
         elif not finite:
             return figures
-        for group in self._optimizer.param_groups:
-            group["lr"] = _outer_lr(self.config, self.iteration)
         self._optimizer.step()
-        # A plain mean of the iterates at first, so that the average forgets where it started.
-        share = max(1 - self.config.average, 1 / self.iteration) * finite
         for average, leaf in zip(self._averages, self._leaves, strict=False):
-            average.lerp_(leaf.detach(), share)
-        if self.runs_ahead:
-            self._draws.draw_ahead(own_share, self.iteration)
+            average.lerp_(leaf.detach(), self._share * finite)
         return figures
 
     def _averaged(self, figures: Tensor) -> Tensor:
@@ -281,6 +343,9 @@ class Distiller:
             self._watch.load(state["inner_lr"], state["rough"])
             self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the state's own tensors
             self._draws.load(state["generators"])
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr
+        self._launched, self._replay = 0, None
         self._left_out = 0
         self.iteration = state["iteration"]
         self.rounding = copy.deepcopy(state["rounding"])
@@ -322,37 +387,3 @@ def _check_start(start: Sequence[SyntheticDataset], problem: OuterProblem) -> No
             raise ValueError(f"the starting sets must all have (pairs, states, actions) {expected}, got {got}")
         if (one.units.states, one.units.actions) != (problem.units.states, problem.units.actions):
             raise ValueError("the starting set is in other units than the problem: choose it from the same dataset")
-
-
-def _optimizer(config: DistillConfig, leaves: list[Tensor], *, fused: bool) -> torch.optim.Optimizer:
-    """The outer optimizer; the fused kernels can be told on the device to leave a step out."""
-    if config.optimizer == "adam":
-        return torch.optim.Adam(leaves, lr=config.lr, betas=(config.momentum, 0.999), fused=fused or None)
-    optimizer = torch.optim.SGD(leaves, lr=config.lr, momentum=config.momentum, fused=fused or None)
-    if config.momentum:  # fused SGD allocates it in its first step, and leaves it undefined if that is left out
-        for leaf in leaves:
-            optimizer.state[leaf]["momentum_buffer"] = torch.zeros_like(leaf)
-    return optimizer
-
-
-def _outer_lr(config: DistillConfig, step: int) -> float:
-    """The outer learning rate of a step, the first of which is 1."""
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * (1 + math.cos(math.pi * min((step - 1) / config.steps, 1.0))) / 2
-
-
-def _clip(leaves: Sequence[Tensor], bound: float) -> Tensor:
-    """Scales each run's hypergradient down to norm `bound` where it is longer; returns the norms before, (R,)."""
-    norms = _norms(leaves)
-    factors = (bound / (norms + 1e-6)).clamp(max=1.0)
-    for leaf in leaves:
-        if leaf.grad is not None:
-            leaf.grad.mul_(factors[:, None, None])
-    return norms
-
-
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """For each run the norm of the gradients of all tensors together, (R,)."""
-    gradients = [t.grad.flatten(1) for t in tensors if t.grad is not None]
-    return torch.linalg.vector_norm(torch.cat(gradients, dim=1), dim=1)  # on a GPU few calls are what counts

@@ -54,12 +54,19 @@ class InnerLoop:
         seed = self.config.fixed_initialization
         return None if seed is None else initialization(self.sizes, gain=self.config.gain, seed=seed)
 
+    @cached_property
+    def _placed(self) -> dict[torch.device, list[Tensor]]:
+        """The fixed θ_0 by device: once there it is not sent again."""
+        return {}
+
     def initial(self, generators: Sequence[torch.Generator]) -> list[Tensor]:
         """Draws θ_0 for each of R sets, on its generator's device; a fixed one is copied and nothing is drawn."""
         if self.fixed is None:
             return orthogonal_parameters(self.sizes, gain=self.config.gain, generators=generators)
-        copies = [parameter.expand(len(generators), *parameter.shape[1:]) for parameter in self.fixed]
-        return [parameter.to(generators[0].device).clone() for parameter in copies]
+        device = generators[0].device
+        if device not in self._placed:
+            self._placed[device] = [parameter.to(device) for parameter in self.fixed]
+        return [parameter.expand(len(generators), *parameter.shape[1:]).clone() for parameter in self._placed[device]]
 
     def initials(self, generators: Sequence[torch.Generator], count: int) -> list[list[Tensor]]:
         """The θ_0 of `count` policies of each set, to measure by; one where it is fixed."""

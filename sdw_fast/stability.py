@@ -126,12 +126,13 @@ class Watch:
 
     def __init__(self, rates: Sequence[float], least: float, device: torch.device, *, batched: bool) -> None:
         self._least, self._device, self._batched = least, device, batched
+        self.tensor = torch.empty(len(rates), device=device)
         self.load(rates, [])
 
     def load(self, rates: Sequence[float], record: Iterable[Tensor]) -> None:
         """Puts it where another one stood."""
         self.rates = [float(rate) for rate in rates]
-        self.tensor = torch.tensor(self.rates, device=self._device)
+        self.tensor.copy_(torch.tensor(self.rates))  # in place: a CUDA graph reads it there
         self.record = [row.to(self._device) for row in record]
 
     def state(self) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def test_initial_weights_are_the_q_of_what_is_drawn(runs) -> None:
 @pytest.mark.parametrize("n_runs", [None, 2])
 def test_a_step_asks_nothing_back(small_data, small_teacher, n_runs) -> None:
     distiller = make(small_data, small_teacher, "cuda", n_runs)
-    distiller.step()
+    for _ in range(module.WARM_UP + 1):
+        distiller.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         steps = [distiller.advance() for _ in range(3)]
@@ -101,6 +102,7 @@ def test_drawing_ahead_changes_no_bits(small_data, small_teacher, monkeypatch, s
         return make(small_data, small_teacher, "cuda", **settings, hidden=(256, 256, 256), inner_width=None)
 
     ahead, plain, resumed = wide(), wide(), wide()
+    monkeypatch.setattr(module, "WARM_UP", 1_000)  # no graph
     monkeypatch.setattr(plain._draws, "draw_ahead", lambda *_: None)
     figures = [[distiller.advance() for _ in range(12)] for distiller in (plain, ahead)]
     resumed.load_state_dict(ahead.state_dict())
@@ -110,6 +112,75 @@ def test_drawing_ahead_changes_no_bits(small_data, small_teacher, monkeypatch, s
     expected = torch.stack(figures[0])
     assert all(torch.equal(torch.stack(steps), expected) for steps in figures[1:])
     assert all(torch.equal(d.observations, plain.observations) for d in (ahead, resumed))
+
+
+GRAPHED = [
+    {},
+    {"n_runs": 3, "average": 0.9},
+    {"optimizer": "sgd", "momentum": 0.5, "inner_momentum": 0.5, "window": 3},
+    {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "tape": "recompute"},
+    {"fixed_initialization": 3, "n_runs": 2},
+    {"hidden": (256, 256, 256), "inner_width": None, "size": 256, "select": "last"},
+    {"batch_size": 20_000},  # behavior_matching by PyTorch's products
+]
+
+
+@pytest.mark.parametrize("settings", GRAPHED, ids=str)
+def test_a_captured_step_is_the_launched_one(small_data, small_teacher, monkeypatch, settings) -> None:
+    """To the same bits; a run goes on from a state in between, taken from either."""
+    graphed, resumed = (make(small_data, small_teacher, "cuda", **settings) for _ in range(2))
+    first = [graphed.advance() for _ in range(6)]
+    resumed.load_state_dict(graphed.state_dict())
+    rest = [[distiller.advance() for _ in range(6)] for distiller in (graphed, resumed)]
+    assert graphed._replay is not None
+    assert resumed._replay is not None
+    monkeypatch.setattr(module, "WARM_UP", 1_000)
+    launched = make(small_data, small_teacher, "cuda", **settings)
+    expected = torch.stack([launched.advance() for _ in range(12)])
+    assert launched._replay is None
+    for figures in rest:
+        assert torch.equal(torch.stack([*first, *figures]), expected)
+    for distiller in (graphed, resumed):
+        assert all(torch.equal(*pair) for pair in zip(distiller.normalized, launched.normalized, strict=True))
+        states = [d.state_dict()["generators"] for d in (distiller, launched)]
+        assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
+
+
+def test_a_captured_step_follows_inner_lr(small_data, small_teacher, monkeypatch) -> None:
+    """The step size that `Watch` lowers is read where the graph finds it."""
+    distillers = []
+    for warm_up in (2, 1_000):
+        monkeypatch.setattr(module, "WARM_UP", warm_up)
+        distiller = make(small_data, small_teacher, "cuda")
+        for step in range(8):
+            if step == 4:
+                distiller._watch.load([distiller.config.inner_lr / 2], [])
+            metrics = distiller.step()
+        assert metrics["inner_lr"] == pytest.approx(distiller.config.inner_lr / 2)
+        distillers.append(distiller)
+    assert torch.equal(distillers[0].observations, distillers[1].observations)
+
+
+def test_steps_that_are_not_captured_are_launched(small_data, small_teacher, monkeypatch) -> None:
+    """With a warning, to the same bits."""
+    expected, distiller = (make(small_data, small_teacher, "cuda") for _ in range(2))
+    for _ in range(6):
+        expected.step()
+    take = distiller._take
+
+    def asking(*drawn: Any) -> torch.Tensor:
+        figures = take(*drawn)
+        figures.sum().item()
+        return figures
+
+    monkeypatch.setattr(distiller, "_take", asking)
+    for _ in range(module.WARM_UP):
+        distiller.step()
+    with pytest.warns(UserWarning, match="not captured as a CUDA graph"):
+        distiller.step()
+    for _ in range(3):
+        distiller.step()
+    assert torch.equal(distiller.observations, expected.observations)
 
 
 def test_a_problem_in_host_memory_takes_the_steps_of_the_cpu_s_rows(small_data, small_teacher, monkeypatch) -> None:

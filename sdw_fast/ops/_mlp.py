@@ -20,7 +20,7 @@ def mlp_activations(params: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
     last = len(params) // 2 - 1
     for layer in range(last + 1):
         z = torch.addmm(params[2 * layer + 1], activations[-1], params[2 * layer].t())  # (rows, width)
-        activations.append(z if layer == last else torch.relu(z))
+        activations.append(z if layer == last else z.relu_())
     return activations
 
 
@@ -28,7 +28,7 @@ def mlp_deltas(params: Sequence[Tensor], activations: Sequence[Tensor], delta: T
     """Yields δ_L = `delta`, δ_{L-1}, …, δ_1, each (rows, width): δ_{l-1} = [h_{l-1} > 0] ∘ (δ_l W_l)."""
     yield delta
     for layer in range(len(params) // 2 - 1, 0, -1):
-        delta = (delta @ params[2 * layer]).mul_(activations[layer] > 0)
+        delta = torch.ops.aten.threshold_backward(delta @ params[2 * layer], activations[layer], 0)
         yield delta
 
 

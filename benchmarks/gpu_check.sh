@@ -156,13 +156,13 @@ stage_knn() {
     local rows sizes=(1e6 1e5 1e7)
     [ "$device" = cuda ] || sizes=(2e3)
     for rows in "${sizes[@]}"; do
-        python 30 "neighbors of $rows rows" benchmarks.bench_knn_gpu surface:17 --rows "$rows" --verify 1000 \
+        python $([ "$rows" = 1e7 ] && echo 90 || echo 20) "neighbors of $rows rows" benchmarks.bench_knn_gpu surface:17 --rows "$rows" --verify 1000 \
             --peers "torch.cdist + topk" "cuVS brute force" "KeOps argKmin"
     done
 }
 
 stage_distill() {
-    python 60 "distillation" benchmarks.gpu_distill
+    python 50 "distillation" benchmarks.gpu_distill
     python 90 "distillation of hopper-medium, with returns" benchmarks.gpu_distill --returns
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -125,7 +126,8 @@ class Draws:
         for generator in generators:
             graph.register_generator_state(generator)
         # Where a capture fails, PyTorch does not put the caller's stream back.
-        with torch.cuda.stream(own_stream), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        capturing = torch.cuda.graph(graph, stream=_capture_stream(self._device), capture_error_mode="thread_local")
+        with torch.cuda.stream(own_stream), capturing:
             current = torch.cuda.current_stream()
             batch = self._batch(generators)
             self._stream.wait_stream(current)
@@ -198,6 +200,12 @@ class Draws:
         for group, kept in zip(self._kept(), states, strict=True):
             for generator, state in zip(group, kept.cpu(), strict=True):
                 generator.set_state(state.clone())  # a view into other states is misaligned
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: PyTorch's own is of the first device that captures, and cuBLAS keeps memory for each."""
+    return torch.cuda.Stream(device)
 
 
 def _with_state(device: torch.device, state: Tensor) -> torch.Generator:

@@ -211,7 +211,8 @@ def test_gpu_has_the_same_bits_each_time_and_side_by_side(kernel, precision):
 
 
 @pytest.mark.parametrize("kernel", ["cuda"], indirect=True)
-def test_gpu_waits_for_nothing_and_holds_a_chunk(kernel):
+def test_gpu_waits_for_nothing_and_holds_a_chunk(kernel, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 1 << 26)
     case = problem(1_000_000, dtype=torch.float32, widths=(17, 256, 256, 6), device=kernel.device)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -65,7 +65,7 @@ def compare(name: str, points: torch.Tensor, peers: list[str], verified: int, fr
     ours.median = statistics.median(ours.samples)
     print(f"\n{table}", flush=True)
     record(table, case, out)
-    if hasattr(_C, "knn_cuda"):
+    if on_gpu and hasattr(_C, "knn_cuda"):
         print(parts_of_the_time(points), flush=True)
     if verified:
         print(f"  {agreement(points, indices, verified)}", flush=True)

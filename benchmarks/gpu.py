@@ -261,7 +261,7 @@ TABLES: dict[str, tuple[str, Callable[[str, Save], None]]] = {  # name: op and m
     "weighted_bc_loss": ("weighted_bc_loss", weighted_bc_loss),
     "weighted_bc_loss_16_million": ("weighted_bc_loss", partial(weighted_bc_loss, rows=16_000_000)),
     "initialization": ("initialization", initialization),
-    "ceilings": ("ceilings", ceilings),
+    "ceilings": ("device", ceilings),  # not those of returns, of the study of that name
 }
 
 

@@ -176,7 +176,8 @@ __device__ void train(const Forward& f, int index, Member& me) {
 __device__ void sum_lr_terms(const Problem& p, float* gradient, const Member& me) {
     if (me.rank != 0 || me.warp != 0) return;
     double sum = 0;
-    for (int i = me.lane; i < p.net.rows_allocated() * p.net.outputs(); i += 32) sum += p.base[p.kernel.at.lr_terms + i];
+    for (int i = me.lane; i < p.net.rows_allocated() * p.net.outputs(); i += 32)
+        sum += p.base[p.kernel.at.lr_terms + i];
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     if (me.lane == 0) *gradient = static_cast<float>(sum);
 }

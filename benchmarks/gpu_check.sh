@@ -153,11 +153,11 @@ stage_ops() {
 }
 
 stage_knn() {
-    local rows sizes=(1e6 1e5 1e7)
-    [ "$device" = cuda ] || sizes=(2e3)
-    for rows in "${sizes[@]}"; do
-        python $([ "$rows" = 1e7 ] && echo 90 || echo 20) "neighbors of $rows rows" benchmarks.bench_knn_gpu surface:17 --rows "$rows" --verify 1000 \
-            --peers "torch.cdist + topk" "cuVS brute force" "KeOps argKmin"
+    local size sizes=(1e6:20 1e5:20 1e7:90) # rows, seconds
+    [ "$device" = cuda ] || sizes=(2e3:20)
+    for size in "${sizes[@]}"; do
+        python "${size#*:}" "neighbors of ${size%:*} rows" benchmarks.bench_knn_gpu surface:17 --rows "${size%:*}" \
+            --verify 1000 --peers "torch.cdist + topk" "cuVS brute force" "KeOps argKmin"
     done
 }
 

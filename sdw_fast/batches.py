@@ -136,7 +136,7 @@ class Draws:
             result = work(initial, batch)
             current.wait_stream(self._stream)
             torch._foreach_copy_(initial, drawn)
-        self._offset = generators[0].get_offset() - _with_state(self._device, before[0][0]).get_offset()
+        self._offset = generators[0].get_offset() - _put(torch.Generator(self._device), before[0][0]).get_offset()
         self._ahead, self._in_use = None, initial
 
         def replay() -> Tensor:
@@ -199,7 +199,7 @@ class Draws:
         self._ahead, self._offset = None, 0
         for group, kept in zip(self._kept(), states, strict=True):
             for generator, state in zip(group, kept.cpu(), strict=True):
-                generator.set_state(state.clone())  # a view into other states is misaligned
+                _put(generator, state)
 
 
 @functools.cache
@@ -208,15 +208,14 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _with_state(device: torch.device, state: Tensor) -> torch.Generator:
-    generator = torch.Generator(device)
-    generator.set_state(state.clone())  # a view into other states is misaligned
-    return generator
+def _put(generator: torch.Generator, state: Tensor) -> torch.Generator:
+    """The generator, where the state was taken."""
+    return generator.set_state(state.clone())  # a view into other states is misaligned
 
 
 def _earlier(generator: torch.Generator, offset: int) -> Tensor:
     """The state of a GPU's generator so many random numbers ago."""
-    copy = _with_state(generator.device, generator.get_state())
+    copy = _put(torch.Generator(generator.device), generator.get_state())
     copy.set_offset(copy.get_offset() - offset)
     return copy.get_state()
 

@@ -51,8 +51,8 @@ class Distiller:
     draws do not depend on the number of ranks.
 
     On a GPU everything that a step needs lies there, and a step is one CUDA graph, so that the host does not launch
-    some 200 kernels. A problem beyond 8 GiB stays in host memory, where each batch is gathered and sent ahead; its
-    steps, those of several initializations and those of ranks are launched kernel by kernel, to the same bits.
+    its kernels one by one. A problem beyond 8 GiB stays in host memory, where each batch is gathered and sent ahead;
+    its steps, those of several initializations and those of ranks are launched kernel by kernel, to the same bits.
 
     Args:
         problem: What to match.
@@ -208,7 +208,7 @@ class Distiller:
             group["capturable"] = True  # PyTorch asks for it; the fused kernels are the same
         try:
             self._replay = self._draws.capture(self._take)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self._capturable = False
             self._draws = self._new_draws()  # those that a failed capture has used are of no more use
             self._draws.load(state)

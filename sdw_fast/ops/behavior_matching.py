@@ -38,8 +38,8 @@ from sdw_fast.ops.weighted_bc_loss import check_weights, known
 # the loss and gradient of 17-256-256-256-6 in tf32 take the kernel 92 ns a row, the products 11 ns a row behind 1 ms of
 # launches.
 ROWS_FOR_PRODUCTS = 16_384
-# Numbers that the activations of a chunk of rows hold at most: 4 GiB, or a sixteenth of the device's memory. With 256
-# MiB a million rows take 1.4 times as long: each chunk has some 30 launches, and products over fewer rows.
+# Numbers that the activations of a chunk of rows hold at most: 4 GiB, or a sixteenth of the device's memory. Smaller
+# chunks are slower: each has launches of its own, and products over fewer rows.
 CHUNK = 1 << 30
 
 
